@@ -1,0 +1,502 @@
+"""
+The decoder (OpenLM's architecture), the projector, the vision-language model around them, generation, OpenLM weights.
+
+    decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
+    model = VLM(decoder, encoder, Projector(encoder.width, 2048), image_id=50277)
+    loss_sum, weight_sum = model(tokens, targets, images)                        # what a training step needs
+
+Paper section 2.1 and appendices A, B (arXiv 2503.07603); OpenLM's model as the DCLM checkpoints use it (arXiv 2406.11794).
+"""
+import dataclasses
+import json
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from safetensors.torch import load_file, save_file
+
+from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
+
+ROPE_BASE = 10000.0             # OpenLM's rotary base
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The decoder's shape; the defaults are DCLM's. n_ffn 0 = OpenLM's rule, 8/3 of the width rounded up to 256."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int = 50432     # GPT-NeoX-20B's 50277 rows, padded to a multiple of 256
+    seq_len: int = 2048         # what it is trained at; longer inputs are legal
+    n_ffn: int = 0
+    qk_norm: bool = True        # LayerNorm of q and k over the full width, before rotary
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
+
+    def flops_per_token(self, n_position):
+        """Training FLOPs per position, forward and backward, a causal row of n_position (PaLM's count, halved mask)."""
+        matmul = self.n_layer * (4 * self.n_embd ** 2 + 3 * self.n_embd * self.n_ffn) + self.n_embd * self.vocab_size
+        return 6 * matmul + 6 * self.n_layer * self.n_embd * n_position
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias and without torch's own initialisation, which Decoder.init_weights would overwrite."""
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):
+        pass
+
+
+class Norm(nn.Module):
+    """LayerNorm with a gain and no bias; under autocast it runs in the low precision, as OpenLM's LPLayerNorm does."""
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x):
+        weight, device = self.weight, x.device.type
+        if not torch.is_autocast_enabled(device):
+            return F.layer_norm(x, weight.shape, weight, None, self.eps)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), None, self.eps)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding, half-split ("rotate half"): x (B,H,T,D), cos and sin broadcastable to it, in x's dtype."""
+    x1, x2 = x.chunk(2, -1)
+    return (x * cos + torch.cat((-x2, x1), -1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, written at each row's own positions: rows of different lengths share a batch."""
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer, k, v, position):
+        """Write k, v (B,H,T,D) at position (B,T) of a layer and return that layer's whole (B,H,length,D) pair."""
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer][row, :, position] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][row, :, position] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer], self.v[layer]
+
+    def fill(self, prefix, row):
+        """Copy another cache's rows `row` (B,) to the start of this one: one prefilled image serves many questions."""
+        n = prefix.k.shape[3]
+        self.k[:, :, :, :n] = prefix.k[:, row]
+        self.v[:, :, :, :n] = prefix.v[:, row]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        n = config.n_embd
+        self.n_head = config.n_head
+        self.in_proj = Linear(n, 3 * n)                         # rows: q, k, v
+        self.out_proj = Linear(n, n)
+        self.q_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rotary, mask, cache=None, rows=None):
+        """
+        x        (B,T,C)
+        rows     (K,) flat indices into B*T: only these positions' outputs are computed
+        returns  (B,T,C), or (K,C) with rows
+        """
+        B, T, C = x.shape
+        if rows is None:
+            q, k, v = self.in_proj(x).chunk(3, -1)              # (B,T,C) each
+            q = self.q_norm(q)
+        else:                                                   # q of the wanted rows; zeros elsewhere, never read
+            weight_q, weight_kv = self.in_proj.weight.split((C, 2 * C))
+            k, v = F.linear(x, weight_kv).chunk(2, -1)
+            q = self.q_norm(F.linear(x.reshape(B * T, C)[rows], weight_q))              # (K,C)
+            q = q.new_zeros(B * T, C).index_copy(0, rows, q).view(B, T, C)
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, self.k_norm(k), v))     # (B,H,T,D)
+        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        if cache is not None:
+            cache, layer, position = cache
+            k, v = cache.update(layer, k, v, position)          # (B,H,length,D)
+        y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        return self.out_proj(y if rows is None else y.view(B * T, C)[rows])
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w12 = Linear(config.n_embd, 2 * config.n_ffn)      # the gate is the first half
+        self.w3 = Linear(config.n_ffn, config.n_embd)
+
+    def forward(self, x):
+        gate, up = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = Norm(config.n_embd, config.norm_eps)
+        self.ffn_norm = Norm(config.n_embd, config.norm_eps)
+
+    def forward(self, x, rotary, mask, cache=None, rows=None):
+        y = self.attention(self.attention_norm(x), rotary, mask, cache, rows)
+        x = y + (x if rows is None else x.reshape(-1, x.shape[-1])[rows])
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """
+    OpenLM's transformer: pre-norm, no biases, QK-norm over the full width, rotary, SwiGLU, untied output.
+    Parameter names are OpenLM's, so its checkpoints load by name. inv_freq is a buffer: models trained in bf16 have seen
+    rounded frequencies, so an imported checkpoint brings its own.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        head = config.n_embd // config.n_head
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(
+            config.vocab_size, config.n_embd))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = Norm(config.n_embd, config.norm_eps)
+        self.output = Linear(config.n_embd, config.vocab_size)
+        self.register_buffer('inv_freq', ROPE_BASE ** (-torch.arange(0, head, 2, dtype=torch.float32) / head))
+        self.activation_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """OpenLM's initialisation from torch's global generator: normals cut at 3 std, residual outputs scaled by depth."""
+        def trunc(weight, std):
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        width_std = 1 / math.sqrt(self.config.n_embd)
+        trunc(self.tok_embeddings.weight, width_std)
+        trunc(self.output.weight, width_std)
+        for i, block in enumerate(self.layers):
+            depth = math.sqrt(2 * (i + 1))
+            trunc(block.attention.in_proj.weight, width_std)
+            trunc(block.attention.out_proj.weight, width_std / depth)
+            trunc(block.feed_forward.w12.weight, width_std)
+            trunc(block.feed_forward.w3.weight, 1 / math.sqrt(self.config.n_ffn) / depth)
+
+    def rotary(self, position):
+        """cos and sin (...,T,D) float32 of position (...,T)."""
+        angle = position[..., None].float() * self.inv_freq
+        angle = torch.cat((angle, angle), -1)
+        return angle.cos(), angle.sin()
+
+    def trunk(self, x, rows=None, mask=None, position=None, cache=None):
+        """
+        The blocks and the final norm.
+        x         (B,T,C) embeddings
+        rows      (K,) flat indices into B*T whose outputs are wanted; None = all. The last block computes q, the output
+                  projection and the feed-forward for these rows only; keys and values for all: exact, and less work
+        mask      Intervals over the keys; None = causal
+        position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
+        returns   (B,T,C), or (K,C) with rows
+        """
+        B, T, _ = x.shape
+        mask = Intervals.causal(B, T, x.device) if mask is None else mask
+        if position is None:
+            rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
+        else:
+            rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
+        for i, block in enumerate(self.layers):
+            args = (x, rotary, mask, None if cache is None else (cache, i, position),
+                    rows if i == len(self.layers) - 1 else None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
+        return self.norm(x)
+
+    def forward(self, tokens):
+        """tokens (B,T) int64 -> logits (B,T,V) float32."""
+        return self.output(self.trunk(self.tok_embeddings(tokens))).float()
+
+
+class Projector(nn.Module):
+    """Image features to the decoder's width: Linear to 4 x the encoder's width, GELU, Linear down (appendix B)."""
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.fc1 = nn.Linear(n_in, 4 * n_in)
+        self.fc2 = nn.Linear(4 * n_in, n_out)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VLM(nn.Module):
+    """
+    A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
+    paper's choice). encoder and projector are None for a text-only model.
+    """
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+        super().__init__()
+        self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.image_id, self.z_loss = image_id, z_loss
+        self.row_loss = None        # (2,B) float32: nats and z-loss per row of the last forward, for logging
+
+    def image_features(self, images):
+        """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())):
+            features = self.encoder(images)
+        return self.projector(features)
+
+    def embed(self, tokens, images=None, image_index=None):
+        """
+        Token embeddings with image features in the slots.
+        tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
+        """
+        x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
+        if images is None or len(images) == 0:
+            if tokens.device.type == 'cpu' and self.image_id is not None and (tokens == self.image_id).any():
+                row = int((tokens == self.image_id).any(1).nonzero()[0])
+                raise ValueError(f"row {row} holds {int((tokens[row] == self.image_id).sum())} image slots, got 0 images")
+            if self.projector is not None and torch.is_grad_enabled():
+                # ddp waits for every parameter's gradient: a step without images gives exact zeros
+                idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
+                x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
+            return x
+        if self.encoder is None:
+            raise ValueError(f"{len(images)} images given to a text-only model: expected a checkpoint with an encoder")
+        features = self.image_features(images)                                         # (N,n_token,C)
+        if image_index is not None:
+            features = features[image_index]                                           # (M,n_token,C)
+        slots = tokens == self.image_id                                                # (B,T)
+        if tokens.device.type == 'cpu' and slots.sum() != features.shape[0] * features.shape[1]:
+            raise ValueError(f"rows hold {slots.sum(1).tolist()} image slots, {int(slots.sum())} in all: expected "
+                             f"{features.shape[0]} images x {features.shape[1]} = {features.shape[0] * features.shape[1]}")
+        return x.masked_scatter(slots[..., None], features.to(x.dtype))
+
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, rows=None):
+        """
+        The masked loss, summed.
+        tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
+        images           (N,3,S,S) uint8, or None
+        image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
+        weights          (B,T) float32 per target; None = 1 per kept token
+        rows             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
+        returns          (loss_sum, weight_sum): nats, with z-loss (arXiv 2204.02311), and weights, summed over kept tokens
+        """
+        B, T = tokens.shape
+        if rows is None:
+            rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
+        x = self.decoder.trunk(self.embed(tokens, images, image_index), rows=rows)     # (K,C)
+        nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[rows])     # (K,) each
+        z = self.z_loss * lse.square()
+        kept = torch.stack((nll, z)).detach().float()
+        self.row_loss = kept.new_zeros(2, B).index_add_(1, rows // T, kept)
+        w = torch.ones_like(nll) if weights is None else weights.reshape(-1)[rows]
+        return (w * (nll + z)).sum(), w.sum()
+
+    @torch.no_grad()
+    def row_nll(self, tokens, targets, images=None, image_index=None):
+        """Nats (B,) float32 summed over each row's kept targets, and their number (B,): for scoring choices."""
+        self(tokens, targets, images, image_index)
+        return self.row_loss[0], (targets != IGNORE_INDEX).sum(1)
+
+    @torch.no_grad()
+    def generate(self, prompts, images=None, image_index=None, *, max_new_tokens=128, stop_ids=(), temperature=0.0,
+                 top_k=0, generator=None):
+        """
+        Continue prompts of different lengths in one batch; greedy unless temperature > 0.
+        prompts      list of B lists of ids; image_id at image slots
+        images       (N,3,S,S) uint8 or None; image_index (M,) as in forward
+        returns      list of B lists: the new ids, without the stop id that ended a row
+        An image that opens several prompts is encoded and prefilled once.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("generate: expected prompts of at least one token each")
+        device, config, B = self.decoder.output.weight.device, self.decoder.config, len(prompts)
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        tokens = torch.zeros(B, int(length.max()), dtype=torch.int64, device=device)
+        for row, prompt in zip(tokens, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        if images is not None and image_index is None:
+            image_index = torch.arange(len(images), device=device)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        cache = KVCache(config, B, tokens.shape[1] + max_new_tokens, device, dtype)
+        start = self._prefill_images(cache, tokens, images, image_index)
+        if start:
+            x = self.decoder.tok_embeddings(tokens[:, start:])
+        else:
+            x = self.embed(tokens, images, image_index)
+        position = start + torch.arange(x.shape[1], device=device).expand(B, -1)       # (B,T)
+        last = length - 1 - start                                                      # (B,) where each prompt ends in x
+        new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+        for step in range(max_new_tokens):
+            rows = torch.arange(B, device=device) * x.shape[1] + last
+            mask = Intervals.cached(position, cache.k.shape[3])
+            hidden = self.decoder.trunk(x, rows, mask, position, cache)                # (B,C)
+            token = _pick(self.decoder.output(hidden).float(), temperature, top_k, generator)         # (B,)
+            done = done | torch.isin(token, stop)
+            new.append(torch.where(done, -1, token))
+            if done.all():
+                break
+            x = self.decoder.tok_embeddings(token)[:, None]                            # (B,1,C)
+            position = (length + step)[:, None]
+            last = torch.zeros_like(last)
+        new = torch.stack(new, 1).tolist() if new else [[]] * B
+        return [[t for t in row if t >= 0] for row in new]
+
+    def _prefill_images(self, cache, tokens, images, image_index):
+        """Fill the cache with the images that open the rows, each once; returns how many positions are done, 0 = none."""
+        if images is None or len(image_index) != len(tokens):
+            return 0
+        n = self.encoder.n_token
+        if tokens.shape[1] <= n or not (tokens[:, :n] == self.image_id).all() or (tokens[:, n:] == self.image_id).any():
+            return 0
+        used, row = image_index.unique(return_inverse=True)
+        x = self.image_features(images[used])                                          # (N,n,C)
+        prefix = KVCache(self.decoder.config, len(used), n, x.device, cache.k.dtype)
+        position = torch.arange(n, device=x.device).expand(len(used), -1)
+        self.decoder.trunk(x, torch.zeros(1, dtype=torch.int64, device=x.device), Intervals.cached(position, n),
+                           position, prefix)
+        cache.fill(prefix, row)
+        return n
+
+
+def _pick(logits, temperature, top_k, generator):
+    """The next id (B,) of logits (B,V): argmax, or a sample of the top_k at a temperature."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# --- OpenLM weights -------------------------------------------------------------------------------------------------
+
+CONFIG_NAMES = {                # ours: what OpenLM's JSON, its HF config and DCLM's command line call it
+    'n_layer': ('n_layers', 'num_hidden_layers'), 'n_head': ('n_heads', 'num_attention_heads'),
+    'n_embd': ('hidden_dim', 'dim', 'hidden_size'), 'vocab_size': (), 'seq_len': ('max_position_embeddings',),
+    'qk_norm': ('apply_qk_norm',), 'norm_eps': (),
+}
+UNSUPPORTED = {'weight_tying': True, 'post_embed_norm': True}      # flags of OpenLM whose models are others
+
+
+def _read_config(config):
+    """The keys that a dict or JSON file gives, in our names; older HF configs nest them under params_args_dict."""
+    if isinstance(config, (str, os.PathLike)):
+        with open(config, encoding='utf-8') as f:
+            config = json.load(f)
+    config = {**config, **config.get('params_args_dict', {})}
+    for key, value in UNSUPPORTED.items():
+        if config.get(key) == value:
+            raise ValueError(f"OpenLM config with {key}={value}: only the DCLM models' {key}={not value} is supported")
+    norm = config.get('norm_type') or config.get('model_norm') or 'gain_only_lp_layer_norm'
+    if 'gain_only' not in norm or 'rms' in norm:
+        raise ValueError(f"OpenLM config with norm {norm}: expected gain_only_lp_layer_norm")
+    found = {}
+    for ours, theirs in CONFIG_NAMES.items():
+        for name in (*theirs, ours):
+            if config.get(name) is not None:
+                found[ours] = config[name]
+    return found
+
+
+def _read_state(path):
+    """The state dict and config dict (or None) of a .pt file, .safetensors file or HF folder, keys as the file has them."""
+    if not os.path.isdir(path):
+        if str(path).endswith('.safetensors'):
+            return load_file(path), None
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        return (state['state_dict'] if 'state_dict' in state else state), None
+    index = os.path.join(path, 'model.safetensors.index.json')
+    files = ['model.safetensors']
+    if os.path.exists(index):
+        with open(index, encoding='utf-8') as f:
+            files = sorted(set(json.load(f)['weight_map'].values()))
+        if any(os.path.basename(name) != name for name in files):
+            raise ValueError(f"{index}: names a file outside its folder")
+    state = {}
+    for name in files:
+        if not os.path.exists(os.path.join(path, name)):
+            raise ValueError(f"{path}: {name} is missing (expected an HF folder with safetensors, or a .pt file)")
+        state.update(load_file(os.path.join(path, name)))
+    config = os.path.join(path, 'config.json')
+    return state, config if os.path.exists(config) else None
+
+
+def load_openlm(path, config=None):
+    """
+    A Decoder from OpenLM weights.
+    path     `epoch_N.pt` / bare state dict (.pt, read with weights_only), .safetensors, or an HF folder
+    config   dict or JSON path in OpenLM's, HF's or our names; None = the folder's, completed from tensor shapes
+    returns  Decoder on CPU, float32, in eval mode; rotary frequencies are the file's own
+    Raises ValueError naming the first key or shape that does not fit.
+    """
+    state, beside = _read_state(path)
+    given = _read_config(config if config is not None else beside) if (config is not None or beside) else {}
+    strip = ('module.', 'model.')
+    clean = {}
+    for key, value in state.items():
+        key = key.replace('_orig_mod.', '')
+        while key.startswith(strip):
+            key = key.split('.', 1)[1]
+        clean[key] = value
+    try:
+        vocab_size, n_embd = clean['tok_embeddings.weight'].shape
+        n_layer = 1 + max(int(key.split('.')[1]) for key in clean if key.startswith('layers.'))
+        n_ffn = clean['layers.0.feed_forward.w3.weight'].shape[1]
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: not an OpenLM checkpoint ({e} not found); it has {sorted(clean)[:3]} ...") from e
+    freq = [clean.pop(f'layers.{i}.attention.pos_embed.inv_freq', None) for i in range(n_layer)]
+    inferred = dict(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size,
+                    qk_norm='layers.0.attention.q_norm.weight' in clean)
+    if freq[0] is not None:
+        inferred['n_head'] = n_embd // (2 * len(freq[0]))
+        if any(f is None or not torch.equal(f, freq[0]) for f in freq):
+            raise ValueError(f"{path}: layers have different rotary frequencies; expected one table")
+    for key, value in inferred.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: config says {key}={given[key]}, the tensors say {value}")
+    if 'n_head' not in {**given, **inferred}:
+        raise ValueError(f"{path}: holds no inv_freq, so the number of heads is unknown: give config=dict(n_head=...)")
+    with torch.device('meta'):
+        decoder = Decoder(ModelConfig(**{**given, **inferred}, n_ffn=n_ffn))
+    decoder.to_empty(device='cpu')
+    inv_freq = Decoder(ModelConfig(1, 1, n_embd // decoder.config.n_head, vocab_size=1)).inv_freq
+    clean['inv_freq'] = inv_freq if freq[0] is None else freq[0].float()
+    expected = decoder.state_dict()
+    for key in [*expected, *clean]:
+        if key not in clean or key not in expected:
+            raise ValueError(f"{path}: {'missing' if key in expected else 'unexpected'} tensor {key}")
+        if clean[key].shape != expected[key].shape:
+            raise ValueError(f"{path}: {key} is {tuple(clean[key].shape)}, expected {tuple(expected[key].shape)}")
+    decoder.load_state_dict(clean)
+    return decoder.float().eval()
+
+
+def save_openlm(decoder, path):
+    """Write a Decoder in OpenLM's layout: `path` ending in .pt = {'epoch', 'name', 'state_dict'}, else an HF folder."""
+    state = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items() if k != 'inv_freq'}
+    for i in range(decoder.config.n_layer):
+        state[f'layers.{i}.attention.pos_embed.inv_freq'] = decoder.inv_freq.detach().cpu().clone()
+    if str(path).endswith('.pt'):
+        torch.save({'epoch': 0, 'name': 'ckpt80', 'state_dict': state}, path)
+        return
+    os.makedirs(path, exist_ok=True)
+    save_file({f'model.{k}': v for k, v in state.items()}, os.path.join(path, 'model.safetensors'))
+    c = decoder.config
+    config = dict(architectures=['OpenLMModel'], model_type='openlm', dim=c.n_embd, n_layers=c.n_layer, n_heads=c.n_head,
+                  vocab_size=c.vocab_size, seq_len=c.seq_len, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+                  norm_type='gain_only_lp_layer_norm', ffn_type='swiglu_torch', positional_embedding_type='rotary',
+                  post_embed_norm=False, weight_tying=False, torch_dtype='float32')
+    with open(os.path.join(path, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump(config, f, indent=1)
