@@ -1,0 +1,249 @@
+"""scorers.py: every number here is from the published evaluators or from the paper's tables."""
+import copy
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scorers import (CONTRACTIONS, TEXT_BASELINES_9, TEXT_BASELINES_10, VISION_BASELINES, VIZWIZ_CONTRACTIONS, box_iou,
+                     clean_punctuation, clean_words, constant_baseline, gqa_match, letterbox_box, mean_interval,
+                     normalize_m4c, parse_box, pope_answer, pope_metrics, stable_score, uniform_baseline, vqa_accuracy,
+                     wilson_interval)
+
+VARIANTS = ('official', 'vlm-eval', 'm4c', 'vizwiz')
+
+
+def official(text):
+    return clean_words(clean_punctuation(text))
+
+
+# --- VQA ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_matches_give_0_3_6_9_10_tenths(variant):
+    for k, expected in enumerate([0, .3, .6, .9, 1, 1, 1, 1, 1, 1, 1]):
+        answers = ['red'] * k + ['blue'] * (10 - k)
+        assert vqa_accuracy('red', answers, variant) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equals_the_published_loop_over_annotators():
+    rng = random.Random(0)
+    words = ['red', 'blue', 'two', '2', 'The red', 'a cat', 'cat', "don't", 'dont']
+    for _ in range(200):
+        answers = [rng.choice(words) for _ in range(10)]
+        prediction = rng.choice(words)
+        clean = [official(a) for a in answers] if len(set(answers)) > 1 else answers
+        asked = official(prediction) if len(set(answers)) > 1 else prediction
+        slow = sum(min(1, sum(clean[j] == asked for j in range(10) if j != i) / 3) for i in range(10)) / 10
+        assert vqa_accuracy(prediction, answers) == pytest.approx(slow, abs=1e-12)
+
+
+@pytest.mark.parametrize('prediction, answers, scores', [
+    ('Yes', ['yes'] * 10, {'official': 0, 'vlm-eval': 1, 'm4c': 1, 'vizwiz': 1}),        # unanimous: official keeps case
+    ('none', ['none'] * 10, {'official': 1, 'vlm-eval': 0, 'm4c': 1, 'vizwiz': 0}),      # 'none' becomes '0' on one side
+    ('The Beach', ['the beach'] * 9 + ['beach'], {'official': 1, 'vlm-eval': .3, 'm4c': 1, 'vizwiz': .3}),
+    ('two', ['two'] * 9 + ['2'], {'official': 1, 'vlm-eval': .3, 'm4c': 1, 'vizwiz': .3}),
+    ('dont', ["don't"] * 5 + ['no'] * 5, {'official': 1, 'vlm-eval': 1, 'm4c': 1, 'vizwiz': 0}),   # VizWiz: backticks
+    ('dont', ['don`t'] * 5 + ['no'] * 5, {'vizwiz': 1}),
+    ('red\n', [' red\t'] * 9 + ['blue'], {'official': 1, 'vlm-eval': 0, 'm4c': 1}),      # vlm-eval answers skip step 1
+])
+def test_variants_differ_as_published(prediction, answers, scores):
+    for variant, expected in scores.items():
+        assert vqa_accuracy(prediction, answers, variant) == pytest.approx(expected), variant
+
+
+def test_unanimity_is_judged_before_normalisation_but_after_step_1():
+    assert vqa_accuracy('Red', ['red', ' red'] * 5) == 0                 # the same after stripping: nothing normalised
+    assert vqa_accuracy('Red', ['red', 'Red'] * 5) == 1
+
+
+def test_periods_only_before_a_digit_stay():
+    assert [official(t) for t in ('3.', 'U.S.A.', '3.5', 'a.b')] == ['3', 'usa', '3.5', 'ab']
+
+
+def test_only_32_periods_are_removed():
+    assert clean_punctuation('.' * 40) == '.' * 8
+
+
+def test_punctuation_becomes_space_or_nothing():
+    assert official('a/b') == 'b'                                        # 'a b', then the article goes
+    assert official('red,white') == 'red white' and normalize_m4c('red,white') == 'redwhite'
+    assert official('1,000') == '1000' and official('1,000/2') == '10002'
+    assert official('red, white') == 'red white'
+    assert official('yes - no') == 'yes no' and official("it's 5:30 & 10%") == "it's 5:30 & 10%"
+    assert clean_punctuation('x ,y/z') == 'x y z'                        # the condition looks at the original text
+
+
+def test_m4c_splits_the_possessive():
+    assert normalize_m4c("Joe's Diner?") == "joe 's diner"
+
+
+def test_contraction_tables():
+    assert len(CONTRACTIONS) == 120 == len(VIZWIZ_CONTRACTIONS)
+    assert CONTRACTIONS['dont'] == "don't" and CONTRACTIONS["y'alld've"] == "y'all'd've"
+    assert CONTRACTIONS["somebody'd"] == 'somebodyd' and CONTRACTIONS["'ow'sat"] == "'ow's'at"
+    assert VIZWIZ_CONTRACTIONS['dont'] == 'don`t' and VIZWIZ_CONTRACTIONS['cant'] == "can't"
+    assert VIZWIZ_CONTRACTIONS["couldn'tve"] == 'couldn`t`ve'
+    assert official('Im') == 'im' and official("Id've") == "id've"      # keys with capitals never match
+
+
+def test_word_map_does_not_grow():
+    size = len(CONTRACTIONS)
+    before = [official(f'{w} apples') for w in ('seven', 'unseen')]
+    assert before == ['7 apples', 'unseen apples'] == [official(f'{w} apples') for w in ('seven', 'unseen')]
+    assert len(CONTRACTIONS) == size
+
+
+def test_answers_are_never_modified():
+    answers = [{'answer': t, 'answer_id': i} for i, t in enumerate(['The Cat'] * 5 + ['two'] * 5)]
+    before = copy.deepcopy(answers)
+    for variant in VARIANTS:
+        assert vqa_accuracy('cat', answers, variant) == vqa_accuracy('cat', answers, variant)
+    assert answers == before
+
+
+def test_equal_dicts_count_as_separate_annotators():
+    assert vqa_accuracy('red', [{'answer': 'red'}] * 10) == 1           # without answer_id they compare equal
+
+
+def test_bad_vqa_input_is_named():
+    with pytest.raises(ValueError, match='no answers'):
+        vqa_accuracy('x', [])
+    with pytest.raises(ValueError, match='nearly'):
+        vqa_accuracy('x', ['x'] * 10, 'nearly')
+    with pytest.raises(ValueError, match='given 9'):
+        vqa_accuracy('x', ['x'] * 9, 'm4c')
+
+
+def test_gqa_deletes_punctuation_from_the_prediction_only():
+    assert gqa_match('Yes.', 'yes') == 1 and gqa_match('T-shirt', 'tshirt') == 1
+    assert gqa_match('t-shirt', 't-shirt') == 0 and gqa_match(' yes', 'yes') == 0
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+def test_parse_box_accepts_the_official_form():
+    assert parse_box('[0.61, 0.36, 0.92, 0.83]') == [.61, .36, .92, .83]
+    assert parse_box(' [0, 0, 1, 1]\n') == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('text', [
+    '', 'the box is [0.1, 0.1, 0.2, 0.2]', '[0.1, 0.1, 0.2, 0.2].', '(0.1, 0.1, 0.2, 0.2)', '[0.1, 0.1, 0.2]',
+    '[0.1, 0.1, 0.2, 1.2]', '[-0.1, 0.1, 0.2, 0.2]', '[0.2, 0.1, 0.1, 0.2]', '[0.1, 0.1, 0.1, 0.2]',
+    '["a", 0.1, 0.2, 0.3]', '[0.1, 0.1, 0.2, 0.2', '[[0.1], 0.1, 0.2, 0.2]', '[1e999, 0, 1, 1]', 'nan',
+    "__import__('os').system('true')", '[0.1, 0.1, 0.2, 0.2]' + ' ' * 300, '[' * 199, '[0.1][0](0.2)', '\0'])
+def test_parse_box_refuses_the_rest(text):
+    assert parse_box(text) is None
+
+
+def test_box_iou():
+    assert box_iou([0, 0, 2, 2], [1, 1, 3, 3]) == pytest.approx(1 / 7)
+    assert box_iou([0, 0, .5, .5], [0, 0, .5, .5]) == 1
+    assert box_iou([0, 0, 1, 1], [1, 0, 2, 1]) == 0                     # touching
+    for bad in ([0, 0, 0, 1], [1, 1, 0, 0], [math.nan, 0, 1, 1]):
+        assert box_iou(bad, [0, 0, 1, 1]) == 0 and box_iou([0, 0, 1, 1], bad) == 0
+    assert box_iou([1, 1, 0, 0], [1, 1, 0, 0]) == 0                     # both inverted: areas would multiply to +1
+
+
+def test_letterbox_box():
+    assert letterbox_box([0, 0, 1, 1], 200, 100) == [0, .25, 1, .75]
+    assert letterbox_box([.2, .3, .4, .5], 64, 64) == pytest.approx([.2, .3, .4, .5])
+
+
+# --- POPE, intervals, baselines -----------------------------------------------------------------------------------
+
+def test_pope_answer_rule():
+    assert [pope_answer(t) for t in ('Yes', 'No, there is not', 'There is no dog.', 'Yes. No', 'nothing')] == \
+        ['yes', 'no', 'no', 'yes', 'yes']
+
+
+def test_pope_metrics():
+    m = pope_metrics(['yes', 'yes', 'no', 'no'], ['yes', 'no', 'no', 'yes'])
+    assert m == {'accuracy': .5, 'precision': .5, 'recall': .5, 'f1': .5, 'yes_share': .5}
+
+
+def test_wilson_interval():
+    assert wilson_interval(.5, 100) == pytest.approx((.40383, .59617), abs=1e-5)
+    assert wilson_interval(0, 10) == pytest.approx((0, .27753), abs=1e-5)
+    assert wilson_interval(1, 10)[1] == pytest.approx(1) and wilson_interval(.5, 0) == (0, 1)
+
+
+def test_mean_interval_of_soft_scores():
+    scores = [0, .3, .6, .9, 1] * 20
+    low, high = mean_interval(scores)
+    mean = sum(scores) / 100
+    deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / 99)
+    assert (low, high) == pytest.approx((mean - .196 * deviation, mean + .196 * deviation), abs=1e-4)
+    assert mean_interval([1, 0, 1, 1]) == wilson_interval(.75, 4)
+
+
+def test_interval_covers_its_own_truth():
+    rng = random.Random(5)
+    inside = 0
+    for _ in range(400):
+        low, high = mean_interval([float(rng.random() < .8) for _ in range(50)])
+        inside += low <= .8 <= high
+    assert 370 <= inside <= 395                                         # 95 % of 400 is 380, deviation 4.4
+
+
+def exact(candidate, answers):
+    return float(candidate in answers)
+
+
+def test_constant_baseline_is_per_type_and_fitted_where_told():
+    fit = [('colour', ['red'])] * 3 + [('colour', ['blue'])] * 2 + [('count', ['2'])] * 2
+    test = [('colour', ['blue'])] * 3 + [('colour', ['red'])] + [('count', ['2']), ('new', ['red'])]
+    score, constants = constant_baseline(fit, test, exact)
+    assert constants == {'colour': 'red', 'count': '2'}
+    assert score == pytest.approx((1 + 1 + 1) / 6)                      # one red, one count, 'new' gets overall 'red'
+    assert constant_baseline(test, test, exact)[0] == pytest.approx(5 / 6)
+
+
+def test_uniform_baseline():
+    test = [('colour', ['red']), ('colour', ['blue']), ('colour', ['green']), ('yesno', ['yes']), ('yesno', ['no'])]
+    assert uniform_baseline(test, exact) == pytest.approx((3 / 3 + 2 / 2) / 5)
+
+
+# --- stable score -------------------------------------------------------------------------------------------------
+
+TABLE_8 = {                                                             # paper, table 8, percent; columns as printed
+    'agieval': (32.5, 27.7, 19.4, 28.2, 21.4, 63.6), 'arc_easy': (59.3, 72.3, 74.7, 77.1, 69.5, 80.6),
+    'conceptual_combinations': (27.2, 30.1, 40.8, 47.6, 27.2, 57.3), 'cs_algorithms': (35.8, 46.2, 44.6, 46.7, 46.5, 56.5),
+    'copa': (71.0, 83.0, 86.0, 92.0, 83.0, 85.0), 'hellaswag': (58.2, 66.5, 69.2, 72.8, 65.1, 67.78),
+    'math_qa': (22.9, 25.9, 26.9, 27.3, 30.52, 40.84), 'piqa': (70.5, 74.4, 76.6, 79.1, 76.0, 76.22),
+    'pubmed_qa': (35.0, 38.6, 66.2, 69.6, 65.8, 66.6)}
+TABLE_8_STABLE = (15.44, 21.26, 25.67, 29.67, 23.52, 35.68)             # base 80 % is printed 25.73, its cells give 25.67
+TABLE_9 = {'textvqa': (49.05, 51.78, 73.2), 'refcoco': (61.29, 73.62, 77.9), 'pope': (87.33, 88.28, 87.0),
+           'gqa': (61.11, 64.16, 67.0), 'vqav2': (76.82, 79.05, 85.6), 'ocid_ref': (40.80, 50.56, None)}
+
+
+def test_stable_score_reproduces_table_8():
+    for column, expected in enumerate(TABLE_8_STABLE):
+        scores = {task: row[column] / 100 for task, row in TABLE_8.items()}
+        assert 100 * stable_score(scores, TEXT_BASELINES_9) == pytest.approx(expected, abs=.02)
+    assert 100 * sum(TEXT_BASELINES_9.values()) == pytest.approx(273.33, abs=.01)
+
+
+def test_ten_task_variant_adds_boolq_at_one_half():
+    assert set(TEXT_BASELINES_10) - set(TEXT_BASELINES_9) == {'boolq'} and TEXT_BASELINES_10['boolq'] == .5
+
+
+def test_stable_score_reproduces_table_9():
+    for column, (without, with_ocid) in enumerate([(47.13, 46.08), (51.38, 51.25), (58.14, None)]):
+        five = {task: row[column] / 100 for task, row in TABLE_9.items() if task != 'ocid_ref'}
+        assert 100 * stable_score(five, VISION_BASELINES) == pytest.approx(without, abs=.02)
+        if with_ocid:
+            six = {task: row[column] / 100 for task, row in TABLE_9.items()}
+            assert 100 * stable_score(six, VISION_BASELINES) == pytest.approx(with_ocid, abs=.02)
+
+
+def test_stable_score_is_over_the_keys_of_scores_and_names_what_is_missing():
+    assert stable_score({'pope': .9}, VISION_BASELINES) == pytest.approx(.4)
+    assert stable_score({'pope': 0.0}, {'pope': 1.0}) == -1
+    with pytest.raises(ValueError, match='vizwiz'):
+        stable_score({'pope': .9, 'vizwiz': .3}, VISION_BASELINES)
+    with pytest.raises(ValueError, match='no scores'):
+        stable_score({}, VISION_BASELINES)
