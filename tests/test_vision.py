@@ -1,0 +1,544 @@
+"""vision.py: against transformers (test-only) on random weights, Prismatic's resize arithmetic, and hostile images."""
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import vision
+from vision import (PatchProjection, SigLIP, SigLIPConfig, letterbox, load_encoder, open_image, resize_crop,
+                    resize_naive)
+
+TINY = dict(hidden_size=48, intermediate_size=100, num_hidden_layers=3, num_attention_heads=3, patch_size=14,
+            image_size=30)
+
+
+def tiny(seed=0, **kw):
+    torch.manual_seed(seed)
+    model = SigLIP(SigLIPConfig(**{**TINY, **kw.pop('config', {})}), **kw)
+    for p in model.parameters():                       # biases and gains away from 0 and 1, so that all count
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def photo(w, h, seed=0):                                # smooth, so that resizing it means something
+    small = Image.fromarray(pixels(min(h, 5), min(w, 5), 3, seed=seed))
+    return small.resize((w, h), Image.Resampling.BILINEAR)
+
+
+def encoded(image, format='PNG', **kw):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kw)
+    return buffer.getvalue()
+
+
+# --- SigLIP against transformers ---------------------------------------------------------------------------------
+
+def hf_model(**kw):
+    torch.manual_seed(1)
+    model = SiglipVisionModel(SiglipVisionConfig(**{**TINY, **kw})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize('kw', [
+    {}, {'image_size': 42}, {'image_size': 41},
+    {'hidden_size': 64, 'num_attention_heads': 4, 'patch_size': 8, 'image_size': 39, 'num_hidden_layers': 2},
+    {'hidden_size': 144, 'num_attention_heads': 2, 'intermediate_size': 538},               # so400m's head_dim 72
+    {'hidden_act': 'gelu', 'layer_norm_eps': 1e-3}])
+def test_features_match_transformers(kw, tmp_path):
+    theirs = hf_model(**kw)
+    theirs.save_pretrained(tmp_path)
+    size = theirs.config.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        out = theirs(images, output_hidden_states=True)
+        penultimate = SigLIP.from_pretrained(tmp_path)
+        last = SigLIP.from_pretrained(tmp_path, layer=-1, norm=True)
+        torch.testing.assert_close(penultimate(images), out.hidden_states[-2], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(last(images), out.last_hidden_state, atol=1e-4, rtol=1e-4)
+        first = SigLIP.from_pretrained(tmp_path, layer=0)
+        torch.testing.assert_close(first(images), out.hidden_states[0], atol=1e-5, rtol=1e-5)
+    assert penultimate(images).shape == (2, penultimate.n_token, penultimate.width)
+    assert len(penultimate.encoder['layers']) == theirs.config.num_hidden_layers - 1
+    assert penultimate.post_layernorm is None
+
+
+def test_parameter_counts_of_so400m():
+    config = SigLIPConfig()
+    with torch.device('meta'):
+        whole, used = SigLIP(config, layer=-1, norm=True), SigLIP(config)
+        theirs = SiglipVisionModel(SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14,
+            image_size=384))
+    towers = {'whole': whole, 'used': used, 'theirs': theirs}
+    count = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
+    head = sum(p.numel() for name, p in theirs.named_parameters() if 'head.' in name)
+    assert count == {'whole': 412_987_248, 'used': 397_745_440, 'theirs': 428_225_600}
+    assert count['whole'] + head == 428_225_600
+    names = {n.removeprefix('vision_model.') for n, _ in theirs.named_parameters()}
+    assert {n for n, _ in whole.named_parameters()} == {n for n in names if not n.startswith('head.')}
+    assert (used.n_token, used.width) == (729, 1152)
+
+
+def test_saved_tower_is_read_by_transformers(tmp_path):
+    ours = tiny(layer=-2, keep_all=True)
+    ours.save_pretrained(tmp_path)
+    theirs, info = SiglipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+    images = torch.randn(2, 3, 30, 30)
+    with torch.no_grad():
+        out = theirs.eval()(images, output_hidden_states=True)
+        torch.testing.assert_close(ours(images), out.hidden_states[-2], atol=1e-5, rtol=1e-5)
+        last = SigLIP.from_pretrained(tmp_path, layer=-1, norm=True)
+        torch.testing.assert_close(last(images), out.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+# --- SigLIP files ------------------------------------------------------------------------------------------------
+
+def test_round_trip_is_exact_and_keeps_mean_and_std(tmp_path):
+    ours = tiny(layer=-1, norm=True)
+    ours.mean, ours.std = (0.48, 0.45, 0.40), (0.2, 0.3, 0.25)
+    ours.save_pretrained(tmp_path)
+    images = torch.from_numpy(pixels(2, 3, 30, 30))
+    again = load_encoder(str(tmp_path), layer=-1, norm=True)
+    assert (again.mean, again.std) == (ours.mean, ours.std)
+    assert torch.equal(again(images), ours(images))
+    normalised = (images / 255 - torch.tensor(ours.mean).view(3, 1, 1)) / torch.tensor(ours.std).view(3, 1, 1)
+    torch.testing.assert_close(again(normalised), ours(images), atol=1e-5, rtol=1e-5)
+
+
+def test_config_dict_rebuilds_the_encoder():
+    ours = tiny(layer=-1, norm=True)
+    ours.mean = (0.1, 0.2, 0.3)
+    again = vision.encoder_from_config(json.loads(json.dumps(ours.config_dict())))
+    again.load_state_dict(ours.state_dict())
+    images = torch.from_numpy(pixels(1, 3, 30, 30))
+    assert torch.equal(again(images), ours(images))
+    patch = PatchProjection(30, 5)
+    again = vision.encoder_from_config(json.loads(json.dumps(patch.config_dict())))
+    assert torch.equal(again(images), patch(images))
+    with pytest.raises(ValueError, match='expected what config_dict'):
+        vision.encoder_from_config({'kind': 'siglip', 'config': {'depth': 3}})
+
+
+def test_cut_tower_reloads_at_its_layer_and_refuses_to_pass_for_whole(tmp_path):
+    ours = tiny()
+    ours.save_pretrained(tmp_path)
+    assert json.load(open(tmp_path / 'config.json'))['num_hidden_layers'] == 2
+    images = torch.randn(1, 3, 30, 30)
+    assert torch.equal(SigLIP.from_pretrained(tmp_path)(images), ours(images))
+    with pytest.raises(ValueError, match='layer=-1 of 3 needs 3 blocks, the file holds 2'):
+        SigLIP.from_pretrained(tmp_path, layer=-1)
+    with pytest.raises(ValueError, match='post_layernorm.weight is missing'):
+        SigLIP.from_pretrained(tmp_path, norm=True)
+
+
+@pytest.mark.parametrize('layout', ['prefixed', 'plain', 'whole SigLIP', 'shards', 'bare file', 'half precision'])
+def test_file_layouts(layout, tmp_path):
+    ours = tiny(keep_all=True, config={'hidden_size': 128, 'num_attention_heads': 2})
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / 'model.safetensors'
+    tensors, config, path, tol = load_file(file), json.load(open(tmp_path / 'config.json')), tmp_path, 0
+    if layout == 'plain':
+        tensors = {k.removeprefix('vision_model.'): v for k, v in tensors.items()}
+    if layout == 'whole SigLIP':
+        tensors |= {'text_model.encoder.layers.0.layer_norm1.weight': torch.ones(3), 'logit_scale': torch.ones(1),
+                    'vision_model.head.probe': torch.ones(1, 1, 128),
+                    'vision_model.embeddings.position_ids': torch.arange(4)}
+        config = {'model_type': 'siglip', 'text_config': {'hidden_size': 5}, 'vision_config': config}
+    if layout == 'half precision':
+        tensors, tol = {k: v.to(torch.bfloat16) for k, v in tensors.items()}, 0.1
+    json.dump(config, open(tmp_path / 'config.json', 'w'))
+    save_file(tensors, file)
+    if layout == 'shards':
+        names = sorted(tensors)
+        parts = {'model-00001-of-00002.safetensors': names[::2], 'model-00002-of-00002.safetensors': names[1::2]}
+        for name, keys in parts.items():
+            save_file({k: tensors[k] for k in keys}, tmp_path / name)
+        weight_map = {k: name for name, keys in parts.items() for k in keys}
+        json.dump({'weight_map': weight_map}, open(tmp_path / 'model.safetensors.index.json', 'w'))
+        file.unlink()
+    images = torch.randn(1, 3, 30, 30)
+    if layout == 'bare file':                           # no config.json: 28 px is all that 2 x 2 patches of 14 can say
+        path, images = tmp_path / 'alone' / 'tower.safetensors', images[:, :, :28, :28]
+        path.parent.mkdir()
+        file.rename(path)
+        with pytest.warns(UserWarning, match='2 heads of 64 are a guess'):
+            loaded = SigLIP.from_pretrained(path)
+        ours.image_size = 28
+    else:
+        loaded = SigLIP.from_pretrained(path)
+    assert next(loaded.parameters()).dtype == torch.float32
+    torch.testing.assert_close(loaded(images), ours(images), atol=tol, rtol=tol)
+
+
+BIAS = 'vision_model.encoder.layers.1.mlp.fc1.bias'
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda t, c: t.pop(BIAS), f'{BIAS} is missing'),
+    (lambda t, c: t.pop('vision_model.' + vision.PATCH_KEY), 'no SigLIP vision tower'),
+    (lambda t, c: t.update({BIAS: torch.ones(7)}), r'fc1.bias has shape \[7\], expected \[100\]'),
+    (lambda t, c: t.update({BIAS: torch.ones(100).int()}), 'fc1.bias is I32'),
+    (lambda t, c: c.update(num_hidden_layers=4), 'num_hidden_layers=4, the weights hold 3'),
+    (lambda t, c: c.update(num_attention_heads=5), 'hidden_size=48 is not a multiple of num_attention_heads=5'),
+    (lambda t, c: c.update(hidden_act='quick_gelu'), "hidden_act='quick_gelu'"),
+    (lambda t, c: c.update(image_size='big'), "image_size='big'"),
+    (lambda t, c: c.update(vision_config=3), 'expected a JSON object'),
+    (lambda t, c: c.update(model_type='clip'), "model_type 'clip'")])
+def test_damaged_folder_is_named_in_one_line(damage, message, tmp_path):
+    tiny(keep_all=True).save_pretrained(tmp_path)
+    tensors, config = load_file(tmp_path / 'model.safetensors'), json.load(open(tmp_path / 'config.json'))
+    damage(tensors, config)
+    save_file(tensors, tmp_path / 'model.safetensors')
+    json.dump(config, open(tmp_path / 'config.json', 'w'))
+    with pytest.raises(ValueError, match=message) as error:
+        SigLIP.from_pretrained(tmp_path)
+    assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match='nothing is there'):
+        load_encoder(str(tmp_path / 'absent'))
+    with pytest.raises(ValueError, match='model.safetensors: no such file'):
+        load_encoder(str(tmp_path))
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / 'preprocessor_config.json').write_text('{"image_std": [0.5, 0, 0.5]}')
+    with pytest.raises(ValueError, match='preprocessor_config.json: image_std'):
+        load_encoder(str(tmp_path))
+    (tmp_path / 'config.json').write_text('{"hidden_size":')
+    with pytest.raises(ValueError, match='config.json: cannot be read as JSON'):
+        load_encoder(str(tmp_path))
+    file = tmp_path / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='model.safetensors: not a whole safetensors file'):
+        load_encoder(str(tmp_path))
+
+
+def test_config_defaults_are_transformers_where_the_file_is_silent():
+    theirs = SiglipVisionConfig()
+    assert vision.HF_DEFAULTS == {key: getattr(theirs, key) for key in vision.HF_DEFAULTS}
+
+
+# --- SigLIP as a module ------------------------------------------------------------------------------------------
+
+def test_wrong_images_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match=r'\(1, 3, 28, 30\): expected \(N, 3, 30, 30\)'):
+        model(torch.zeros(1, 3, 28, 30))
+    with pytest.raises(ValueError, match='int64: expected uint8'):
+        model(torch.zeros(1, 3, 30, 30, dtype=torch.int64))
+    for layer in (-5, 4):
+        with pytest.raises(ValueError, match=f'layer={layer}: the tower has 3 blocks'):
+            tiny(layer=layer)
+
+
+def test_returns_float32_under_autocast_and_in_bfloat16():
+    images = torch.from_numpy(pixels(2, 3, 30, 30))
+    model = tiny()
+    truth = model(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = model(images)
+    low = model.bfloat16()(images)
+    assert mixed.dtype == low.dtype == torch.float32
+    scale = truth.std()
+    assert (mixed - truth).std() < 0.02 * scale and (low - truth).std() < 0.04 * scale
+
+
+def test_bfloat16_keeps_more_than_256_positions_apart():
+    model = SigLIP(SigLIPConfig(8, 8, 1, 1, patch_size=2, image_size=36), layer=0).bfloat16()      # 324 positions
+    model.embeddings['position_embedding'].weight.data = torch.arange(324.).repeat(8, 1).T.bfloat16()
+    model.embeddings['patch_embedding'].weight.data.zero_()
+    assert torch.equal(model(torch.zeros(1, 3, 36, 36))[0, :, 0], torch.arange(324.).bfloat16().float())
+
+
+def test_compiles_without_graph_breaks():
+    model = tiny()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    images = torch.from_numpy(pixels(2, 3, 30, 30))
+    torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_every_parameter_of_a_trained_tower_gets_a_gradient():
+    model = tiny(layer=-1, norm=True)
+    model(torch.from_numpy(pixels(2, 3, 30, 30))).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+
+
+def test_patch_projection_is_a_convolution_waiting_for_its_weight():
+    encoder = load_encoder('patch', image_size=30)
+    images = torch.from_numpy(pixels(2, 3, 30, 30))
+    assert isinstance(encoder, PatchProjection) and (encoder.n_token, encoder.width) == (4, 588)
+    assert not list(encoder.parameters())
+    weight = torch.randn(7, 3, 14, 14)
+    expected = F.conv2d((images / 255 - 0.5) / 0.5, weight, stride=14).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder(images) @ weight.flatten(1).T, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match='patch_size=14 with image_size=10'):
+        PatchProjection(10)
+
+
+# --- opening images ----------------------------------------------------------------------------------------------
+
+RAMP = np.arange(0, 256, 17, dtype=np.uint8).reshape(4, 4)                       # 0 17 ... 255
+
+
+def greys(image):
+    a = np.asarray(image)
+    assert image.mode == 'RGB' and a.shape == (4, 4, 3) and (a == a[..., :1]).all()
+    return a[..., 0]
+
+
+@pytest.mark.parametrize('mode, format, image', [
+    ('1', 'PNG', Image.fromarray(RAMP).convert('L').point(lambda v: 255 * (v > 127)).convert('1')),
+    ('L', 'PNG', Image.fromarray(RAMP)),
+    ('L', 'JPEG2000', Image.fromarray(RAMP)),
+    ('L', 'PPM', Image.fromarray(RAMP)),
+    ('LA', 'PNG', Image.fromarray(RAMP).convert('LA')),
+    ('P', 'PNG', Image.fromarray(RAMP).convert('P')),
+    ('P', 'GIF', Image.fromarray(RAMP).convert('P')),
+    ('RGB', 'WEBP', Image.fromarray(RAMP).convert('RGB')),
+    ('RGB', 'BMP', Image.fromarray(RAMP).convert('RGB')),
+    ('RGBA', 'PNG', Image.fromarray(RAMP).convert('RGBA')),
+    ('CMYK', 'TIFF', Image.fromarray(RAMP).convert('RGB').convert('CMYK')),
+    ('I;16', 'PNG', Image.fromarray(RAMP.astype(np.uint16) * 257)),
+    ('I;16', 'TIFF', Image.fromarray(RAMP.astype(np.uint16) * 257)),
+    ('I', 'PPM', Image.fromarray(RAMP.astype(np.int32) * 257)),
+    ('I', 'TIFF', Image.fromarray(RAMP.astype(np.int32) * 257)),
+    ('I', 'TIFF', Image.fromarray(RAMP.astype(np.int32) * 1000 - 70_000)),       # no nominal white: stretched
+    ('F', 'TIFF', Image.fromarray(RAMP.astype(np.float32) / 255)),
+    ('F', 'TIFF', Image.fromarray(RAMP.astype(np.float32))),
+    ('F', 'TIFF', Image.fromarray(RAMP.astype(np.float32) * 9 - 300))])
+def test_every_grey_mode_keeps_its_shades(mode, format, image):
+    assert image.mode == mode
+    kw = {'lossless': True} if format == 'WEBP' else {}
+    expected = 255 * (RAMP > 127) if mode == '1' else RAMP
+    assert np.array_equal(greys(open_image(encoded(image, format, **kw))), expected)
+    assert np.array_equal(greys(vision.to_rgb(image)), expected)                 # resize functions take any mode too
+
+
+def test_colour_modes_keep_their_colours():
+    rgb = photo(16, 16)
+    for format, image, tol in [('JPEG', rgb, 12), ('JPEG', rgb.convert('CMYK'), 12), ('TIFF', rgb.convert('YCbCr'), 3),
+                               ('PNG', rgb.quantize(256), 6), ('GIF', rgb.quantize(256), 6)]:
+        kw = {'quality': 98, 'subsampling': 0} if format == 'JPEG' else {}
+        got = np.asarray(open_image(encoded(image, format, **kw))).astype(int)
+        assert np.abs(got - np.asarray(rgb)).max() <= tol, (format, image.mode)
+
+
+def test_transparency_becomes_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0], rgba[0, 1], rgba[1, 0] = (200, 0, 0, 255), (200, 0, 0, 0), (0, 0, 0, 128)
+    seen = np.asarray(open_image(encoded(Image.fromarray(rgba))))
+    assert seen[0, 0].tolist() == [200, 0, 0] and seen[0, 1].tolist() == [255] * 3 and seen[1, 0].tolist() == [127] * 3
+    la = Image.fromarray(np.array([[[0, 0], [90, 255]]], np.uint8), 'LA')
+    assert np.asarray(open_image(encoded(la)))[0].tolist() == [[255] * 3, [90] * 3]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), 'P')
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    for format, transparency, first in [('PNG', 0, [255] * 3), ('GIF', 0, [255] * 3),
+                                        ('PNG', bytes([255, 255]), [10, 20, 30])]:
+        seen = np.asarray(open_image(encoded(palette, format, transparency=transparency)))
+        assert seen[0].tolist() == [first, [40, 50, 60]], (format, transparency)
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert np.asarray(open_image(encoded(keyed, transparency=(1, 2, 3))))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_exif_orientation_is_undone(format):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 255                              # white at the top left
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+              6: np.rot90(upright, 1), 7: np.rot90(upright, 2).transpose(1, 0, 2), 8: np.rot90(upright, -1)}
+    for orientation, a in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        kw = {'lossless': True} if format == 'WEBP' else {}
+        seen = np.asarray(open_image(encoded(Image.fromarray(np.ascontiguousarray(a)), format, exif=exif, **kw)))
+        assert seen.shape == (16, 32, 3) and np.abs(seen.astype(int) - upright).max() < 30, orientation
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+def test_damaged_exif_leaves_the_image_as_stored():
+    data = encoded(photo(16, 8), 'JPEG', exif=b'Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\xff\x01\x12')
+    assert open_image(data).size == (16, 8)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'lime', 'blue')]
+    for format in ('GIF', 'WEBP', 'PNG', 'TIFF', 'MPO'):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        assert np.abs(np.asarray(open_image(data)).astype(int) - [255, 0, 0]).max() <= 3, format
+
+
+def test_path_and_bytes_give_the_same_image(tmp_path):
+    path = tmp_path / 'a.png'
+    path.write_bytes(encoded(photo(9, 7)))
+    assert np.array_equal(open_image(str(path)), open_image(path.read_bytes()))
+    assert np.array_equal(open_image(path), photo(9, 7))
+
+
+def test_unreadable_images_are_named_with_the_reason(tmp_path):
+    path = tmp_path / 'cut.jpg'
+    path.write_bytes(encoded(photo(64, 64), 'JPEG')[:-300])
+    with pytest.raises(ValueError, match='cut.jpg: .*truncated'):
+        open_image(str(path))
+    with pytest.raises(ValueError, match='absent.png: .*No such file'):
+        open_image(str(tmp_path / 'absent.png'))
+    for bad in (b'', b'hello', b'\x89PNG\r\n\x1a\n' + b'\0' * 40, encoded(photo(9, 9))[:40]):
+        with pytest.raises(ValueError, match=f'^image of {len(bad)} bytes: '):
+            open_image(bad)
+    with pytest.raises(ValueError, match='not an image'):                        # Pillow would hand this to ghostscript
+        open_image(encoded(photo(9, 9), 'EPS'))
+    nan = Image.fromarray(np.full((2, 2), np.nan, np.float32))
+    with pytest.raises(ValueError, match='not finite'):
+        open_image(encoded(nan, 'TIFF'))
+
+
+@pytest.mark.filterwarnings('ignore')                   # Pillow's own remarks about bombs and damaged EXIF blocks
+def test_corrupt_bytes_give_an_image_or_a_value_error():
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    refused = 0
+    for format, kw in [('JPEG', {'exif': exif}), ('PNG', {'exif': exif}), ('WEBP', {'exif': exif}), ('GIF', {}),
+                       ('BMP', {}), ('TIFF', {}), ('PPM', {}), ('JPEG2000', {})]:
+        data = np.frombuffer(encoded(photo(40, 30), format, **kw), np.uint8)
+        for n in range(60):
+            bad = data[:rng.integers(len(data))] if n % 3 == 0 else data.copy()
+            if n % 3:
+                where = rng.integers(len(data) if n % 3 == 1 else min(len(data), 300), size=rng.integers(1, 12))
+                bad[where] = rng.integers(0, 256, len(where))
+            try:
+                image = open_image(bad.tobytes())
+            except ValueError as error:
+                refused += '\n' not in str(error)
+            else:
+                assert image.mode == 'RGB' and image.width * image.height <= vision.MAX_PIXELS
+    assert refused > 100
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_bombs_are_refused_from_the_header(monkeypatch):
+    def bmp(w, h):                                      # 54 bytes that promise w x h pixels
+        return b'BM' + (54).to_bytes(4, 'little') + b'\0' * 4 + b''.join(
+            v.to_bytes(4, 'little') for v in (54, 40, w, h, 1 | 24 << 16)) + b'\0' * 24
+    with pytest.raises(ValueError, match='10000 x 10000 pixels, expected 1 to 89,478,485'):
+        open_image(bmp(10_000, 10_000))
+    with pytest.raises(ValueError, match='exceeds limit|expected 1 to'):
+        open_image(bmp(60_000, 60_000))
+    with pytest.raises(ValueError, match='truncated|expected'):                  # below the limit the decoder sees it
+        open_image(bmp(100, 100))
+    with pytest.raises(ValueError, match='^image of'):
+        open_image(bmp(0, 10))
+    thin = Image.new('L', (30_000, 1))
+    with pytest.raises(ValueError, match='30000 x 1 pixels needs 30000 x 29999'):
+        letterbox(thin, 32)
+    assert resize_naive(thin, 32).shape == resize_crop(thin, 32).shape == (3, 32, 32)
+    monkeypatch.setattr(vision, 'MAX_PIXELS', 900_000)
+    with pytest.raises(ValueError, match='needs 960000 x 32'):
+        resize_crop(thin, 32)
+
+
+def test_a_zero_side_is_refused():
+    for resize in vision.RESIZE.values():
+        for size in [(0, 5), (5, 0), (0, 0)]:
+            with pytest.raises(ValueError, match='a side is zero'):
+                resize(Image.new('RGB', size), 8)
+
+
+# --- Prismatic's arithmetic --------------------------------------------------------------------------------------
+
+def crop_of_resized(array, resized, left, top, size):
+    big = Image.fromarray(array).resize(resized, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(big)[top:top + size, left:left + size].copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize('wh, pads, resized, left_top', [                        # worked out by hand at size 384
+    ((640, 481), (0, 79), (384, 384), (0, 0)),          # 640 x 639: one pixel short of a square, hidden by the resize
+    ((481, 640), (79, 0), (384, 384), (0, 0)),
+    ((640, 480), (0, 80), (384, 384), (0, 0)),
+    ((100, 3), (0, 48), (387, 384), (2, 0)),            # 100 x 99: int(384 * 100 / 99) = 387, crop at round(1.5) = 2
+    ((3, 100), (48, 0), (384, 387), (0, 2)),
+    ((2, 1), (0, 0), (768, 384), (192, 0)),             # a difference of one is not padded at all
+    ((384, 384), (0, 0), (384, 384), (0, 0)),
+    ((1, 1), (0, 0), (384, 384), (0, 0))])
+def test_letterbox_is_prismatics(wh, pads, resized, left_top):
+    array = np.asarray(photo(*wh))
+    fill = (127, 116, 104)
+    padded = np.empty((wh[1] + 2 * pads[1], wh[0] + 2 * pads[0], 3), np.uint8)
+    padded[:] = fill
+    padded[pads[1]:pads[1] + wh[1], pads[0]:pads[0] + wh[0]] = array
+    out = letterbox(Image.fromarray(array), 384, fill)
+    assert out.dtype == torch.uint8 and out.is_contiguous()
+    assert torch.equal(out, crop_of_resized(padded, resized, *left_top, 384))
+
+
+@pytest.mark.parametrize('wh, resized, left_top', [
+    ((640, 481), (510, 384), (63, 0)), ((481, 640), (384, 510), (0, 63)),
+    ((100, 3), (12800, 384), (6208, 0)),
+    ((641, 480), (512, 384), (64, 0)),                  # int(512.8)
+    ((389, 384), (389, 384), (2, 0)),                   # round(2.5) = 2: half to even
+    ((387, 384), (387, 384), (2, 0)),                   # round(1.5) = 2
+    ((1, 1), (384, 384), (0, 0))])
+def test_resize_crop_is_prismatics(wh, resized, left_top):
+    array = np.asarray(photo(*wh))
+    assert torch.equal(resize_crop(Image.fromarray(array), 384), crop_of_resized(array, resized, *left_top, 384))
+
+
+def test_resize_naive_squashes():
+    for wh in [(640, 481), (3, 100), (1, 1)]:
+        array = np.asarray(photo(*wh))
+        assert torch.equal(resize_naive(Image.fromarray(array), 32), crop_of_resized(array, (32, 32), 0, 0, 32))
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------
+
+def test_siglip_loss_is_the_papers_sum_over_pairs():
+    torch.manual_seed(0)
+    image, text = torch.randn(3, 8, dtype=torch.float64) * 7, torch.randn(5, 8, dtype=torch.float64)
+    labels = torch.tensor([[1, -1, -1, 1, -1], [-1, 1, -1, -1, -1], [-1, -1, -1, -1, -1]])
+    t, b = torch.tensor(10.).log(), torch.tensor(-10.)
+    expected = 0.0
+    for i in range(3):
+        for j in range(5):
+            cosine = float(image[i] @ text[j] / image[i].norm() / text[j].norm())
+            z = float(labels[i, j]) * (10 * cosine - 10)
+            expected += np.log1p(np.exp(-z)) / 3
+    assert abs(vision.siglip_loss(image, text, t, b, labels).item() - expected) < 1e-4
+    square = vision.siglip_loss(image, text[:3], t, b)
+    assert torch.equal(square, vision.siglip_loss(image, text[:3], t, b, 2 * torch.eye(3) - 1))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(vision.siglip_loss(image, text[:3], t, b), square)
+
+
+def test_siglip_loss_learns_pairs_and_names_wrong_shapes():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    t, b = torch.tensor(10.).log().requires_grad_(), torch.tensor(-10.).requires_grad_()
+    optimizer = torch.optim.Adam([image, text, t, b], lr=0.1)
+    for _ in range(100):
+        loss = vision.siglip_loss(image, text, t, b)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2
+    assert (F.normalize(image) @ F.normalize(text).T).argmax(1).tolist() == list(range(6))
+    with pytest.raises(ValueError, match='6 images and 5 texts'):
+        vision.siglip_loss(image, text[:5], t, b)
+    with pytest.raises(ValueError, match=r'labels of shape \(6, 6\), expected \(6, 5\)'):
+        vision.siglip_loss(image, text[:5], t, b, torch.ones(6, 6))
