@@ -162,8 +162,10 @@ def _normalise(images, image_size, mean, std):
         raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {image_size}, {image_size}); "
                          f"resize with vision.letterbox(image, {image_size})")
     if images.dtype == torch.uint8:
-        channels = [(images[:, c].float() / 255 - mean[c]) / std[c] for c in range(3)]
-        return torch.stack(channels, dim=1)
+        x = images.float()
+        for c in range(3):                                                       # (x / 255 - mean) / std, in place
+            x[:, c].sub_(255 * mean[c]).div_(255 * std[c])
+        return x
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: expected uint8 (0..255) or normalised floats")
     return images.float()
