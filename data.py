@@ -1,0 +1,565 @@
+"""
+From files to samples: tokenizers, and the sources of text, captions and instructions. mixture.py goes on from samples
+to batches and its names are names here: files -> source[i] -> Sample -> Mixture[n] -> collate -> Batch -> Loader.
+
+Formats: `.bin` files of uint16 ids (nanoGPT), tars of tokenised rows (OpenLM, DCLM), WebDataset tars of captioned
+images, LLaVA JSON. They are read in place through an index of byte offsets kept beside them. Nothing is unpickled,
+every file is untrusted: a bad item raises BadSample with its name. Rows ([sep] is an id of its own):
+    text         a window of documents joined by end-of-text                  loss on every target
+    caption      [image x N] [sep] caption [eot]                              loss on the caption and the eot
+    instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on the answers and the sep after
+    each
+"""
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from bisect import bisect_right
+from functools import lru_cache
+from glob import escape, glob
+
+import numpy as np
+
+from kernels import IGNORE_INDEX
+from mixture import BadSample, Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module too)
+from vision import RESIZE, open_image
+
+IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
+ROWS_PER_SHARD = 8192  # a .bin file is shuffled as if cut into shards of this many rows (OpenLM's tar size)
+MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a gzip bomb)
+
+
+# --- tokenizer ------------------------------------------------------------------------------------
+class Tokenizer:
+    """
+    A sentencepiece `.model` or Hugging Face `tokenizer.json` with four special ids; use load_tokenizer.
+    eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free rows above its ids, so text
+    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size is the number of embedding rows all of
+    it needs.
+    """
+    def __init__(self, path):
+        self.path = path
+        with open(path, 'rb') as f:
+            self.sha256 = hashlib.sha256(f.read()).hexdigest()
+        self.hf = path.endswith('.json')
+        if self.hf:
+            os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')     # its threads and forked workers do not mix
+            import tokenizers
+            with open(path, encoding='utf-8') as f:
+                parts = json.load(f)
+            if not isinstance(parts, dict) or not isinstance(parts.get('model'), dict):
+                raise ValueError("not a Hugging Face tokenizer.json: it has no 'model'")
+            self.engine = tokenizers.Tokenizer.from_file(path)
+            self.engine.encode_special_tokens = True                     # '<|endoftext|>' in a text is text
+            n_own = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+            known = [self.engine.token_to_id(t) for t in ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>')]
+            eot = next((i for i in known if i is not None), -1)
+        else:
+            import sentencepiece
+            self.engine = sentencepiece.SentencePieceProcessor(model_file=path)
+            n_own, eot = self.engine.get_piece_size(), self.engine.eos_id()
+        self.eot_id = eot if eot >= 0 else n_own
+        free = max(n_own, self.eot_id + 1)
+        self.image_id, self.sep_id, self.pad_id, self.vocab_size = free, free + 1, free + 2, free + 3
+
+    def encode(self, text):
+        """Return the ids of a text as a list of int, never a special id, whatever the text says."""
+        if not text.isascii():
+            text = text.encode('utf-8', 'replace').decode('utf-8')       # json may hold lone surrogates
+        ids = self.engine.encode(text, add_special_tokens=False).ids if self.hf else self.engine.encode(text)
+        return [i for i in ids if i != self.eot_id] if self.eot_id in ids else ids
+
+    def decode(self, ids):
+        """Return the text of a sequence of ids; special ids and ids beyond the tokenizer's are dropped."""
+        return self.engine.decode([int(i) for i in ids if 0 <= i < self.image_id and i != self.eot_id])
+
+    def single(self, text):
+        """Return the one id that encodes `text`, or None when it takes several."""
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
+    def name(self, i):
+        """Return a readable name for one id, specials in angle brackets."""
+        names = {self.eot_id: '<eot>', self.image_id: '<image>', self.sep_id: '<sep>', self.pad_id: '<pad>'}
+        return names.get(int(i)) or self.decode([i])
+
+
+def load_tokenizer(path):
+    """Return the Tokenizer of a sentencepiece .model, a tokenizer.json or a folder holding one; raises ValueError."""
+    file = path
+    if os.path.isdir(path):
+        found = sorted(glob(os.path.join(escape(path), 'tokenizer.json'))
+                       or glob(os.path.join(escape(path), '*.model')))
+        if len(found) != 1:
+            raise ValueError(f"tokenizer {path}: expected a tokenizer.json or one .model in this folder, found {found}")
+        file = found[0]
+    if not os.path.isfile(file):
+        raise ValueError(f"tokenizer {path}: no such file; `python prepare.py train_tokenizer` makes one, or give the "
+                         "path of a sentencepiece .model or a Hugging Face tokenizer.json")
+    try:
+        return Tokenizer(file)
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
+        raise ValueError(f"tokenizer {file}: {e}") from None
+
+
+# --- files: found, indexed once, read in place ----------------------------------------------------
+def find(paths, *suffixes):
+    """Return the sorted files of a path, pattern or folder, or a list of them; raises ValueError if there are none."""
+    found = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = os.fspath(path)
+        if os.path.isdir(path):
+            hits = sorted(p for p in glob(escape(path) + '/**/*', recursive=True) if p.endswith(suffixes))
+        else:
+            hits = [path] if os.path.isfile(path) else sorted(glob(path))
+        if not hits:
+            raise ValueError(f"{path}: no such file" if not os.path.isdir(path) else
+                             f"{path}: this folder holds no file that ends in {' or '.join(suffixes)}")
+        found += hits
+    return found
+
+
+class _File:
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, 'fd'):
+            os.close(self.fd)
+
+
+@lru_cache(maxsize=64)               # opened when first needed, in each process; the least recently used is closed
+def _open_file(stamp):
+    return _File(stamp[0])
+
+
+def _stamp(path):
+    stat = os.stat(path)
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def _read(stamp, offset, size):
+    data = os.pread(_open_file(stamp).fd, size, offset)                  # no shared file position: safe after a fork
+    if len(data) != size:
+        raise BadSample(f"{stamp[0]}: {size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
+    return data
+
+
+def _cached_index(stamp, cache_dir, build):
+    """Return build(path), a dict of arrays, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
+    path, mark = stamp[0], np.array([1, *stamp[1:]])
+    away = os.path.join(cache_dir, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16] + '.idx')
+    for file in (path + '.idx', away) if cache_dir else (path + '.idx',):
+        try:
+            with np.load(file, allow_pickle=False) as z:
+                if np.array_equal(z['mark'], mark):
+                    return dict(z)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            continue
+    index = build(path)
+    for file in (path + '.idx', away) if cache_dir else (path + '.idx',):
+        temporary = f'{file}.{os.getpid()}.tmp'
+        try:
+            os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
+            with open(temporary, 'wb') as f:
+                np.savez(f, mark=mark, **index)
+            os.replace(temporary, file)                                  # other ranks see a whole index or none
+            break
+        except OSError:  # read-only data: try cache_dir, else rebuild each time
+            if os.path.exists(temporary):
+                os.remove(temporary)
+    return index
+
+
+def _build_tar_index(path):
+    names, offsets, sizes, damage, end = [], [], [], '', 0
+    total = os.path.getsize(path)
+    try:
+        with tarfile.open(path, 'r:') as tar:  # 'r:' = not compressed: offsets are the file's own
+            for member in tar:
+                if member.isreg() and not os.path.basename(member.name).startswith('.'):
+                    names.append(member.name)
+                    offsets.append(member.offset_data)
+                    sizes.append(member.size)
+                end = tar.offset
+    except (tarfile.TarError, OSError, ValueError) as e:
+        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: {e}"
+    with open(path, 'rb') as f:
+        f.seek(end)
+        block = f.read(512)
+    if not damage and block != bytes(512):                               # tarfile takes a torn header for the end
+        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: no end-of-archive marker there"
+    keep = [i for i in range(len(names)) if offsets[i] + sizes[i] <= total]  # all but a torn last one
+    return {'names': np.frombuffer('\0'.join(names[i] for i in keep).encode('utf-8', 'surrogateescape'), np.uint8),
+            'offsets': np.array(offsets, np.int64)[keep], 'sizes': np.array(sizes, np.int64)[keep],
+            'damage': np.array(damage)}
+
+
+@lru_cache(maxsize=64)
+def _tar_members(stamp, cache_dir):
+    """Return ([(name, offset, size)], damage) of one tar."""
+    index = _cached_index(stamp, cache_dir, _build_tar_index)
+    names = index['names'].tobytes().decode('utf-8', 'surrogateescape').split('\0')
+    return list(zip(names, index['offsets'].tolist(), index['sizes'].tolist())), str(index['damage'])
+
+
+class _Shards:
+    """Which shard holds row i: stamps of files, rows of each, and the row of the file each begins with."""
+    def __init__(self):
+        self.stamps, self.sizes, self.first, self.ends = [], [], [], []
+
+    def add(self, stamp, n_row, first=0):
+        self.stamps.append(stamp)
+        self.sizes.append(n_row)
+        self.first.append(first)
+        self.ends.append((self.ends[-1] if self.ends else 0) + n_row)
+
+    def locate(self, row):
+        if not 0 <= row < (self.ends[-1] if self.ends else 0):
+            raise IndexError(f"row {row}: expected 0..{(self.ends[-1] if self.ends else 0) - 1}")
+        s = bisect_right(self.ends, row)
+        return self.stamps[s], self.first[s] + row - (self.ends[s] - self.sizes[s])
+
+
+# --- sources: len(source), source[i] -> Sample, .items_per_row, .group_sizes, .damaged, .length(i) 
+class TextSource:
+    """
+    Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
+    ids. A stored row of P + 1 ids has P targets and feeds ceil(P / seq_len) consecutive windows that overlap by one
+    id; nothing is lost: where seq_len does not divide P the last window is shorter. In a `.bin`, rows are row_len
+    positions rounded to a multiple of seq_len. A row shorter than the first (the end of a file) is divided evenly
+    over its windows.
+    Raises ValueError for missing files or another tokenizer's, BadSample for a row that cannot be read.
+    """
+    def __init__(self, paths, tokenizer, seq_len, name='text', row_len=2048, cache_dir=''):
+        self.name, self.seq_len, self.tokenizer, self.cache_dir = name, seq_len, tokenizer, cache_dir
+        self.shards, self.damaged, self.last = _Shards(), [], (-1, None)
+        files = find(paths, '.bin', '.tar')
+        self.binary = files[0].endswith('.bin')
+        self.row_len = max(seq_len, round(row_len / seq_len) * seq_len) if self.binary else 0
+        for path in files:
+            if path.endswith('.bin') != self.binary:
+                raise ValueError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
+            _check_sidecar(path, tokenizer)
+            stamp = _stamp(path)
+            if self.binary:
+                n_row = -(-max(stamp[1] // 2 - 1, 0) // self.row_len)
+                for first in range(0, n_row, ROWS_PER_SHARD):
+                    self.shards.add(stamp, min(ROWS_PER_SHARD, n_row - first), first)
+            else:
+                members, damage = _tar_members(stamp, cache_dir)
+                self.damaged += [damage] if damage else []
+                self.shards.add(stamp, len(members) + bool(damage))  # what a damage swallowed counts as one bad row
+        self.group_sizes = self.shards.sizes
+        if sum(self.group_sizes) == 0:
+            raise ValueError(f"{files[0]}: no row of text in {len(files)} file(s)")
+        self.items_per_row = 1
+        if not self.binary:
+            self.row_len = len(self._row(0)) - 1                         # 2048 in OpenLM's shards of 2049 ids
+        self.items_per_row = -(-self.row_len // seq_len)
+
+    def __len__(self):
+        return sum(self.group_sizes) * self.items_per_row
+
+    def length(self, index):
+        return self.seq_len
+
+    def __getitem__(self, index):
+        row, w = divmod(index, self.items_per_row)
+        stamp, r = self.shards.locate(row)
+        if self.binary:
+            start = r * self.row_len
+            lo, hi = self._span(min(self.row_len, stamp[1] // 2 - 1 - start), w)
+            ids = np.frombuffer(_read(stamp, 2 * (start + lo), 2 * (hi - lo + 1)), '<u2').astype(np.int64)
+            if ids.max() >= self.tokenizer.image_id:
+                self._refuse(f"{stamp[0]}: position {start + lo + int(ids.argmax())}", int(ids.max()))
+        else:
+            ids = self._row(row)
+            if len(ids) - 1 > self.row_len:
+                raise BadSample(f"{stamp[0]}: row {r} has {len(ids)} ids, the source's first row {self.row_len + 1}")
+            lo, hi = self._span(len(ids) - 1, w)
+            ids = ids[lo:hi + 1]
+        return Sample(ids[:-1], ids[1:], source=self.name, id=f"{os.path.basename(stamp[0])}:{r}:{w}")
+
+    def _span(self, n_position, w):
+        if n_position == self.row_len:
+            return w * self.seq_len, min((w + 1) * self.seq_len, n_position)
+        hi = max(n_position * (w + 1) // self.items_per_row, 1)
+        return min(n_position * w // self.items_per_row, hi - 1), hi
+
+    def _row(self, row):
+        if self.last[0] == row:  # the windows of a row are drawn one after another
+            return self.last[1]
+        stamp, r = self.shards.locate(row)
+        members, damage = _tar_members(stamp, self.cache_dir)
+        if r == len(members):
+            raise BadSample(damage)
+        name, offset, size = members[r]
+        where = f"{stamp[0]}: {name}"
+        data = _read(stamp, offset, size)
+        try:
+            if name.endswith('.gz'):
+                unpack = zlib.decompressobj(31)                          # 31 = gzip
+                data = unpack.decompress(data, MAX_ROW_BYTES)
+                if not unpack.eof:
+                    raise ValueError(f"gzip data cut short or beyond {MAX_ROW_BYTES} bytes")
+            ids = np.array(json.loads(data))
+        except (ValueError, zlib.error, RecursionError) as e:
+            raise BadSample(f"{where}: not a row of token ids: {e}") from None
+        if ids.dtype.kind != 'i' or ids.ndim != 1 or len(ids) < 2:
+            raise BadSample(f"{where}: not a row of token ids: {len(ids) if ids.ndim else 0} items of type {ids.dtype}")
+        if ids.max() >= self.tokenizer.image_id or ids.min() < 0:
+            self._refuse(where, int(ids.max() if ids.min() >= 0 else ids.min()))
+        self.last = (row, ids)
+        return ids
+
+    def _refuse(self, where, i):
+        raise BadSample(f"{where}: id {i} is beyond the tokenizer's {self.tokenizer.image_id} ids; was this text tokenised "
+                        f"with {self.tokenizer.path}?")
+
+
+def _check_sidecar(path, tokenizer):
+    side = os.path.splitext(path)[0] + '.json'
+    if not os.path.isfile(side):
+        return
+    with open(side, encoding='utf-8') as f:
+        try:
+            info = json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{side}: {e}") from None
+    sha = info.get('tokenizer_sha256') if isinstance(info, dict) else None
+    if sha and sha != tokenizer.sha256:
+        raise ValueError(f"{path}: written with another tokenizer (sha256 {sha[:12]}..., vocabulary "
+                         f"{info.get('vocab_size')}) than {tokenizer.path} ({tokenizer.sha256[:12]}..., "
+                         f"{tokenizer.vocab_size}); tokenise again, or remove {side} if the two are the same")
+
+
+class CaptionSource:
+    """
+    Image-caption rows from WebDataset tars: [image x N] [sep] caption [eot], loss on the caption and the eot.
+    Members are one sample when their names agree up to the first dot of the base name, in any order: an image (.jpg
+    .jpeg .png .webp) and a caption, from .txt, else .json 'caption' or 'text', else one entry of .syn.json 'syn_text'
+    (DataCompDR; which one is fixed by a checksum of the key). A caption that does not fit is cut and its eot left out
+    (Sample.n_truncated).
+    Raises ValueError when seq_len < encoder_n_token + 2, BadSample for an item without image or caption, or not
+    readable.
+    """
+    items_per_row = 1
+
+    def __init__(self, paths, tokenizer, seq_len, encoder_n_token, image_size, resize='letterbox', name='caption',
+                 cache_dir=''):
+        self.name, self.tokenizer, self.seq_len, self.cache_dir = name, tokenizer, seq_len, cache_dir
+        self.n_token, self.image_size, self.resize = encoder_n_token, image_size, resize
+        _check_room(name, seq_len, encoder_n_token, resize)
+        self.prefix = caption_prompt(encoder_n_token, tokenizer)
+        self.shards, self.damaged = _Shards(), []
+        for path in find(paths, '.tar'):
+            stamp = _stamp(path)
+            groups, damage = _caption_groups(stamp, cache_dir)
+            self.damaged += [damage] if damage else []
+            self.shards.add(stamp, len(groups) + bool(damage))
+        self.group_sizes = self.shards.sizes
+
+    def __len__(self):
+        return sum(self.group_sizes)
+
+    def length(self, index):
+        return self.seq_len
+
+    def __getitem__(self, index):
+        stamp, r = self.shards.locate(index)
+        groups, damage = _caption_groups(stamp, self.cache_dir)
+        if r == len(groups):
+            raise BadSample(damage)
+        key, members = groups[r]
+        try:
+            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+            if image is None:
+                raise ValueError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
+            caption = self._caption(stamp, key, members)
+            image = RESIZE[self.resize](open_image(_read(stamp, *image)), self.image_size)
+        except (ValueError, OSError, RecursionError) as e:
+            raise BadSample(f"{stamp[0]}: {key}: {e}") from None
+        ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
+        cut = len(ids) > self.seq_len + 1
+        ids = np.array(ids[:self.seq_len + 1], np.int64)
+        targets = ids[1:].copy()
+        targets[:self.n_token] = IGNORE_INDEX                            # image positions, and the sep as a target
+        return Sample(ids[:-1], targets, None, [image], self.name, f"{os.path.basename(stamp[0])}:{key}", self.n_token,
+                      self.tokenizer.image_id, [f"{stamp[0]}:{key}"], int(cut))
+
+    def _caption(self, stamp, key, members):
+        text = None
+        if 'txt' in members:
+            text = _read(stamp, *members['txt']).decode('utf-8')
+        elif 'json' in members or 'syn.json' in members:
+            about = json.loads(_read(stamp, *members['json' if 'json' in members else 'syn.json']))
+            if isinstance(about, dict):
+                text = about.get('caption') or about.get('text')
+            if text is None and 'syn.json' in members:
+                about = json.loads(_read(stamp, *members['syn.json'])) if 'json' in members else about
+                options = about.get('syn_text') if isinstance(about, dict) else None
+                if isinstance(options, list) and options:
+                    text = options[zlib.crc32(key.encode('utf-8', 'surrogateescape')) % len(options)]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("no caption (.txt, .json 'caption' or 'text', .syn.json 'syn_text'), or an empty one, "
+                             f"among its members: {', '.join(members)}")
+        return text.strip()
+
+
+@lru_cache(maxsize=64)
+def _caption_groups(stamp, cache_dir):
+    members, damage = _tar_members(stamp, cache_dir)
+    groups = {}
+    for name, offset, size in members:
+        folder, base = os.path.split(name)
+        key, _, suffix = base.partition('.')
+        groups.setdefault(os.path.join(folder, key), {})[suffix.lower()] = (offset, size)
+    return list(groups.items()), damage
+
+
+def _check_room(name, seq_len, n_token, resize):
+    if seq_len < n_token + 2:
+        raise ValueError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
+                         f"expected at least {n_token + 2}")
+    if resize not in RESIZE:
+        raise ValueError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
+
+
+def _clean(text):
+    if not isinstance(text, str):
+        raise BadSample(f"a turn's text is {type(text).__name__}, not a string")
+    return text.replace('<image>', '').strip()
+
+
+def caption_prompt(n_token, tokenizer):
+    """Return the ids in front of a caption: [image x N] [sep]; none without an image."""
+    return [tokenizer.image_id] * n_token + [tokenizer.sep_id] if n_token else []
+
+
+def instruct_prompt(question, n_token, tokenizer, system_prompt=''):
+    """Return the ids in front of a first answer: [image x N] [sep] [system] question [sep]; n_token=0 = text only."""
+    system = tokenizer.encode(system_prompt) if system_prompt else []
+    return caption_prompt(n_token, tokenizer) + system + tokenizer.encode(_clean(question)) + [tokenizer.sep_id]
+
+
+class InstructSource:
+    """
+    Conversations from LLaVA JSON (a list, or one object per line) and a folder of images, laid out as in the file's
+    docstring. Entries without 'image' are text only. Turns alternate human, gpt; '<image>' is taken out of every
+    text. loss_average: 'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total.
+    split_turns=True gives one row per question, each with the image and the system prompt, all sharing one encoded
+    image.
+    Raises ValueError for a missing file or broken JSON, BadSample for an entry that cannot be used or is cut before
+    any answer.
+    """
+    items_per_row = 1
+
+    def __init__(self, json, image_root, tokenizer, seq_len, n_token, image_size, resize='letterbox', system_prompt='',
+                 loss_average='token', split_turns=False, name='instruct', cache_dir=''):
+        _check_room(name, seq_len, n_token, resize)
+        if loss_average not in ('token', 'answer'):
+            raise ValueError(f"{name}: loss_average={loss_average!r}: expected 'token' or 'answer'")
+        self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
+        self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
+        self.loss_average, self.split_turns, self.damaged, self.shards = loss_average, split_turns, [], _Shards()
+        self.entries = []  # (n, 4) per file: begin, end, characters of text, has an image
+        for path in find(json, '.json', '.jsonl'):
+            stamp = _stamp(path)
+            self.entries.append(_cached_index(stamp, cache_dir, _build_json_index)['entries'])
+            self.shards.add(stamp, len(self.entries[-1]))
+        self.entries = np.concatenate(self.entries)
+        self.group_sizes = [len(self.entries)]                           # one group: shuffled as a whole
+        if not len(self.entries):
+            raise ValueError(f"{json}: no entries")
+
+    def __len__(self):
+        return len(self.entries)
+
+    def length(self, index):
+        """Return a cheap estimate of the item's positions: characters / 4, and the image."""
+        return min(int(self.entries[index, 2]) // 4 + self.n_token * int(self.entries[index, 3]), self.seq_len)
+
+    def __getitem__(self, index):
+        stamp, r = self.shards.locate(index)
+        begin, end = self.entries[index, :2].tolist()
+        where = f"{os.path.basename(stamp[0])}:{r}"
+        try:
+            entry = json.loads(_read(stamp, begin, end - begin))
+            turns = _turns(entry)
+            image = entry.get('image') or None
+            sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
+            if image:
+                sample.images = [RESIZE[self.resize](open_image(self._image_path(image)), self.image_size)]
+                sample.image_keys = [image]
+        except (ValueError, OSError, RecursionError) as e:
+            raise BadSample(f"{stamp[0]}: entry {r}: {e}") from None
+        sample.source, sample.id = self.name, where
+        return sample
+
+    def _image_path(self, image):
+        if not isinstance(image, str) or os.path.isabs(image) or '..' in image.replace('\\', '/').split('/'):
+            raise BadSample(f"image {image!r}: expected a path inside {self.image_root}")
+        return os.path.join(self.image_root, image)
+
+    def _layout(self, pairs, n_token):
+        encode, sep = self.tokenizer.encode, self.tokenizer.sep_id
+        rows, cut = [], 0
+        for p, (question, answer) in enumerate(pairs):
+            if p == 0 or self.split_turns:
+                rows.append([instruct_prompt(question, n_token, self.tokenizer, self.system_prompt), []])
+                rows[-1][1] += [0.0] * len(rows[-1][0])                  # a weight for each id, as a target
+            else:
+                ids = encode(_clean(question)) + [sep]
+                rows[-1][0].extend(ids)
+                rows[-1][1].extend([0.0] * len(ids))
+            ids = encode(_clean(answer)) + [sep]
+            rows[-1][0].extend(ids)
+            rows[-1][1].extend([1 / len(ids) if self.loss_average == 'answer' else 1.0] * len(ids))
+        cut = int(max(len(ids) for ids, _ in rows) > self.seq_len + 1)
+        rows = [(ids[:self.seq_len + 1], w[:self.seq_len + 1]) for ids, w in rows]
+        rows = [(ids, w) for ids, w in rows if any(w)]
+        if not rows:
+            raise BadSample(f"no answer is left within seq_len={self.seq_len}")
+        T = max(len(ids) for ids, _ in rows)
+        ids = np.full((len(rows), T), self.tokenizer.pad_id, np.int64)
+        weights = np.zeros((len(rows), T), np.float32)
+        for b, (row, w) in enumerate(rows):
+            ids[b, :len(row)], weights[b, :len(w)] = row, w
+        tokens, weights = ids[:, :-1], weights[:, 1:]
+        targets = np.where(weights > 0, ids[:, 1:], IGNORE_INDEX)
+        if not self.split_turns:
+            tokens, targets, weights = tokens[0], targets[0], weights[0]
+        return Sample(tokens, targets, weights if self.loss_average == 'answer' else None, n_image_token=n_token,
+                      image_id=self.tokenizer.image_id, n_truncated=cut)
+
+
+def _turns(entry):
+    """Return the texts of an entry's turns, question and answer alternating; raises BadSample for anything else."""
+    turns = entry.get('conversations') if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(t, dict) for t in turns):
+        raise BadSample("no 'conversations' with a question and an answer")
+    for i, turn in enumerate(turns):
+        if turn.get('from') != ('human', 'gpt')[i % 2]:
+            raise BadSample(f"turn {i} is from {turn.get('from')!r}, expected {('human', 'gpt')[i % 2]!r}")
+    return [turn.get('value') for turn in turns[:len(turns) // 2 * 2]]  # a last question without an answer has no loss
+
+
+def _build_json_index(path):
+    with open(path, 'rb') as f:
+        text = f.read().decode('latin-1')  # one character a byte: positions are file offsets
+    decoder, skip, entries, at = json.JSONDecoder(), re.compile(r'[\s,\[]*(?:\xef\xbb\xbf)?[\s,\[]*'), [], 0
+    while (at := skip.match(text, at).end()) < len(text) and text[at] != ']':
+        try:
+            entry, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as e:
+            line = text.count('\n', 0, at) + 1
+            raise ValueError(f"{path}: line {line}, entry {len(entries)}: broken JSON: {e}") from None
+        turns = entry.get('conversations') if isinstance(entry, dict) else None
+        n = sum(len(str(t.get('value'))) for t in turns if isinstance(t, dict)) if isinstance(turns, list) else 0
+        entries.append((at, end, n, bool(isinstance(entry, dict) and entry.get('image'))))
+        at = end
+    return {'entries': np.array(entries, np.int64).reshape(-1, 4)}

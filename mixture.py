@@ -1,0 +1,357 @@
+"""
+From samples to batches: Sample, Mixture[n] -> Sample, collate -> Batch, Loader. Everything here is also a name of
+data.py.
+
+The state of the data is one integer, the number of samples consumed: sample n is a pure function of (seed, n), so
+that a run resumes exactly with any number of processes, micro-batches and workers.
+"""
+import hashlib
+import multiprocessing
+import signal
+import sys
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kernels import IGNORE_INDEX
+
+SHARDS_TOGETHER = 16  # rows are shuffled within this many shards: reads stay local, 16 x 8192 rows mix well
+
+
+class BadSample(ValueError):
+    """One item of a data set cannot be used; the message names the file, the item and the reason."""
+
+
+# --- samples and batches --------------------------------------------------------------------------
+@dataclass
+class Sample:
+    """
+    One item of a source: one row, or R rows that share their images (a conversation cut into its questions).
+    tokens, targets  (T,) or (R,T) int64 numpy; targets are shifted, IGNORE_INDEX = no loss
+    weights          the same shape float32, or None = 1 per kept target
+    images           list of (3,S,S) uint8 tensors; each fills n_image_token positions that hold image_id, in every
+    row
+    """
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray = None
+    images: list = field(default_factory=list)
+    source: str = ''
+    id: str = ''
+    n_image_token: int = 0
+    image_id: int = -1
+    image_keys: list = field(default_factory=list)       # equal keys of a source are one image; empty = all differ
+    n_truncated: int = 0                                 # 1 when the item was cut to seq_len
+    bad: list = field(default_factory=list)              # messages of the bad items that this one replaces
+
+
+@dataclass
+class Batch:
+    """
+    tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
+    slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids B
+    str; rows (kept,) int64 flat positions of the kept targets in the (B*T) grid; bad: messages of replaced items;
+    stats {source: Counter}.
+    """
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    images: torch.Tensor
+    image_index: torch.Tensor
+    weights: torch.Tensor
+    source: torch.Tensor
+    ids: list
+    rows: torch.Tensor
+    bad: list
+    stats: dict
+
+    def _map(self, f):
+        values = [getattr(self, k.name) for k in fields(self)]
+        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in values])
+
+    def to(self, device, non_blocking=False):
+        """Return the batch with its tensors on `device`."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """Return the batch in page-locked memory, so that to(device, non_blocking=True) overlaps with the GPU."""
+        return self._map(lambda t: t.pin_memory())
+
+
+def collate(samples, pad_id, pad_to=0, names=None):
+    """
+    Right-pad samples into one Batch of pad_to columns (0 = the longest row, rounded up to a multiple of 8).
+    names lists the sources in the order of Batch.source (None = order of appearance). An image that occurs twice
+    (same source and key) is kept once. Raises ValueError for a row longer than pad_to, and for image positions that
+    do not fit the images.
+    """
+    rows = [(s, t, y, w) for s in samples for t, y, w in _rows(s)]
+    width = max(len(t) for _, t, _, _ in rows)
+    T = pad_to or -(-width // 8) * 8
+    if width > T:
+        long = next(s for s, t, _, _ in rows if len(t) > T)
+        raise ValueError(f"{long.source} {long.id}: a row of {width} positions does not fit pad_to={T}")
+    tokens = np.full((len(rows), T), pad_id, np.int64)
+    targets = np.full((len(rows), T), IGNORE_INDEX, np.int64)
+    weights = np.zeros((len(rows), T), np.float32) if any(w is not None for _, _, _, w in rows) else None
+    names = list(names) if names is not None else list(dict.fromkeys(s.source for s in samples))
+    place, images, slots, stats = {}, [], [], {name: Counter() for name in names}
+    for b, (s, t, y, w) in enumerate(rows):
+        n = len(t)
+        tokens[b, :n], targets[b, :n] = t, y
+        if weights is not None:
+            weights[b, :n] = (y != IGNORE_INDEX) if w is None else w
+        n_slot = int(np.count_nonzero(t == s.image_id)) if s.image_id >= 0 else 0
+        if n_slot != len(s.images) * s.n_image_token:
+            raise ValueError(f"{s.source} {s.id}: row {b} of the batch has {n_slot} image positions, its "
+                             f"{len(s.images)} image(s) of {s.n_image_token} tokens need {len(s.images) * s.n_image_token}")
+        for j, image in enumerate(s.images):
+            key = (s.source, s.image_keys[j]) if s.image_keys else (id(s), j)
+            if key not in place:
+                place[key] = len(images)
+                images.append(image)
+            slots.append(place[key])
+        n_kept, n_pad = int(np.count_nonzero(y != IGNORE_INDEX)), int(np.count_nonzero(t == pad_id)) + T - n
+        stats[s.source].update(n_text=T - n_pad - n_slot, n_image_position=n_slot, n_kept=n_kept, n_pad=n_pad)
+    for s in samples:
+        stats[s.source].update(n_sample=1, n_image=len(s.images), n_truncated=s.n_truncated)
+    kept = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.stack(images) if images else None,
+                 torch.tensor(slots, dtype=torch.int64) if images else None,
+                 torch.from_numpy(weights) if weights is not None else None,
+                 torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,
+                 [message for s in samples for message in s.bad], {k: dict(v) for k, v in stats.items() if v})
+
+
+def _rows(s):
+    if s.tokens.ndim == 1:
+        return [(s.tokens, s.targets, s.weights)]
+    return [(t, y, None if s.weights is None else s.weights[r]) for r, (t, y) in enumerate(zip(s.tokens, s.targets))]
+
+
+# --- mixture: sample n is a pure function of (seed, n) --------------------------------------------
+def _hash(*parts):
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')
+
+
+def _mix(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF  # splitmix64, written out: the order of the data
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF        # may not depend on a version of numpy
+    return x ^ (x >> 31)
+
+
+def permute(i, n, key):
+    """Return the image of i under a bijection of range(n) that a 64-bit key picks: a Feistel network, walked into range."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(1, 5):
+            left, right = right, left ^ (_mix(key + r * 0x9E3779B97F4A7C15 + right & 0xFFFFFFFFFFFFFFFF) & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class _Leaf:
+    """A source in shuffled order: shards permuted per epoch, rows permuted within SHARDS_TOGETHER consecutive ones."""
+    def __init__(self, source, seed, start):
+        self.source, self.name, self.seed, self.start = source, source.name, seed, start
+        self.per_row, self.n_row = source.items_per_row, int(sum(source.group_sizes))
+        self.first = np.cumsum([0, *source.group_sizes]).tolist()        # first row of each shard
+        self.plan = lru_cache(maxsize=2)(self._plan)
+
+    def _plan(self, epoch):
+        key, sizes = _hash(self.seed, self.name, epoch), self.source.group_sizes
+        order = sorted(range(len(sizes)), key=lambda s: _mix(key + s & 0xFFFFFFFFFFFFFFFF))
+        ends = np.cumsum([0] + [sizes[s] for s in order]).tolist()       # in permuted order
+        return key, order, ends
+
+    def item(self, k):
+        """Return the index in the source of this leaf's k-th item."""
+        row, window = divmod(k, self.per_row)
+        epoch, row = divmod(self.start + row, self.n_row)
+        key, order, ends = self.plan(epoch)
+        group = (bisect_right(ends, row) - 1) // SHARDS_TOGETHER * SHARDS_TOGETHER
+        lo, hi = ends[group], ends[min(group + SHARDS_TOGETHER, len(order))]
+        row = lo + permute(row - lo, hi - lo, _mix(key ^ group))
+        shard = bisect_right(ends, row) - 1
+        return (self.first[order[shard]] + row - ends[shard]) * self.per_row + window
+
+
+class Mixture:
+    """
+    An endless sequence of samples drawn from sources in exact shares: mixture[n] is a pure function of (seed, n).
+    sources, weights   sources or other Mixtures, and their shares (0.1 means 1/10 exactly). Each source is split from
+    the ones
+                       after it, each split exact to within one sample in any window of samples
+    start              {source name: first row}: where an earlier stage stopped (its cursor(n)); rows, not windows, so
+    that it
+                       holds across sequence lengths
+    max_bad_samples    0 = a bad item raises BadSample; else another item of its source takes its place (a pure
+    function of
+                       seed, position and attempt) and Sample.bad tells; whoever consumes the samples counts
+    The k-th item of a source depends on (seed, its name, k) only, never on the shares. Every row comes once per
+    epoch.
+    Raises ValueError for weights that are no shares, empty sources, names that occur twice and, if no bad item is
+    allowed, damaged tars.
+    """
+    def __init__(self, sources, weights, seed, start=None, max_bad_samples=0):
+        shares = [Fraction(str(w)) if isinstance(w, float) else Fraction(w) for w in weights]
+        if len(shares) != len(sources) or min(shares, default=-1) < 0 or not sum(shares):
+            raise ValueError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
+        self.branches, self.shares, self.leaves = list(sources), [], {}
+        self.max_bad_samples, self.seed = max_bad_samples, seed
+        for i, branch in enumerate(sources):
+            rest = sum(shares[i:])
+            self.shares.append(shares[i] / rest if rest else Fraction(0))
+            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else [_Leaf(branch, seed, 0)]:
+                if leaf.name in self.leaves or leaf.n_row == 0:
+                    why = 'is empty' if leaf.n_row == 0 else 'occurs twice'
+                    raise ValueError(f"Mixture: source {leaf.name!r} {why}")
+                if leaf.source.damaged and not max_bad_samples:
+                    raise ValueError(leaf.source.damaged[0])
+                leaf.start = (start or {}).get(leaf.name, leaf.start)
+                self.leaves[leaf.name] = leaf
+        self.names = list(self.leaves)
+
+    def _split(self, n):
+        """Return how many of samples [0, n) each branch got, and the branch that gets sample n."""
+        taken, chosen = [], None
+        for i, p in enumerate(self.shares):
+            a, b = p.numerator, 2 * p.denominator
+            last = i == len(self.shares) - 1
+            mine = n if last else (2 * n * a + p.denominator) // b       # floor(n p + 1/2)
+            if chosen is None and (last or (2 * (n + 1) * a + p.denominator) // b > mine):
+                chosen = i
+            taken.append(mine)
+            n -= mine
+        return taken, chosen
+
+    def locate(self, n):
+        """Return (leaf, k): sample n is the k-th item of that source."""
+        taken, i = self._split(n)
+        branch = self.branches[i]
+        return branch.locate(taken[i]) if isinstance(branch, Mixture) else (self.leaves[branch.name], taken[i])
+
+    def length(self, n):
+        """Return a cheap estimate of the positions of sample n."""
+        leaf, k = self.locate(n)
+        return leaf.source.length(leaf.item(k))
+
+    def __getitem__(self, n):
+        leaf, k = self.locate(n)
+        index, bad = leaf.item(k), []
+        while True:
+            try:
+                sample = leaf.source[index]
+            except BadSample as e:
+                if not self.max_bad_samples:
+                    raise
+                bad.append(str(e))
+                if len(bad) > 100:
+                    raise BadSample(f"{leaf.name}: 100 items in a row are bad, among them {e}") from None
+                index = _hash(leaf.seed, leaf.name, k, len(bad)) % len(leaf.source)
+                continue
+            sample.bad = bad
+            return sample
+
+    def counts(self, n):
+        """Return {source name: how many of samples [0, n) came from it}."""
+        result = {}
+        for branch, k in zip(self.branches, self._split(n)[0]):
+            result.update(branch.counts(k) if isinstance(branch, Mixture) else {branch.name: k})
+        return result
+
+    def cursor(self, n):
+        """Return {source name: rows used up by samples [0, n) and before start}, a later stage's `start`."""
+        return {k: self.leaves[k].start - (-c // self.leaves[k].per_row) for k, c in self.counts(n).items()}
+
+    def epochs(self, n):
+        """Return {source name: passes over its rows made by samples [0, n), the rows before start included}."""
+        leaves = self.leaves
+        return {k: (leaves[k].start + c / leaves[k].per_row) / leaves[k].n_row for k, c in self.counts(n).items()}
+
+
+# --- loader ---------------------------------------------------------------------------------------
+class Loader:
+    """
+    The batches of one rank for optimizer steps [start, stop), in order, the same for any n_worker.
+    Micro-step m of step s on rank r holds samples [s*G + (m*W + r)*mb, +mb) with G the global batch, W world_size, mb
+    the micro batch. group_window > 0: the samples of that many steps are sorted by estimated length and cut into
+    batches, which are shuffled, so that rows pad less; still a pure function of seed and step.
+    Workers are forked here: make it before CUDA starts. Raises ValueError when W * mb does not divide G, BadSample
+    for a bad item.
+    """
+    def __init__(self, mixture, *, start, stop, global_batch_size, micro_batch_size, rank=0, world_size=1, pad_id,
+                 pad_to=0, n_worker=0, seed=0, group_window=0, pin_memory=False):
+        per_rank = global_batch_size // world_size
+        for name, value, whole in (('number of processes', world_size, global_batch_size),
+                                   ('micro_batch_size', micro_batch_size, per_rank)):
+            if value < 1 or whole % value:
+                fit = [d for d in range(1, whole + 1) if whole % d == 0]
+                raise ValueError(f"{name} {value} does not divide {whole} sequences (global_batch_size="
+                                 f"{global_batch_size}, {world_size} processes); these do: {', '.join(map(str, fit))}")
+        self.mixture, self.rank, self.W = mixture, rank, world_size
+        self.G, self.mb = global_batch_size, micro_batch_size
+        self.n_micro, self.pad_id, self.pad_to = per_rank // micro_batch_size, pad_id, pad_to
+        self.seed, self.group_window = seed, group_window
+        self._window = lru_cache(maxsize=2)(self._sorted_window)
+        if n_worker and 'fork' not in multiprocessing.get_all_start_methods():
+            print(f"!!! data: no fork on {sys.platform}: n_worker={n_worker} becomes 0, batches are made between steps")
+            n_worker = 0
+        order = range(start * self.n_micro, stop * self.n_micro)
+        generator = torch.Generator().manual_seed(seed)  # else DataLoader draws from the global generator
+        workers = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
+        self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
+                                                        generator=generator, pin_memory=pin_memory,
+                                                        **(workers if n_worker else {})))
+        self.n_left = len(order)
+
+    def __len__(self):
+        return self.n_left
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        self.n_left -= 1
+        if isinstance(batch, str):                                       # a worker's traceback would bury the message
+            raise BadSample(batch)
+        return batch
+
+    def __getitem__(self, i):
+        step, m = divmod(i, self.n_micro)
+        lo = (m * self.W + self.rank) * self.mb
+        try:
+            return collate([self.mixture[n] for n in self.samples(step)[lo:lo + self.mb]], self.pad_id, self.pad_to,
+                           self.mixture.names)
+        except BadSample as e:
+            return str(e)
+
+    def samples(self, step):
+        """Return the numbers of the samples of one step, in order, over all ranks."""
+        if not self.group_window:
+            return range(step * self.G, (step + 1) * self.G)
+        window, i = divmod(step, self.group_window)
+        return self._window(window)[i]
+
+    def _sorted_window(self, window):
+        n = self.group_window * self.G
+        order = sorted(range(window * n, (window + 1) * n), key=self.mixture.length)
+        steps = [order[i:i + self.G] for i in range(0, n, self.G)]
+        return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
+
+    def close(self):
+        """Stop the workers."""
+        self.batches = iter(())
+
+
+def _init_worker(_):
+    for s in (signal.SIGINT, signal.SIGTERM):  # the main process decides; without it a worker ends by itself
+        signal.signal(s, signal.SIG_IGN)
