@@ -1,0 +1,567 @@
+"""
+The embedded tiny world: scenes of coloured shapes and words, in the formats of the real data sets, and their SigLIP.
+    python tinyworld.py data --out=data/tiny                 # text, captions, instructions, benchmarks
+    python tinyworld.py encoder --out=data/tiny/encoder      # a 3-layer SigLIP in Hugging Face layout
+
+A scene is a grid of 4 x 4 cells of 14 px, so that one image token sees one cell. Three to five cells hold an object (5
+shapes x 6 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
+worded the same in text, instruction and benchmark files: what text teaches (look up one attribute by another) is what
+images need. Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the
+text but in no training image. All bytes follow from the seed, and from the Python version, whose own documentation is
+the English.
+"""
+import argparse
+import ast
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import time
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+from PIL import Image
+
+COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20), purple=(120, 30, 170),
+               pink=(250, 140, 190))
+SHAPES = ('star', 'ring', 'square', 'triangle', 'cross')
+WORDS = ('cat dog cow pig fox hen owl ant bee bat rat elk cup box hat bed bus car key map pen sun jar egg log net toy '
+         'axe bag fan jam ivy').split()
+FONT = dict(zip('abcdefghijklmnopqrstuvwxyz', (                             # 3 x 5 pixels, one octal digit per row
+    '25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 '
+    '72222 55557 55552 55775 55255 55222 71247').split()))
+PAIRS = tuple(itertools.product(COLOURS, SHAPES))
+HELD_OUT = (('purple', 'ring'), ('green', 'star'), ('yellow', 'cross'))     # never in a training image, scored apart
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+CELLS = tuple(row + column for row in 'abcd' for column in '1234')
+SIZE, CELL = 56, 14                                         # pixels
+INK = (25, 25, 25)                                                          # of words
+RELATIONS = {                                                               # facts: every word has one of each
+    'the {} eats': 'corn rice bread fish grass honey nuts soup'.split(),
+    'the {} lives in the': 'barn lake forest castle garden desert cave tower'.split(),
+    'the {} is': 'small quiet clever brave lazy hungry old proud'.split(),
+    'the {} comes from': 'spain peru india kenya japan egypt chile norway'.split(),
+    'the {} fears the': WORDS,
+}
+KINDS = ('colour', 'shape', 'presence', 'where', 'at', 'count')     # the VQAv2 file's; words and boxes have their own
+QUESTION = dict(colour='what colour is the {}?', shape='what shape is {}?', presence='is there a {}?',
+                where='where is the {}?', at='what is at {}?', count='how many objects are there?',
+                read='what is the word?', box='box of the {}?')
+
+
+class Thing(NamedTuple):
+    """One object or word: its cell 0..15, two names, size and offset in the cell (px), and change of brightness."""
+    cell: int
+    colour: str                                                             # 'word' for a word
+    shape: str                                                              # the word itself for a word
+    size: int
+    dx: int
+    dy: int
+    shade: int
+
+    @property
+    def name(self):
+        return f'{self.colour} {self.shape}'
+
+    @property
+    def box(self):
+        """The tight box (x1, y1, x2, y2) in pixels."""
+        x, y = self.cell % 4 * CELL + self.dx, self.cell // 4 * CELL + self.dy
+        return x, y, x + self.size, y + self.size
+
+
+class Scene(NamedTuple):
+    """Objects and at most one word, both in raster order, and the grey level of the background."""
+    objects: tuple
+    words: tuple
+    grey: int
+
+    @property
+    def things(self):
+        return sorted(self.objects + self.words)                            # by cell: raster order
+
+
+class Draws:
+    """Uniform numbers from one numpy generator, drawn in blocks: a scalar call of numpy costs more than a scene."""
+    def __init__(self, *seed):
+        self.rng, self.block = np.random.default_rng(seed), []
+
+    def uniform(self):
+        if not self.block:
+            self.block = self.rng.random(4096).tolist()
+        return self.block.pop()
+
+    def below(self, n):
+        return int(self.uniform() * n)
+
+    def pick(self, items):
+        return items[self.below(len(items))]
+
+    def sample(self, items, k=None):
+        """k of the items (None = all) in random order."""
+        items = list(items)
+        for i in range(len(items) if k is None else k):
+            j = i + self.below(len(items) - i)
+            items[i], items[j] = items[j], items[i]
+        return items[:k]
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+def listing(things):
+    """What a scene shows, in the given order: 'a2 red star . c3 word cat .'"""
+    return ' '.join(f'{CELLS[thing.cell]} {thing.name} .' for thing in things)
+
+
+def split_of(scene):
+    """'test', 'choice' or 'train': a checksum of the listing decides, so no scene can be in two splits."""
+    return {0: 'test', 1: 'choice'}.get(zlib.crc32(listing(scene.things).encode()) % 10, 'train')
+
+
+def make_scene(draw, split, pairs=SEEN, held_out=0, word=None):
+    """A random scene of a split: objects of `pairs`, `held_out` more of HELD_OUT; word: True, False, None (either)."""
+    while True:
+        n = 3 + draw.below(3)
+        names = draw.sample(HELD_OUT, held_out) + draw.sample(pairs, n - held_out)
+        cells = draw.sample(range(16), n + 1)
+        objects = []
+        for cell, (colour, shape) in zip(cells, names):
+            size = 10 + draw.below(3)
+            dx, dy = 1 + draw.below(13 - size), 1 + draw.below(13 - size)
+            objects.append(Thing(cell, colour, shape, size, dx, dy, shade=draw.below(25) - 12))
+        has_word = draw.uniform() < 0.5 if word is None else word
+        word_thing = Thing(cells[n], 'word', draw.pick(WORDS), 11, 1 + draw.below(2), 1 + draw.below(2), shade=0)
+        scene = Scene(tuple(sorted(objects)), (word_thing,) if has_word else (), 215 + draw.below(41))
+        if split_of(scene) == split and len(set(names)) == n:
+            return scene
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+def _inside(shape, u, v):
+    """Whether points of the unit square lie in a shape that touches all four sides."""
+    x, y = np.abs(u - 0.5), np.abs(v - 0.5)
+    r = np.hypot(x, y)
+    return {'square': x >= 0, 'cross': (x < 0.17) | (y < 0.17), 'ring': (r <= 0.5) & (r > 0.27),
+            'triangle': v >= 2 * x, 'star': np.sqrt(x) + np.sqrt(y) <= 0.82}[shape]      # the star has four points
+
+
+@functools.cache
+def masks():
+    """All that a cell can hold: ({(name, size, dx, dy): row}, (rows, 14, 14) float32 coverage 0..1); row 0 is empty."""
+    tiles, index = [np.zeros((CELL, CELL), np.float32)], {}
+    def put(name, tile, offsets):
+        for dx, dy in itertools.product(offsets, offsets):
+            index[name, len(tile), dx, dy] = len(tiles)
+            tiles.append(np.zeros((CELL, CELL), np.float32))
+            tiles[-1][dy:dy + len(tile), dx:dx + tile.shape[1]] = tile
+    for shape, size in itertools.product(SHAPES, (10, 11, 12)):
+        v, u = (np.mgrid[:8 * size, :8 * size] + 0.5) / (8 * size)           # 8 x 8 samples a pixel
+        put(shape, _inside(shape, u, v).reshape(size, 8, size, 8).mean((1, 3)), range(1, 14 - size))
+    for word in WORDS:
+        rows = [[int(bit) for letter in word for bit in f'{int(FONT[letter][row]):03b}0'][:-1] for row in range(5)]
+        put(word, np.repeat(rows, (3, 2, 2, 2, 2), axis=0), (1, 2))         # 11 x 11 px
+    return index, np.stack(tiles)
+
+
+def render(scenes):
+    """Scenes to images (N, 56, 56, 3) uint8."""
+    if len(scenes) > 64:  # small blocks stay in the cache: 4x faster
+        return np.concatenate([render(scenes[i:i + 64]) for i in range(0, len(scenes), 64)])
+    index, tiles = masks()
+    rows = np.zeros((len(scenes), 16), np.int64)
+    paint = np.zeros((len(scenes), 16, 3), np.float32)
+    for i, scene in enumerate(scenes):
+        for thing in scene.objects + scene.words:
+            rows[i, thing.cell] = index[thing.shape, thing.size, thing.dx, thing.dy]
+            paint[i, thing.cell] = np.array(COLOURS.get(thing.colour, INK)) + thing.shade
+    mask = tiles[rows].reshape(-1, 4, 4, CELL, CELL, 1)                     # (N, row, column, y, x, 1)
+    grey = np.array([scene.grey for scene in scenes], np.float32).reshape(-1, 1, 1, 1, 1, 1)
+    image = mask * paint.reshape(-1, 4, 4, 1, 1, 3) + (1 - mask) * grey
+    return image.clip(0, 255).round().astype(np.uint8).transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIZE, SIZE, 3)
+
+
+def encode_image(pixels, kind):
+    """(56, 56, 3) uint8 to the bytes of a 'png' or of a 'jpg' good enough to keep the words legible."""
+    out = io.BytesIO()
+    if kind == 'png':
+        Image.fromarray(pixels).save(out, 'PNG')
+    else:
+        Image.fromarray(pixels).save(out, 'JPEG', quality=95, subsampling=0)
+    return out.getvalue()
+
+
+# --- language -------------------------------------------------------------------------------------------------------
+def box_text(box):
+    """Pixels to '[0.12, 0.34, 0.56, 0.78]', shares of the image side: what vlm-evaluation parses for RefCOCO."""
+    return '[' + ', '.join(f'{round(value / SIZE, 2):.2f}' for value in box) + ']'
+
+
+def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
+    """
+    One question of a kind about a scene: (question, answer, blind_answers), or None where the scene allows none.
+    pairs    what an absent object may be;  about: ask only about these pairs (None = all)
+    nominal  the cell's box, which is all that text can know, instead of the object's
+    want     of a presence question: 'yes', 'no' (one attribute at least is there), 'binding' (both are, but apart)
+    blind_answers  what is left to guess for one who sees which attributes there are, but not what belongs to what
+    """
+    objects, question = scene.objects, QUESTION[kind]
+    about = [thing for thing in objects if about is None or (thing.colour, thing.shape) in about]
+    if kind in ('colour', 'shape'):
+        keys = [thing.shape if kind == 'colour' else thing.colour for thing in objects]
+        unique = [(key, thing) for key, thing in zip(keys, objects) if keys.count(key) == 1 and thing in about]
+        if not unique:
+            return None
+        key, thing = draw.pick(unique)
+        return question.format(key), getattr(thing, kind), sorted({getattr(thing, kind) for thing in objects})
+    if kind == 'presence':
+        want = want or draw.pick(('yes', 'yes', 'no', 'binding'))
+        if want == 'yes':
+            return question.format(draw.pick(about).name), 'yes', ['yes']
+        there = [(thing.colour, thing.shape) for thing in objects]
+        colours, shapes = {colour for colour, _ in there}, {shape for _, shape in there}
+        n_shared = {pair: (pair[0] in colours) + (pair[1] in shapes) for pair in pairs if pair not in there}
+        absent = [pair for pair, n in n_shared.items() if n == 2] if want == 'binding' else []
+        pair = draw.pick(absent or [pair for pair, n in n_shared.items() if n])
+        return question.format(' '.join(pair)), 'no', ['yes' if n_shared[pair] == 2 else 'no']
+    if kind == 'count':
+        return question, str(len(objects)), ['3', '4', '5']
+    if kind == 'read':
+        return (question, scene.words[0].shape, list(WORDS)) if scene.words else None
+    if kind == 'at' and draw.uniform() < 0.25:
+        cell = draw.pick(sorted(set(range(16)) - {thing.cell for thing in scene.things}))
+        return question.format(CELLS[cell]), 'nothing', ['nothing'] + [thing.name for thing in objects]
+    thing = draw.pick(about)
+    if kind == 'at':
+        return question.format(CELLS[thing.cell]), thing.name, ['nothing'] + [thing.name for thing in objects]
+    if kind == 'where':
+        return question.format(thing.name), CELLS[thing.cell], [CELLS[thing.cell] for thing in scene.things]
+    x, y = thing.cell % 4 * CELL, thing.cell // 4 * CELL
+    box = (x + 2, y + 2, x + 12, y + 12) if nominal else thing.box
+    return question.format(thing.name), box_text(box), [box_text(thing.box) for thing in objects]
+
+
+def distinct(kinds, n, scene, draw, **options):
+    """Up to n questions about a scene, none twice, of kinds taken in the given order: [(kind, question, answer)]."""
+    found = {}
+    for kind in kinds:
+        got = ask(kind, scene, draw, **options) if len(found) < n else None
+        if got:
+            found.setdefault(got[0], (kind, *got[:2]))
+    return list(found.values())
+
+
+def scene_document(draw, split='train'):
+    """
+    A text about a scene: half of the time its listing and two or three "relistings" in other orders, else its listing
+    and up to seven questions. Without the relistings a small model hardly learns to look things up in its context.
+    """
+    scene = make_scene(draw, split, pairs=PAIRS)
+    text = listing(scene.things)
+    if draw.uniform() < 0.5:
+        chance = draw.uniform()
+        order = [2, 1, 0] if chance < 0.5 else draw.sample(range(3)) if chance < 0.85 else [0, 1, 2]
+        for _ in range(2 + draw.below(2)):
+            fields = [(CELLS[thing.cell], thing.colour, thing.shape) for thing in draw.sample(scene.things)]
+            text += ' so ' + ' '.join(f'{field[order[0]]} {field[order[1]]} {field[order[2]]} .' for field in fields)
+        return text
+    kinds = draw.sample(KINDS + KINDS + ('read', 'box'))
+    asked = distinct(kinds, 7, scene, draw, pairs=PAIRS, nominal=True)
+    return ' '.join([text] + [f'{question} {answer} .' for _, question, answer in asked])
+
+
+@functools.cache
+def facts():
+    """The world's constant facts: [(beginning, answer, the answers of its relation)], the same for every seed."""
+    draw = Draws(2, 0)
+    return [(relation.format(word), draw.pick([answer for answer in answers if answer != word]), tuple(answers))
+            for relation, answers in RELATIONS.items() for word in WORDS]
+
+
+def english(limit=1_000_000):
+    """Real English, at most `limit` characters, [str]: the language reference, the docstrings of the standard library."""
+    from pydoc_data.topics import topics
+    texts, folder = [topics[name] for name in sorted(topics)], os.path.dirname(ast.__file__)
+    for name in sorted(os.listdir(folder)):
+        if sum(map(len, texts)) >= limit:
+            break
+        if name.endswith('.py'):
+            with open(os.path.join(folder, name), encoding='utf-8') as file:
+                tree = ast.parse(file.read())
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+            texts += [text for text in found if text and len(text) > 80]
+    total = list(itertools.accumulate(map(len, texts)))
+    return [text for text, end in zip(texts, total) if end <= limit]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+def write_file(path, data):
+    """Write bytes, str or something for JSON, making the folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not isinstance(data, (bytes, str)):
+        data = json.dumps(data)
+    with open(path, 'wb') as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_lines(path, rows):
+    """Write one JSON object a line."""
+    write_file(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def write_tar(path, members):
+    """Write [(name, bytes)] as a tar that holds nothing of the time, the user or the machine."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def train_tokenizer(path, documents, vocab_size):
+    """
+    Train a sentencepiece BPE model on one thread: numbers, cells and the world's words become one piece each, bytes
+    spell everything else. BPE, because sentencepiece's unigram model shreds such words.
+    """
+    edges = [cell * CELL + offset for cell in range(4) for offset in (1, 2, 3, 11, 12, 13)]
+    numbers = [f'{round(edge / SIZE, 2):.2f}' for edge in edges]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_writer=model, model_type='bpe', vocab_size=vocab_size, num_threads=1,
+        split_by_number=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name='identity',
+        remove_extra_whitespaces=False, max_sentence_length=1 << 20, minloglevel=2,
+        user_defined_symbols=numbers + ['\u2581' + number for number in numbers])
+    write_file(path, model.getvalue())
+
+
+def write_text(folder, tokenizer, n_row, row_len, seed, split='train', scene_share=0.8, shard=4096):
+    """
+    OpenLM shards of rows of row_len + 1 ids: a scene document first in `scene_share` of the rows, then facts.
+    """
+    draw, fact_ids = Draws(*seed), [tokenizer.encode(f'{text} {answer} .') for text, answer, _ in facts()]
+    for start in range(0, n_row, shard):
+        members = []
+        for row in range(start, min(start + shard, n_row)):
+            ids = []
+            if draw.uniform() < scene_share:
+                ids = tokenizer.encode(scene_document(draw, split)) + [tokenizer.eot_id]
+            while len(ids) <= row_len:
+                ids += draw.pick(fact_ids)
+            data = zlib.compress(json.dumps(ids[:row_len + 1]).encode(), 1, wbits=31)      # gzip without a time stamp
+            members.append((f'{row:08d}.json.gz', data))
+        write_tar(f'{folder}/{start // shard:05d}.tar', members)
+
+
+def write_english(folder, tokenizer, texts, shard=1 << 19):
+    """The English as .bin files of uint16 ids, documents ended by end-of-text."""
+    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+    for start in range(0, len(ids), shard):
+        write_file(f'{folder}/{start // shard:05d}.bin', np.array(ids[start:start + shard], '<u2').tobytes())
+
+
+def write_captions(folder, n, split, seed, shard=1000):
+    """WebDataset shards: an image, its caption as .txt and .json; the caption is the listing that the text uses."""
+    draw = Draws(*seed)
+    for start in range(0, n, shard):
+        scenes, members = [make_scene(draw, split) for _ in range(start, min(start + shard, n))], []
+        for i, (scene, pixels) in enumerate(zip(scenes, render(scenes)), start):
+            kind, caption = 'png' if i % 4 == 3 else 'jpg', listing(scene.things)
+            meta = dict(key=f'{i:08d}', caption=caption, width=SIZE, height=SIZE)
+            members += [(f'{i:08d}.{kind}', encode_image(pixels, kind)), (f'{i:08d}.txt', caption.encode()),
+                        (f'{i:08d}.json', json.dumps(meta).encode())]
+        write_tar(f'{folder}/{start // shard:05d}.tar', members)
+
+
+def write_instruct(folder, n, seed, n_question=6):
+    """LLaVA JSON and its images: conversations of distinct short questions; one row in 20 is about text alone."""
+    draw, rows = Draws(*seed), []
+    scenes = [make_scene(draw, 'train') for _ in range(n)]
+    for i, (scene, pixels) in enumerate(zip(scenes, render(scenes))):
+        row, text_only = dict(id=f'{i:06d}'), i % 20 == 19
+        if text_only:
+            scene = make_scene(draw, 'train', pairs=PAIRS)
+        else:
+            row['image'] = f"images/{i:06d}.{'png' if i % 4 == 3 else 'jpg'}"
+            write_file(f"{folder}/{row['image']}", encode_image(pixels, row['image'][-3:]))
+        kinds = ['read', 'box'] + draw.sample(KINDS + ('presence',))
+        asked = draw.sample(distinct(kinds, 3 if text_only else n_question, scene, draw, nominal=text_only))
+        row['conversations'] = []
+        for k, (_, question, answer) in enumerate(asked):
+            opening = '' if k else listing(scene.things) + ' ' if text_only else '<image>\n'
+            row['conversations'] += [{'from': 'human', 'value': opening + question}, {'from': 'gpt', 'value': answer}]
+        rows.append(row)
+    write_file(f'{folder}/llava.json', json.dumps(rows, indent=1))
+
+
+# --- benchmarks: official files; question_type and blind_answers are extra keys that evaluate.py reports ------------
+def write_images(folder, stem, scenes):
+    """The JPEG of scene i as folder/stem with i filled in."""
+    for i, pixels in enumerate(render(scenes)):
+        write_file(f'{folder}/{stem.format(i)}', encode_image(pixels, 'jpg'))
+
+
+def write_vqa(folder, scenes, draw, about=None, per_scene=3):
+    """VQAv2's two files: as many questions of each kind (about some pairs only), each with ten annotators who agree."""
+    questions, annotations = [], []
+    for i, scene in enumerate(scenes):
+        for k in range(per_scene):
+            kind = KINDS[(i + 2 * k) % 6]
+            got = ask(kind, scene, draw, pairs=PAIRS if about else SEEN, about=about)
+            if got:
+                ids, (question, answer, blind) = dict(image_id=i, question_id=i * 1000 + k), got
+                questions.append(dict(ids, question=question))
+                annotations.append(dict(
+                    ids, question_type=kind, answer_type={'presence': 'yes/no', 'count': 'number'}.get(kind, 'other'),
+                    multiple_choice_answer=answer, blind_answers=blind,
+                    answers=[dict(answer=answer, answer_confidence='yes', answer_id=j + 1) for j in range(10)]))
+    common = dict(task_type='Open-Ended', data_type='mscoco', data_subtype='val2014', license={}, info={})
+    write_file(f'{folder}/v2_OpenEnded_mscoco_val2014_questions.json', dict(common, questions=questions))
+    write_file(f'{folder}/v2_mscoco_val2014_annotations.json', dict(common, annotations=annotations))
+
+
+def write_pope(folder, scenes, draw):
+    """
+    POPE's three JSON-lines files, half of each 'yes'. The absent objects share an attribute with the scene ('random'),
+    or both, on different objects: half of them in 'popular', all in 'adversarial'.
+    """
+    for split, binding in (('random', 0.0), ('popular', 0.5), ('adversarial', 1.0)):
+        lines = []
+        for i, scene in enumerate(scenes):
+            for want in ('yes', 'binding' if draw.uniform() < binding else 'no'):
+                question, label, blind = ask('presence', scene, draw, want=want)
+                lines.append(dict(question_id=len(lines) + 1, image=f'COCO_val2014_{i:012d}.jpg', text=question,
+                                  label=label, blind_answers=blind))
+        write_lines(f'{folder}/coco_pope_{split}.json', lines)
+
+
+def write_textvqa(folder, scenes, draw):
+    """TextVQA's file: which word is in the image?"""
+    rows = []
+    for i, scene in enumerate(scenes):
+        question, answer, blind = ask('read', scene, draw)
+        rows.append(dict(question_id=i, image_id=f'{i:016x}', question=question, answers=[answer] * 10, set_name='val',
+                         image_width=SIZE, image_height=SIZE, blind_answers=blind))
+    write_file(f'{folder}/TextVQA_0.5.1_val.json', dict(dataset_type='val', dataset_name='textvqa', data=rows))
+
+
+def write_refcoco(folder, scenes, draw):
+    """RefCOCO's instances.json and refs(unc).p (plain lists and dicts): one expression a scene, 'red star'."""
+    images, annotations, refs = [], [], []
+    for i, scene in enumerate(scenes):
+        name = f'COCO_train2014_{i:012d}.jpg'
+        images.append(dict(id=i, file_name=name, width=SIZE, height=SIZE))
+        for k, thing in enumerate(scene.objects):
+            x1, y1, x2, y2 = thing.box
+            annotations.append(dict(id=i * 10 + k, image_id=i, category_id=SHAPES.index(thing.shape) + 1, iscrowd=0,
+                                    bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1)))
+        k = draw.below(len(scene.objects))
+        thing = scene.objects[k]
+        sentence = dict(sent_id=i, sent=thing.name, raw=thing.name, tokens=thing.name.split())
+        refs.append(dict(ref_id=i, ann_id=i * 10 + k, image_id=i, category_id=SHAPES.index(thing.shape) + 1,
+                         split='val', sent_ids=[i], sentences=[sentence], file_name=f'{name[:-4]}_{i}.jpg'))
+    categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(SHAPES, 1)]
+    write_file(f'{folder}/instances.json', dict(info={}, images=images, annotations=annotations, categories=categories))
+    write_file(f'{folder}/refs(unc).p', pickle.dumps(refs, protocol=2))
+
+
+def write_text_choices(folder, split, n, draw):
+    """
+    Text with four choices: reading.jsonl, questions about listings of unseen scenes, wrong choices from the same scene
+    first; facts.jsonl, the constant facts, a quarter of which is kept for the split 'choice'.
+    """
+    pools, lines = dict(colour=tuple(COLOURS), shape=SHAPES, where=CELLS, at=tuple(map(' '.join, PAIRS))), []
+    while len(lines) < n:
+        scene, kind = make_scene(draw, split, pairs=PAIRS), ('colour', 'shape', 'where', 'at')[len(lines) % 4]
+        got = ask(kind, scene, draw, pairs=PAIRS)
+        if got and got[1] in pools[kind]:
+            named = [answer for answer in got[2] if answer in pools[kind] and answer != got[1]]
+            others = [answer for answer in pools[kind] if answer not in got[2]]
+            choices = draw.sample([got[1]] + (draw.sample(named) + draw.sample(others))[:3])
+            lines.append(dict(query=f'{listing(scene.things)} {got[0]}', choices=choices, gold=choices.index(got[1]),
+                              question_type=kind, blind_answers=[choice for choice in choices if choice in got[2]]))
+    write_lines(f'{folder}/reading.jsonl', lines)
+    lines = []
+    for i, (text, gold, answers) in enumerate(facts()):
+        if (i % 4 == 0) == (split == 'choice'):
+            choices = draw.sample([gold] + draw.sample([answer for answer in answers if answer != gold], 3))
+            lines.append(dict(query=text, choices=choices, gold=choices.index(gold)))
+    write_lines(f'{folder}/facts.jsonl', lines)
+
+
+def write_benchmarks(folder, split, n, seed):
+    """The benchmark folders of one split, about n images each; held-out pairs only in vqav2_heldout."""
+    draw = Draws(*seed)
+    scenes = [make_scene(draw, split) for _ in range(n)]                    # of VQAv2 and POPE, as COCO's are
+    worded = [make_scene(draw, split, word=True) for _ in range(n)]
+    boxed = [make_scene(draw, split) for _ in range(n)]
+    held_out = [make_scene(draw, split, held_out=1) for _ in range(n)]
+    write_images(f'{folder}/val2014', 'COCO_val2014_{:012d}.jpg', scenes)
+    write_images(f'{folder}/vqav2_heldout/val2014', 'COCO_val2014_{:012d}.jpg', held_out)
+    write_images(f'{folder}/textvqa/train_images', '{:016x}.jpg', worded)
+    write_images(f'{folder}/refcoco/train2014', 'COCO_train2014_{:012d}.jpg', boxed)
+    write_vqa(f'{folder}/vqav2', scenes, draw)
+    write_vqa(f'{folder}/vqav2_heldout', held_out, draw, about=HELD_OUT, per_scene=1)
+    write_pope(f'{folder}/pope', scenes[:n // 2], draw)
+    write_textvqa(f'{folder}/textvqa', worded, draw)
+    write_refcoco(f'{folder}/refcoco', boxed, draw)
+    write_text_choices(f'{folder}/text', split, n, draw)
+
+
+def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000, n_test=400, n_english=1_000_000,
+               vocab_size=768, seed=7):
+    """
+    Write the world into the folder `out`, built beside it and renamed when complete; does nothing when it is there.
+    n_row of row_len + 1 ids, n_caption and n_instruct images, n_test scenes a benchmark, n_english characters
+    Raises ValueError when `out` holds anything else than the world of these settings.
+    """
+    from data import load_tokenizer                                         # here: the encoder needs no text
+    settings = dict(n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct, n_test=n_test,
+                    n_english=n_english, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
+    if os.path.exists(out):
+        found = None
+        if os.path.isfile(f'{out}/world.json'):
+            with open(f'{out}/world.json') as file:
+                found = json.load(file)
+        if found != settings:
+            raise ValueError(f"{out}: exists and holds {found or 'no tiny world'}, asked for {settings}; "
+                             "remove it or give another --out")
+        return print(f'{out}: already there')
+    start, part = time.time(), f'{out}.part'
+    shutil.rmtree(part, ignore_errors=True)
+    texts, draw = english(n_english), Draws(seed, 0)
+    sample = [scene_document(draw) for _ in range(3000)] + 60 * [f'{text} {answer} .' for text, answer, _ in facts()]
+    sample += [line for text in texts for line in text[:2000].split('\n')][:5000]
+    train_tokenizer(f'{part}/tokenizer.model', sample, vocab_size)
+    tokenizer = load_tokenizer(f'{part}/tokenizer.model')
+    write_text(f'{part}/text', tokenizer, n_row, row_len, seed=(seed, 1))
+    write_text(f'{part}/text_val', tokenizer, 256, row_len, seed=(seed, 2), split='choice')
+    write_english(f'{part}/english', tokenizer, texts)
+    write_captions(f'{part}/captions', n_caption, 'train', seed=(seed, 3))
+    write_captions(f'{part}/captions_val', 256, 'choice', seed=(seed, 4))
+    write_instruct(f'{part}/instruct', n_instruct, seed=(seed, 5))
+    write_benchmarks(f'{part}/eval', 'test', n_test, seed=(seed, 6))
+    write_benchmarks(f'{part}/eval_choice', 'choice', n_test // 2, seed=(seed, 7))
+    write_file(f'{part}/world.json', settings)
+    os.rename(part, out)
+    print(f'{out}: {n_row} rows of text, {n_caption} captions, {n_instruct} conversations, {time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    command = commands.add_parser('data', help='write text, captions, instructions and benchmarks')
+    command.add_argument('--out', default='data/tiny', help='folder to make')
+    command.add_argument('--seed', type=int, default=7)
+    args = parser.parse_args()
+    try:
+        write_data(args.out.rstrip('/'), seed=args.seed)
+    except ValueError as error:
+        sys.exit(str(error))
