@@ -317,8 +317,8 @@ class TextSource:
         return ids
 
     def _refuse(self, where, i):
-        raise BadSample(f"{where}: id {i} is beyond the tokenizer's {self.tokenizer.image_id} ids; was this text tokenised "
-                        f"with {self.tokenizer.path}?")
+        raise BadSample(f"{where}: id {i} is beyond the tokenizer's {self.tokenizer.image_id} ids; was this text "
+                        f"tokenised with {self.tokenizer.path}?")
 
 
 def _check_sidecar(path, tokenizer):

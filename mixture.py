@@ -10,7 +10,6 @@ import multiprocessing
 import signal
 import sys
 from bisect import bisect_right
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
@@ -21,6 +20,7 @@ import torch
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16  # rows are shuffled within this many shards: reads stay local, 16 x 8192 rows mix well
+STATS = ('n_sample', 'n_text', 'n_image_position', 'n_kept', 'n_pad', 'n_image', 'n_truncated')  # counts per source
 
 
 class BadSample(ValueError):
@@ -56,7 +56,7 @@ class Batch:
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
     slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids B
     str; rows (kept,) int64 flat positions of the kept targets in the (B*T) grid; bad: messages of replaced items;
-    stats {source: Counter}.
+    stats {source: {one of STATS: int}}.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -64,9 +64,9 @@ class Batch:
     image_index: torch.Tensor
     weights: torch.Tensor
     source: torch.Tensor
-    ids: list
+    ids: list[str]
     rows: torch.Tensor
-    bad: list
+    bad: list[str]
     stats: dict
 
     def _map(self, f):
@@ -86,7 +86,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
     """
     Right-pad samples into one Batch of pad_to columns (0 = the longest row, rounded up to a multiple of 8).
     names lists the sources in the order of Batch.source (None = order of appearance). An image that occurs twice
-    (same source and key) is kept once. Raises ValueError for a row longer than pad_to, and for image positions that
+    (same source and key) is kept once. Raises BadSample for a row longer than pad_to, and for image positions that
     do not fit the images.
     """
     rows = [(s, t, y, w) for s in samples for t, y, w in _rows(s)]
@@ -94,12 +94,13 @@ def collate(samples, pad_id, pad_to=0, names=None):
     T = pad_to or -(-width // 8) * 8
     if width > T:
         long = next(s for s, t, _, _ in rows if len(t) > T)
-        raise ValueError(f"{long.source} {long.id}: a row of {width} positions does not fit pad_to={T}")
+        raise BadSample(f"{long.source} {long.id}: a row of {width} positions does not fit pad_to={T}")
     tokens = np.full((len(rows), T), pad_id, np.int64)
     targets = np.full((len(rows), T), IGNORE_INDEX, np.int64)
     weights = np.zeros((len(rows), T), np.float32) if any(w is not None for _, _, _, w in rows) else None
     names = list(names) if names is not None else list(dict.fromkeys(s.source for s in samples))
-    place, images, slots, stats = {}, [], [], {name: Counter() for name in names}
+    place, images, slots = {}, [], []
+    stats = {s.source: dict.fromkeys(STATS, 0) for s in samples}
     for b, (s, t, y, w) in enumerate(rows):
         n = len(t)
         tokens[b, :n], targets[b, :n] = t, y
@@ -107,24 +108,29 @@ def collate(samples, pad_id, pad_to=0, names=None):
             weights[b, :n] = (y != IGNORE_INDEX) if w is None else w
         n_slot = int(np.count_nonzero(t == s.image_id)) if s.image_id >= 0 else 0
         if n_slot != len(s.images) * s.n_image_token:
-            raise ValueError(f"{s.source} {s.id}: row {b} of the batch has {n_slot} image positions, its "
-                             f"{len(s.images)} image(s) of {s.n_image_token} tokens need {len(s.images) * s.n_image_token}")
+            raise BadSample(f"{s.source} {s.id}: row {b} of the batch has {n_slot} image positions, its "
+                            f"{len(s.images)} image(s) of {s.n_image_token} need {len(s.images) * s.n_image_token}")
         for j, image in enumerate(s.images):
             key = (s.source, s.image_keys[j]) if s.image_keys else (id(s), j)
             if key not in place:
                 place[key] = len(images)
                 images.append(image)
             slots.append(place[key])
-        n_kept, n_pad = int(np.count_nonzero(y != IGNORE_INDEX)), int(np.count_nonzero(t == pad_id)) + T - n
-        stats[s.source].update(n_text=T - n_pad - n_slot, n_image_position=n_slot, n_kept=n_kept, n_pad=n_pad)
+        n_pad, count = int(np.count_nonzero(t == pad_id)) + T - n, stats[s.source]
+        count['n_text'] += T - n_pad - n_slot
+        count['n_image_position'] += n_slot
+        count['n_kept'] += int(np.count_nonzero(y != IGNORE_INDEX))
+        count['n_pad'] += n_pad
     for s in samples:
-        stats[s.source].update(n_sample=1, n_image=len(s.images), n_truncated=s.n_truncated)
+        stats[s.source]['n_sample'] += 1
+        stats[s.source]['n_image'] += len(s.images)
+        stats[s.source]['n_truncated'] += s.n_truncated
     kept = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.stack(images) if images else None,
                  torch.tensor(slots, dtype=torch.int64) if images else None,
                  torch.from_numpy(weights) if weights is not None else None,
                  torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,
-                 [message for s in samples for message in s.bad], {k: dict(v) for k, v in stats.items() if v})
+                 [message for s in samples for message in s.bad], stats)
 
 
 def _rows(s):
@@ -145,7 +151,7 @@ def _mix(x):
 
 
 def permute(i, n, key):
-    """Return the image of i under a bijection of range(n) that a 64-bit key picks: a Feistel network, walked into range."""
+    """Return where a bijection of range(n), picked by a 64-bit key, sends i: a Feistel network, walked into range."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
