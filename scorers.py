@@ -1,14 +1,19 @@
 """
 Scores as pure functions: VQA soft accuracy in its four published variants, boxes, POPE, intervals, blind baselines,
-and the paper's stable score (arXiv 2503.07603, section 2.2 and tables 8 and 9). Nothing here reads a file or a model.
+the paper's stable score (arXiv 2503.07603, section 2.2, tables 8 and 9), and the results entry of one benchmark.
+Nothing here reads a file or asks a model.
 """
 import ast
 import functools
+import json
 import math
+import os
 import re
 import string
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 
 # --- VQA soft accuracy --------------------------------------------------------------------------------------------
@@ -23,9 +28,9 @@ PERIOD = re.compile(r'(?!<=\d)(\.)(?!\d)')
 PERIOD_LIMIT = 32                                           # the official sub() gets re.UNICODE (= 32) as its count
 
 # the official table has 120 entries; 117 of them are one of these words with one of its apostrophes left out
-CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
-must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
 somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
 there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
@@ -58,7 +63,7 @@ def clean_space(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
 
-@functools.lru_cache(maxsize=1 << 16)                       # 2.1 M annotator answers of VQAv2 val hold few distinct ones
+@functools.lru_cache(maxsize=1 << 16)                       # the 2.1 M answers of VQAv2 val hold few distinct ones
 def clean_punctuation(text):
     """Step 2: punctuation deleted where it touches a space (or anywhere in a text with '1,000'), else made a space."""
     out, comma = text, DIGIT_COMMA.search(text) is not None
@@ -194,7 +199,7 @@ def wilson_interval(share, n):
     z2 = Z95 ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))     # rounding alone would cross it
 
 
 def mean_interval(scores):
@@ -268,3 +273,171 @@ def stable_score(scores, baselines):
     if missing:
         raise ValueError(f"stable_score: no baseline for {', '.join(missing)}; known: {', '.join(sorted(baselines))}")
     return sum(scores[task] - baselines[task] for task in scores) / len(scores)
+
+
+# --- one benchmark: questions and predictions to its results entry ------------------------------------------------
+
+TEXT_ALIAS = {'sat_en': 'agieval', 'agi_eval_sat_en': 'agieval', 'mathqa': 'math_qa', 'pubmedqa': 'pubmed_qa',
+              'pubmed_qa_labeled': 'pubmed_qa', 'bigbench_cs_algorithms': 'cs_algorithms',
+              'bigbench_conceptual_combinations': 'conceptual_combinations', 'hellaswag_zeroshot': 'hellaswag'}
+
+
+@dataclass
+class Example:
+    """One question of a benchmark."""
+    id: str
+    prompt: str                                 # the question as the model reads it
+    answers: list                               # what the scorer compares with; [index] when there are choices
+    image: str = ''                             # path; '' = text only
+    types: tuple = ()                           # labels it is also reported under
+    choices: list = None                        # None = the model writes its answer
+    blind: list = None                          # candidate answers of an attribute-blind guesser
+
+
+@dataclass
+class Task:
+    """One benchmark: its questions and how an answer is scored."""
+    name: str
+    kind: str
+    examples: list
+    score: Callable                             # (prediction, answers) -> 0..1, or None when malformed
+    chat: bool = True                           # instruction format, as in fine-tuning; False = plain text
+    train: list = None                          # (type, answers) on which the blind constant is chosen
+    split_mean: bool = False                    # the score is the mean of the first type's scores (POPE)
+    variant: str = ''                           # which published scoring rule
+    extra: dict = field(default_factory=dict)   # name -> function(records) for results.json
+
+
+SUBSET_SEED = 21              # vlm-evaluation shuffles the questions once with Random(21) and takes the first n
+
+
+def subset(examples, n, split=lambda e: ''):
+    """The first n per split of vlm-evaluation's fixed shuffle; all of them, in file order, for n = 0."""
+    if not n:
+        return examples
+    order, taken, kept = list(range(len(examples))), Counter(), []
+    Random(SUBSET_SEED).shuffle(order)
+    for i in order:
+        if taken[split(examples[i])] < n:
+            taken[split(examples[i])] += 1
+            kept.append(examples[i])
+    return kept
+
+
+def vqa_task(name, kind, examples, variant, others, fit):
+    """A Task scored by VQA soft accuracy; an empty answer is malformed. `others` are variants reported beside it."""
+    def score(prediction, answers):
+        return vqa_accuracy(prediction, answers, variant) if prediction else None
+
+    def under(other):
+        return lambda records: sum(vqa_accuracy(r['prediction'] or '', r['answers'], other)
+                                   for r in records) / max(len(records), 1)
+    return Task(name, kind, examples, score, train=fit, variant=variant,
+                extra={f'accuracy_{other}': under(other) for other in others})
+
+
+def same(prediction, answers):
+    """1.0 when the index of the chosen answer is the gold one, None when the model could not choose."""
+    return float(prediction == answers[0]) if prediction is not None else None
+
+
+def unit_box(xywh, size, frame):
+    """A COCO [x, y, w, h] in pixels as '[x1, y1, x2, y2]' over the image or its square, two decimals."""
+    x, y, w, h = xywh
+    box = [x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]]
+    box = letterbox_box(box, *size) if frame == 'letterbox' else box
+    return json.dumps([round(v, 2) for v in box])
+
+
+def score_box(prediction, answers):
+    """1.0 at IoU >= 0.5 with the gold box, None when the prediction is not a box."""
+    box = parse_box(prediction)
+    return None if box is None else float(box_iou(box, json.loads(answers[0])) >= 0.5)
+
+
+def blind_baselines(task, examples):
+    """
+    What guessers score on `examples` who do not look at the image: 'chance' draws evenly from the choices, or from the
+    answers that questions of this type have; 'constant' always gives the best single answer per type; 'attribute' (None
+    without blind answers) draws from what the image holds without knowing which is asked for, else gives the constant.
+    """
+    def score(prediction, answers):
+        return task.score(prediction, answers) or 0.0
+    test = [(e.types, e.answers) for e in examples]
+    # nearly every gold box is different, so a box needs more candidates than a word
+    tried = {'n_candidate': 100, 'max_fit': 300} if task.kind == 'refcoco' else {}
+    constant, answers = constant_baseline(task.train or test, test, score, **tried)
+    chance, attribute = uniform_baseline(test, score), None
+    if examples[0].choices:
+        chance = sum(1 / len(e.choices) for e in examples) / len(test)
+    if any(e.blind for e in examples):
+        guesses = [e.blind or [answers.get(e.types, '')] for e in examples]
+        attribute = sum(sum(score(b, e.answers) for b in g) / len(g) for g, e in zip(guesses, examples)) / len(test)
+    return {'chance': chance, 'constant': constant, 'attribute': attribute}, answers
+
+
+def summarise(task, predictions, nats=None):
+    """
+    One task's results entry, and its records, one dict per question.
+    predictions  str per example, or the index of a choice, None when there is none; malformed ones are counted, score 0
+    nats         per example the value of each choice, only recorded
+    """
+    scores = [task.score(p, e.answers) for p, e in zip(predictions, task.examples)]
+    records, labels = [], {}
+    for n, (e, p, s) in enumerate(zip(task.examples, predictions, scores)):
+        record = {'id': e.id, 'prompt': e.prompt, 'prediction': p, 'answers': e.answers, 'score': s or 0.0,
+                  'malformed': s is None, 'types': list(e.types), 'image': os.path.basename(e.image)}
+        if e.choices:
+            record |= {'prediction': None if p is None else e.choices[p], 'answers': [e.choices[a] for a in e.answers],
+                       'choices': e.choices, 'nats': nats[n] if nats else None}
+        records.append(record)
+        for label in e.types:
+            labels.setdefault(label, []).append(n)
+    values = [s or 0.0 for s in scores]
+
+    def part(rows):
+        chosen = [values[n] for n in rows]
+        low, high = mean_interval(chosen)
+        blind, constants = blind_baselines(task, [task.examples[n] for n in rows])
+        return {'n': len(chosen), 'score': sum(chosen) / len(chosen), 'low': low, 'high': high, **blind}, constants
+    result, constants = part(range(len(values)))
+    result['types'] = {label: part(rows)[0] for label, rows in sorted(labels.items())}
+    if task.split_mean:                                      # POPE: the unweighted mean of its splits
+        splits = {e.types[0] for e in task.examples}
+        result['score'] = sum(result['types'][split]['score'] for split in splits) / len(splits)
+        result['low'], result['high'] = wilson_interval(result['score'], len(values))
+    result |= {'kind': task.kind, 'variant': task.variant, 'malformed': sum(s is None for s in scores),
+               'constant_fitted_on': 'train answers' if task.train else 'these test questions (an upper bound)',
+               'constant_answers': {'/'.join(types): answer for types, answer in constants.items()}}
+    return result | {key: function(records) for key, function in task.extra.items()}, records
+
+
+def stable_scores(results, vqav2_baseline=0.5):
+    """The paper's stable scores over the tasks that `results` (name -> entry) holds, each with the tasks it lacks."""
+    six = VISION_BASELINES | {'vqav2': vqav2_baseline}
+    five = {task: b for task, b in six.items() if task != 'ocid_ref'}
+    named = {TEXT_ALIAS.get(name, name): r['score'] for name, r in results.items()}
+    out = {}
+    for title, known in (('vision', five), ('vision with OCID', six), ('text, 9 tasks', TEXT_BASELINES_9),
+                         ('text, 10 tasks', TEXT_BASELINES_10)):
+        scores = {task: s for task, s in named.items() if task in known}
+        if scores:
+            out[title] = {'score': stable_score(scores, known), 'tasks': sorted(scores),
+                          'missing': sorted(set(known) - set(scores))}
+    text = {name: r for name, r in results.items() if r['kind'] == 'text'}
+    if text:                                                 # any text tasks, each against its own file's chance
+        score = stable_score({n: r['score'] for n, r in text.items()}, {n: r['chance'] for n, r in text.items()})
+        out['text, as found'] = {'score': score, 'tasks': sorted(text), 'missing': []}
+    return out
+
+
+def table(results):
+    """The printed table: percent, half width of the 95 % interval, what guessers get (blind: the best), malformed."""
+    lines = [f"{'task':<28}{'n':>7}{'score':>8}{'+-95%':>7}{'chance':>8}{'blind':>8}{'malformed':>11}"]
+    for name, result in results.items():
+        rows = [(name, result)] + [('  ' + label, row) for label, row in result['types'].items()]
+        for title, row in rows:
+            lines.append(f"{title:<28}{row['n']:>7}{100 * row['score']:>8.2f}{50 * (row['high'] - row['low']):>7.2f}"
+                         f"{100 * row['chance']:>8.2f}{100 * max(row['constant'], row['attribute'] or 0):>8.2f}"
+                         + (f"{row['malformed']:>11}" if row is result else ''))
+    return '\n'.join(lines)

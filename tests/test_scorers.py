@@ -42,8 +42,8 @@ def test_equals_the_published_loop_over_annotators():
 
 
 @pytest.mark.parametrize('prediction, answers, scores', [
-    ('Yes', ['yes'] * 10, {'official': 0, 'vlm-eval': 1, 'm4c': 1, 'vizwiz': 1}),        # unanimous: official keeps case
-    ('none', ['none'] * 10, {'official': 1, 'vlm-eval': 0, 'm4c': 1, 'vizwiz': 0}),      # 'none' becomes '0' on one side
+    ('Yes', ['yes'] * 10, {'official': 0, 'vlm-eval': 1, 'm4c': 1, 'vizwiz': 1}),     # unanimous: official keeps case
+    ('none', ['none'] * 10, {'official': 1, 'vlm-eval': 0, 'm4c': 1, 'vizwiz': 0}),   # 'none' becomes '0' on one side
     ('The Beach', ['the beach'] * 9 + ['beach'], {'official': 1, 'vlm-eval': .3, 'm4c': 1, 'vizwiz': .3}),
     ('two', ['two'] * 9 + ['2'], {'official': 1, 'vlm-eval': .3, 'm4c': 1, 'vizwiz': .3}),
     ('dont', ["don't"] * 5 + ['no'] * 5, {'official': 1, 'vlm-eval': 1, 'm4c': 1, 'vizwiz': 0}),   # VizWiz: backticks
@@ -211,11 +211,12 @@ def test_uniform_baseline():
 
 TABLE_8 = {                                                             # paper, table 8, percent; columns as printed
     'agieval': (32.5, 27.7, 19.4, 28.2, 21.4, 63.6), 'arc_easy': (59.3, 72.3, 74.7, 77.1, 69.5, 80.6),
-    'conceptual_combinations': (27.2, 30.1, 40.8, 47.6, 27.2, 57.3), 'cs_algorithms': (35.8, 46.2, 44.6, 46.7, 46.5, 56.5),
+    'conceptual_combinations': (27.2, 30.1, 40.8, 47.6, 27.2, 57.3),
+    'cs_algorithms': (35.8, 46.2, 44.6, 46.7, 46.5, 56.5),
     'copa': (71.0, 83.0, 86.0, 92.0, 83.0, 85.0), 'hellaswag': (58.2, 66.5, 69.2, 72.8, 65.1, 67.78),
     'math_qa': (22.9, 25.9, 26.9, 27.3, 30.52, 40.84), 'piqa': (70.5, 74.4, 76.6, 79.1, 76.0, 76.22),
     'pubmed_qa': (35.0, 38.6, 66.2, 69.6, 65.8, 66.6)}
-TABLE_8_STABLE = (15.44, 21.26, 25.67, 29.67, 23.52, 35.68)             # base 80 % is printed 25.73, its cells give 25.67
+TABLE_8_STABLE = (15.44, 21.26, 25.67, 29.67, 23.52, 35.68)         # base 80 % is printed 25.73, its cells give 25.67
 TABLE_9 = {'textvqa': (49.05, 51.78, 73.2), 'refcoco': (61.29, 73.62, 77.9), 'pope': (87.33, 88.28, 87.0),
            'gqa': (61.11, 64.16, 67.0), 'vqav2': (76.82, 79.05, 85.6), 'ocid_ref': (40.80, 50.56, None)}
 
