@@ -239,7 +239,9 @@ class TextSource:
         self.shards, self.damaged, self.last = _Shards(), [], (-1, None)
         files = find(paths, '.bin', '.tar')
         self.binary = files[0].endswith('.bin')
-        self.row_len = max(seq_len, round(row_len / seq_len) * seq_len) if self.binary else 0
+        if self.binary:
+            longest = max(os.path.getsize(path) // 2 - 1 for path in files)
+            self.row_len = seq_len * max(1, min(round(row_len / seq_len), -(-longest // seq_len)))
         for path in files:
             if path.endswith('.bin') != self.binary:
                 raise ValueError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
@@ -507,7 +509,7 @@ class InstructSource:
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id
-        rows, cut = [], 0
+        rows = []
         for p, (question, answer) in enumerate(pairs):
             if p == 0 or self.split_turns:
                 rows.append([instruct_prompt(question, n_token, self.tokenizer, self.system_prompt), []])
@@ -524,13 +526,13 @@ class InstructSource:
         rows = [(ids, w) for ids, w in rows if any(w)]
         if not rows:
             raise BadSample(f"no answer is left within seq_len={self.seq_len}")
-        T = max(len(ids) for ids, _ in rows)
-        ids = np.full((len(rows), T), self.tokenizer.pad_id, np.int64)
-        weights = np.zeros((len(rows), T), np.float32)
-        for b, (row, w) in enumerate(rows):
-            ids[b, :len(row)], weights[b, :len(w)] = row, w
-        tokens, weights = ids[:, :-1], weights[:, 1:]
-        targets = np.where(weights > 0, ids[:, 1:], IGNORE_INDEX)
+        shape = len(rows), max(len(ids) for ids, _ in rows) - 1
+        tokens, targets = np.full(shape, self.tokenizer.pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+        weights = np.zeros(shape, np.float32)
+        for b, (ids, w) in enumerate(rows):
+            n = len(ids) - 1
+            tokens[b, :n], weights[b, :n] = ids[:-1], w[1:]
+            targets[b, :n] = np.where(weights[b, :n] > 0, ids[1:], IGNORE_INDEX)
         if not self.split_turns:
             tokens, targets, weights = tokens[0], targets[0], weights[0]
         return Sample(tokens, targets, weights if self.loss_average == 'answer' else None, n_image_token=n_token,

@@ -1,0 +1,587 @@
+"""data.py and mixture.py: layouts token by token, exact shares, every row once, the same data however it is read, hostile files."""
+import gzip
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import mixture
+from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
+
+X = -100
+SENTENCES = [f"the {a} {b} is on the {c}, {n} times" for a in ('red', 'blue') for b in ('star', 'cat') for c in ('mat', 'box')
+             for n in range(30)]
+
+
+@pytest.fixture(scope='module')
+def tok(tmp_path_factory):
+    prefix = str(tmp_path_factory.mktemp('tok') / 't')
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_prefix=prefix, vocab_size=300,
+                                             model_type='bpe', byte_fallback=True, num_threads=1, minloglevel=2)
+    return load_tokenizer(prefix + '.model')
+
+
+def write_tar(path, members):
+    with tarfile.open(path, 'w') as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def write_rows(path, rows, suffix='.json.gz'):
+    pack = gzip.compress if suffix.endswith('gz') else bytes
+    return write_tar(path, [(f'{i:05d}{suffix}', pack(json.dumps(list(map(int, r))).encode())) for i, r in enumerate(rows)])
+
+
+def jpeg(seed=0, size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, 'JPEG')
+    return out.getvalue()
+
+
+class Numbers:
+    """A source whose i-th item is the number i: rows of `per_row` windows in shards of the given sizes."""
+    damaged = []
+
+    def __init__(self, name, sizes, per_row=1, bad=(), length=None):
+        self.name, self.group_sizes, self.items_per_row, self.bad = name, list(sizes), per_row, set(bad)
+        self.length = length or (lambda i: 8)
+
+    def __len__(self):
+        return sum(self.group_sizes) * self.items_per_row
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise BadSample(f"{self.name}.tar: item {i}: is bad")
+        ids = np.arange(9, dtype=np.int64) + i
+        return Sample(ids[:-1], ids[1:], source=self.name, id=str(i))
+
+
+def ids_of(mix, n):
+    return [mix[i].id for i in range(n)]
+
+
+# --- tokenizer ---
+def test_special_ids_lie_above_the_tokenizers_own_and_text_never_contains_them(tok):
+    assert tok.eot_id == 2 and (tok.image_id, tok.sep_id, tok.pad_id, tok.vocab_size) == (300, 301, 302, 303)
+    ids = tok.encode('</s> <image> <sep> the red star \ud800')
+    assert not set(ids) & {tok.eot_id, tok.image_id, tok.sep_id, tok.pad_id}
+    assert tok.decode([tok.image_id] * 4 + tok.encode('the red star') + [tok.sep_id, tok.eot_id, 5000]) == 'the red star'
+
+
+def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
+    import tokenizers
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=['<|endoftext|>', '<|padding|>'], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    hf.train_from_iterator(SENTENCES, trainer)
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    t = load_tokenizer(str(tmp_path))                                    # the folder works too
+    n = hf.get_vocab_size()
+    assert t.eot_id == 0 and (t.image_id, t.sep_id, t.pad_id, t.vocab_size) == (n, n + 1, n + 2, n + 3)
+    text = 'a <|endoftext|> in the <|padding|> text'
+    assert min(t.encode(text)) > 1 and t.decode(t.encode(text)) == text
+    assert t.single('a') is not None and t.single('zqzqzq') is None
+
+
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match='nothing.model: no such file.*train_tokenizer'):
+        load_tokenizer(str(tmp_path / 'nothing.model'))
+    for name, content in [('bad.model', b'junk'), ('bad.json', b'{'), ('list.json', b'[]')]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_tokenizer(str(tmp_path / name))
+
+
+# --- text ---
+@pytest.mark.parametrize('T', [2048, 1024, 100, 97, 3000])
+def test_no_token_of_a_2049_row_is_lost(tmp_path, tok, T):
+    rng = np.random.default_rng(T)
+    rows = rng.integers(3, 300, (3, 2049))
+    source = TextSource(write_rows(tmp_path / 'a.tar', rows), tok, T)
+    assert source.items_per_row == -(-2048 // T)
+    for r in range(3):
+        windows = [source[r * source.items_per_row + w] for w in range(source.items_per_row)]
+        assert np.concatenate([s.targets for s in windows]).tolist() == rows[r, 1:].tolist()
+        assert np.concatenate([s.tokens for s in windows]).tolist() == rows[r, :-1].tolist()
+        assert all(0 < len(s.tokens) <= T for s in windows)
+
+
+@pytest.mark.parametrize('n, T', [(10_000, 96), (4097, 2048), (5000, 1024), (2050, 1000), (60, 17)])
+def test_no_token_of_a_bin_file_is_lost(tmp_path, tok, n, T):
+    ids = np.random.default_rng(n).integers(3, 300, n).astype('<u2')
+    ids.tofile(tmp_path / 'a.bin')
+    source = TextSource([str(tmp_path / 'a.bin')], tok, T)
+    samples = [source[i] for i in range(len(source))]
+    assert np.concatenate([s.targets for s in samples]).tolist() == ids[1:].tolist()
+    assert all(0 < len(s.tokens) <= T and (s.tokens[1:] == s.targets[:-1]).all() for s in samples)
+
+
+def test_a_last_row_shorter_than_its_windows_repeats_a_position(tmp_path, tok):
+    (np.arange(4098) % 290 + 3).astype('<u2').tofile(tmp_path / 'a.bin')
+    source = TextSource(str(tmp_path / 'a.bin'), tok, 1024)              # 2 + 2 windows, and 2 for the one position left over
+    assert [len(source[i].tokens) for i in range(len(source))] == [1024] * 4 + [1, 1]
+
+
+def test_rows_as_json_or_txt_and_a_short_last_row(tmp_path, tok):
+    rows = [list(range(3, 36)), list(range(40, 73)), list(range(80, 85))]
+    for suffix in ('.json', '.txt', '.json.gz'):
+        source = TextSource(write_rows(tmp_path / f'a{suffix}.tar', rows, suffix), tok, 16)
+        seen = [source[i].targets.tolist() for i in range(len(source))]
+        assert sum(seen, []) == rows[0][1:] + rows[1][1:] + rows[2][1:] and len(seen) == 6
+
+
+def test_both_sequence_lengths_see_the_same_row_order_and_a_cursor_carries_over(tmp_path, tok):
+    paths = [write_rows(tmp_path / f'{s}.tar', np.full((7, 65), 10 * s + 3) + np.arange(7)[:, None]) for s in range(4)]
+    long, short = [Mixture([TextSource(paths, tok, T)], [1], seed=5) for T in (64, 32)]
+    assert [long[i].tokens[0] for i in range(28)] == [short[2 * i].tokens[0] for i in range(28)]
+    assert [short[2 * i].id[:-1] for i in range(28)] == [short[2 * i + 1].id[:-1] for i in range(28)]
+    start = long.cursor(11)
+    assert start == {'text': 11} and short.cursor(5) == {'text': 3}      # a partly used row counts as used
+    later = Mixture([TextSource(paths, tok, 32)], [1], seed=5, start=start)
+    assert ids_of(later, 34) == ids_of(short, 56)[22:] and later.cursor(0) == start and later.epochs(34) == {'text': 1.0}
+
+
+def test_bad_rows_are_named(tmp_path, tok):
+    good = gzip.compress(json.dumps([5] * 33).encode())
+    bad = {'cut.json.gz': good[:-9], 'noise.json.gz': b'junk', 'float.json': b'[1.5, 2.5]', 'nested.json': b'[[1, 2], [3, 4]]',
+           'big.json': json.dumps([5] * 32 + [302]).encode(), 'negative.json': b'[5, -100, 7]', 'dict.json': b'{"a": 1}',
+           'deep.json': b'[' * 100_000, 'empty.json': b'', 'long.json': json.dumps([5] * 34).encode(), 'huge.json': b'[5, 1e999]'}
+    source = TextSource(write_tar(tmp_path / 'a.tar', [('first.json.gz', good), *bad.items()]), tok, 32)
+    assert len(source[0].tokens) == 32
+    for i, name in enumerate(bad, 1):
+        with pytest.raises(BadSample, match='a.tar.*row 10' if name == 'long.json' else f'a.tar: {name}') as e:
+            source[i]
+        assert '\n' not in str(e.value)
+    with pytest.raises(BadSample, match="big.json: id 302 is beyond the tokenizer's 300 ids"):
+        source[5]
+    np.array([5, 6, 7, 300, 5], '<u2').tofile(tmp_path / 'a.bin')
+    with pytest.raises(BadSample, match='a.bin: position 3: id 300'):
+        TextSource(str(tmp_path / 'a.bin'), tok, 8)[0]
+
+
+def test_text_of_another_tokenizer_is_refused(tmp_path, tok):
+    np.arange(3, 50).astype('<u2').tofile(tmp_path / 'a.bin')
+    (tmp_path / 'a.json').write_text(json.dumps({'tokenizer_sha256': tok.sha256, 'vocab_size': 303}))
+    TextSource(str(tmp_path), tok, 8)
+    (tmp_path / 'a.json').write_text(json.dumps({'tokenizer_sha256': '0' * 64, 'vocab_size': 50280}))
+    with pytest.raises(ValueError, match='a.bin: written with another tokenizer.*50280'):
+        TextSource(str(tmp_path), tok, 8)
+
+
+@pytest.mark.parametrize('paths', ['missing.tar', 'miss*.bin', '.'])
+def test_missing_files_are_named(tmp_path, tok, paths):
+    with pytest.raises(ValueError, match='no such file|holds no file that ends in .bin or .tar'):
+        TextSource(str(tmp_path / paths), tok, 8)
+
+
+# --- tars and their index ---
+@pytest.mark.parametrize('cut', ['member', 'header', 'boundary', 'noise'])
+def test_a_damaged_tar_is_named_and_its_whole_rows_survive(tmp_path, tok, cut):
+    rows = np.arange(6)[:, None] + np.arange(3, 36)[None]
+    path = write_rows(tmp_path / 'a.tar', rows, '.json')                 # 512 header + 512 content for each member
+    content = bytearray(open(path, 'rb').read())
+    end = {'member': 3 * 1024 - 400, 'header': 3 * 1024 + 100, 'boundary': 3 * 1024, 'noise': len(content)}[cut]
+    if cut == 'noise':
+        content[3 * 1024:3 * 1024 + 512] = b'x' * 512
+    open(path, 'wb').write(content[:end])
+    n_whole = 2 if cut == 'member' else 3
+    source = TextSource(path, tok, 32)
+    assert len(source) == n_whole + 1 and [source[i].tokens[0] for i in range(n_whole)] == [3 + i for i in range(n_whole)]
+    with pytest.raises(BadSample, match=r'a.tar: damaged or truncated tar at offset \d+ of'):
+        source[n_whole]
+    with pytest.raises(ValueError, match='a.tar: damaged or truncated'):
+        Mixture([source], [1], seed=0)                                   # before the first step, not when it is drawn
+    lenient = Mixture([source], [1], seed=0, max_bad_samples=100)
+    drawn = [lenient[i] for i in range(n_whole + 1)]
+    assert sum(len(s.bad) > 0 for s in drawn) == 1
+
+
+def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
+    path = write_rows(tmp_path / 'a.tar', [[5] * 9] * 3)
+    TextSource(path, tok, 8)
+    data._tar_members.cache_clear()
+    monkeypatch.setattr(data, '_build_tar_index', lambda path: pytest.fail('built again'))
+    assert len(TextSource(path, tok, 8)) == 3 and os.path.exists(path + '.idx')
+    monkeypatch.undo()
+    write_rows(tmp_path / 'a.tar', [[7] * 9] * 4)
+    source = TextSource(path, tok, 8)
+    assert len(source) == 4 and source[0].tokens[0] == 7                 # neither the old index nor the old file handle
+    for junk in (b'', b'junk', open(path + '.idx', 'rb').read()[:200]):
+        open(path + '.idx', 'wb').write(junk)
+        data._tar_members.cache_clear()
+        assert len(TextSource(path, tok, 8)) == 4
+
+
+def test_the_index_goes_to_cache_dir_when_the_data_is_read_only(tmp_path, tok, monkeypatch):
+    path = write_rows(tmp_path / 'a.tar', [[5] * 9] * 3)
+    os.mkdir(path + '.idx')                                              # not writable, also for root
+    TextSource(path, tok, 8, cache_dir=str(tmp_path / 'cache'))
+    assert len(os.listdir(tmp_path / 'cache')) == 1 and not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
+    data._tar_members.cache_clear()
+    monkeypatch.setattr(data, '_build_tar_index', lambda path: pytest.fail('built again'))
+    TextSource(path, tok, 8, cache_dir=str(tmp_path / 'cache'))
+
+
+# --- captions ---
+def test_caption_layout_token_by_token(tmp_path, tok):
+    cap = tok.encode('the red star')
+    path = write_tar(tmp_path / 'a.tar', [('x/b.txt', b'the blue cat'), ('x/a.jpg', jpeg(1)), ('x/a.txt', b' the red star\n'),
+                                          ('x/b.c.txt', b'other'), ('x/b.JPG', jpeg(2))])       # any order, keys to the first dot
+    source = CaptionSource(path, tok, 32, 4, 28)
+    assert len(source) == 2
+    by_id = {s.id: s for s in (source[0], source[1])}
+    s, im, sep, eot = by_id['a.tar:x/a'], tok.image_id, tok.sep_id, tok.eot_id
+    assert s.tokens.tolist() == [im, im, im, im, sep, *cap]
+    assert s.targets.tolist() == [X, X, X, X, *cap, eot]
+    assert s.images[0].shape == (3, 28, 28) and s.images[0].dtype == torch.uint8 and s.weights is None
+    assert by_id['a.tar:x/b'].tokens.tolist() == [im] * 4 + [sep] + tok.encode('the blue cat')
+
+
+def test_a_long_caption_is_cut_without_eot_and_counted(tmp_path, tok):
+    cap = tok.encode(' '.join(SENTENCES[:9]))
+    path = write_tar(tmp_path / 'a.tar', [('a.png', jpeg()), ('a.txt', ' '.join(SENTENCES[:9]).encode())])
+    s = CaptionSource(path, tok, 20, 4, 28)[0]
+    assert len(s.tokens) == 20 and s.targets[4:].tolist() == cap[:16] and s.n_truncated == 1
+    exact = CaptionSource(path, tok, 5 + len(cap), 4, 28)[0]             # the eot just fits
+    assert exact.targets[-1] == tok.eot_id and exact.n_truncated == 0
+    with pytest.raises(ValueError, match='seq_len=5 .* at least 6'):
+        CaptionSource(path, tok, 5, 4, 28)
+
+
+def test_captions_from_json_and_syn_json(tmp_path, tok):
+    syn = json.dumps({'syn_text': ['the red star', 'the blue cat']}).encode()
+    members = [('a.jpg', jpeg()), ('a.json', json.dumps({'caption': 'the cat', 'url': 'x'}).encode()),
+               ('b.jpg', jpeg()), ('b.json', json.dumps({'text': 'the box'}).encode()), ('b.syn.json', syn),
+               ('c.jpg', jpeg()), ('c.json', json.dumps({'uid': '1', 'sha256': '2'}).encode()), ('c.syn.json', syn)]
+    for i in range(20):
+        members += [(f'k{i}.jpg', jpeg()), (f'k{i}.syn.json', syn), (f'k{i}.url.txt', b'http://x')]
+    source = CaptionSource(write_tar(tmp_path / 'a.tar', members), tok, 64, 4, 28)
+    texts = [tok.decode(source[i].targets) if (source[i].targets >= 0).all() else tok.decode(source[i].tokens)
+             for i in range(len(source))]
+    assert texts[:2] == ['the cat', 'the box'] and set(texts[2:]) == {'the red star', 'the blue cat'}
+
+
+def test_bad_captions_are_named(tmp_path, tok):
+    image = jpeg()
+    bad = {'corrupt': [('.jpg', image[:len(image) // 2]), ('.txt', b'x')], 'noise': [('.jpg', b'junk'), ('.txt', b'x')],
+           'noimage': [('.txt', b'x')], 'nocaption': [('.jpg', image)], 'blank': [('.jpg', image), ('.txt', b' \n')],
+           'latin': [('.jpg', image), ('.txt', b'\xff\xfe')], 'json': [('.jpg', image), ('.json', b'{')]}
+    path = write_tar(tmp_path / 'a.tar', [(k + s, c) for k, v in bad.items() for s, c in v])
+    source = CaptionSource(path, tok, 32, 4, 28)
+    for i, key in enumerate(bad):
+        with pytest.raises(BadSample, match=f'a.tar: {key}: ') as e:
+            source[i]
+        assert '\n' not in str(e.value)
+
+
+# --- instructions ---
+def write_llava(tmp_path, entries):
+    for name in ('0.jpg', 'sub/1.jpg'):
+        os.makedirs(tmp_path / 'images/sub', exist_ok=True)
+        (tmp_path / 'images' / name).write_bytes(jpeg(len(name)))
+    (tmp_path / 'llava.json').write_text(json.dumps(entries, indent=1))
+    return dict(json=str(tmp_path / 'llava.json'), image_root=str(tmp_path / 'images'))
+
+
+def talk(*texts, **keys):
+    return {'id': 'x', **keys, 'conversations': [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(texts)]}
+
+
+def test_instruction_layout_token_by_token(tmp_path, tok):
+    files = write_llava(tmp_path, [talk('<image>\nthe red', 'star', 'the blue\n<image>', 'cat', image='0.jpg'), talk('the box', 'mat')])
+    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the')
+    q1, a1, q2, a2, system, sep = *map(tok.encode, ('the red', 'star', 'the blue', 'cat', 'the')), tok.sep_id
+    row = [tok.image_id] * 3 + [sep] + system + q1 + [sep] + a1 + [sep] + q2 + [sep] + a2 + [sep]
+    kept = [X] * 4 + [X] * len(system + q1) + [X] + a1 + [sep] + [X] * len(q2) + [X] + a2 + [sep]
+    s = source[0]
+    assert s.tokens.tolist() == row[:-1] and s.targets.tolist() == kept[1:] and s.weights is None and len(s.images) == 1
+    prompt = data.instruct_prompt('<image> the red', 3, tok, 'the')
+    assert row[:len(prompt)] == prompt and len(prompt) == 5 + len(system + q1)      # what evaluate feeds ends before the answer
+    s = source[1]                                                        # text only: no image and no leading sep
+    row = system + tok.encode('the box') + [sep] + tok.encode('mat') + [sep]
+    assert s.tokens.tolist() == row[:-1] and s.images == [] and s.n_image_token == 0
+
+
+def test_an_answer_weighs_one_in_total(tmp_path, tok):
+    files = write_llava(tmp_path, [talk('the red', 'star', 'the', 'the blue cat is on the box', image='0.jpg')])
+    s = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, loss_average='answer')[0]
+    assert s.weights.dtype == np.float32 and ((s.weights > 0) == (s.targets != X)).all()
+    assert abs(s.weights.sum() - 2) < 1e-6
+    n = len(tok.encode('star')) + 1
+    assert np.allclose(s.weights[s.targets != X][:n], 1 / n)
+
+
+def test_split_turns_share_one_image(tmp_path, tok):
+    files = write_llava(tmp_path, [talk('the red', 'star', 'the blue cat', 'box', image='0.jpg'),
+                                   talk('the mat', 'star', image='0.jpg'), talk('the mat', 'cat', image='sub/1.jpg'),
+                                   talk('the mat', 'cat', 'red', 'box')])
+    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the', split_turns=True)
+    s = source[0]
+    assert s.tokens.shape == s.targets.shape and s.tokens.shape[0] == 2 and len(s.images) == 1
+    for r, (q, a) in enumerate([('the red', 'star'), ('the blue cat', 'box')]):
+        row = data.instruct_prompt(q, 3, tok, 'the') + tok.encode(a) + [tok.sep_id]
+        n = len(row) - 1
+        assert s.tokens[r, :n].tolist() == row[:-1] and (s.tokens[r, n:] == tok.pad_id).all()
+        kept = s.targets[r] != X
+        assert s.targets[r][kept].tolist() == tok.encode(a) + [tok.sep_id] and not kept[n:].any()
+    batch = collate([source[i] for i in range(4)], tok.pad_id)
+    assert batch.tokens.shape[0] == 6 and batch.images.shape == (2, 3, 28, 28)       # 0.jpg twice: encoded once
+    assert batch.image_index.tolist() == [0, 0, 0, 1]
+    assert batch.stats['instruct']['n_image_position'] == 4 * 3
+
+
+def test_truncation_keeps_what_carries_loss_or_names_the_entry(tmp_path, tok):
+    long = ' '.join(SENTENCES[:10])
+    files = write_llava(tmp_path, [talk('the red', 'star', long, 'cat'), talk(long, 'star'), talk('red', long)])
+    source = InstructSource(**files, tokenizer=tok, seq_len=40, n_token=3, image_size=28)
+    assert (source[0].targets != X).sum() == len(tok.encode('star')) + 1 and source[0].n_truncated == 1
+    assert len(source[2].tokens) == 40 and tok.sep_id not in source[2].targets[2:]
+    with pytest.raises(BadSample, match='llava.json: entry 1: no answer is left within seq_len=40'):
+        source[1]
+
+
+def test_bad_entries_are_named(tmp_path, tok):
+    (tmp_path / 'secret.jpg').write_bytes(jpeg())
+    bad = [{'id': 'x'}, 7, {'conversations': []}, talk('q'), {'conversations': [{'from': 'gpt', 'value': 'a'}] * 2},
+           {'conversations': [{'from': 'human', 'value': 'a'}] * 2}, talk('q', 7), talk('q', 'a', image='gone.jpg'),
+           talk('q', 'a', image='../secret.jpg'), talk('q', 'a', image='sub/../../secret.jpg'), talk('q', 'a', image='sub\\..\\..\\x'),
+           talk('q', 'a', image=str(tmp_path / 'secret.jpg')), talk('q', 'a', image=['0.jpg']), talk('q', 'a', image='a\0b')]
+    files = write_llava(tmp_path, bad)
+    source = InstructSource(**files, tokenizer=tok, seq_len=40, n_token=3, image_size=28)
+    for i in range(len(bad)):
+        with pytest.raises(BadSample, match=f'llava.json: entry {i}: ') as e:
+            source[i]
+        assert '\n' not in str(e.value)
+
+
+def test_json_of_any_shape_is_indexed_and_broken_json_named(tmp_path, tok):
+    entries = [talk('the ünïcode ☃ star', 'red'), talk('b', '] , [ "'), talk('c', 'mat')]
+    arguments = dict(image_root='', tokenizer=tok, seq_len=64, n_token=0, image_size=28)
+    ways = {'a.json': json.dumps(entries), 'b.json': json.dumps(entries, indent=2, ensure_ascii=False),
+            'c.jsonl': '\n'.join(json.dumps(e, ensure_ascii=False) for e in entries) + '\n', 'd.json': '\ufeff' + json.dumps(entries)}
+    want = None
+    for name, text in ways.items():
+        (tmp_path / name).write_text(text, encoding='utf-8')
+        source = InstructSource(str(tmp_path / name), **arguments)
+        got = [source[i].tokens.tolist() for i in range(len(source))]
+        want = want or got
+        assert got == want and len(got) == 3
+    (tmp_path / 'e.json').write_text('[\n' + json.dumps(entries[0]) + ',\n' + '{"conversations": [')
+    with pytest.raises(ValueError, match='e.json: line 3, entry 1: broken JSON'):
+        InstructSource(str(tmp_path / 'e.json'), **arguments)
+    (tmp_path / 'f.json').write_text('[]')
+    with pytest.raises(ValueError, match='f.json: no entries'):
+        InstructSource(str(tmp_path / 'f.json'), **arguments)
+
+
+# --- collate ---
+def test_collate_pads_and_counts(tok):
+    a = Sample(np.arange(5), np.array([1, 2, X, 4, 5]), source='a', id='a0')
+    b = Sample(np.arange(3), np.array([1, X, 3]), np.array([.5, 0, .25], np.float32), source='b', id='b0')
+    batch = collate([a, b], tok.pad_id, names=['b', 'a'])
+    assert batch.tokens.shape == (2, 8) and batch.tokens[1, 3:].eq(tok.pad_id).all() and batch.targets[1, 3:].eq(X).all()
+    assert batch.source.tolist() == [1, 0] and batch.ids == ['a0', 'b0'] and batch.images is None and batch.image_index is None
+    assert batch.rows.tolist() == [0, 1, 3, 4, 8, 10] == (batch.targets.flatten() != X).nonzero().flatten().tolist()
+    assert batch.weights[0].tolist() == [1, 1, 0, 1, 1, 0, 0, 0] and batch.weights[1, :3].tolist() == [.5, 0, .25]
+    assert batch.stats['b'] == dict(n_sample=1, n_text=3, n_image_position=0, n_kept=2, n_pad=5, n_image=0, n_truncated=0)
+    assert collate([a, b], tok.pad_id, pad_to=11).tokens.shape == (2, 11)
+    with pytest.raises(ValueError, match='a a0: a row of 5 positions does not fit pad_to=4'):
+        collate([a, b], tok.pad_id, pad_to=4)
+    assert batch.to('cpu').tokens.equal(batch.tokens) and batch.to('cpu').ids == batch.ids
+
+
+@pytest.mark.parametrize('n_slot', [0, 3, 5, 8])
+def test_images_that_do_not_fit_their_slots_name_the_row(tok, n_slot):
+    t = np.array([tok.image_id] * n_slot + [5, 6])
+    s = Sample(t, t.copy(), None, [torch.zeros(3, 8, 8, dtype=torch.uint8)], 'caption', 'a.tar:k', 4, tok.image_id)
+    with pytest.raises(ValueError, match=f'caption a.tar:k: row 0 .* has {n_slot} image positions, its 1 image.* of 4 need 4'):
+        collate([s], tok.pad_id)
+
+
+# --- mixture ---
+@pytest.mark.parametrize('share', [0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 1, Fraction(1, 3), 1 / 3])
+def test_a_share_is_exact_to_one_sample_in_any_window(share):
+    mix = Mixture([Numbers('a', [50]), Numbers('b', [50])], [share, 1 - Fraction(str(share))], seed=1)
+    at = np.cumsum([0] + [mix.locate(n)[0].name == 'a' for n in range(1200)])
+    rng, p = random.Random(0), Fraction(str(share))
+    for _ in range(2000):
+        lo, hi = sorted(rng.choices(range(1201), k=2))
+        assert abs(int(at[hi] - at[lo]) - p * (hi - lo)) <= 1
+    assert mix.counts(1200)['a'] == at[1200] and mix.counts(777)['a'] == at[777]
+
+
+def test_nested_shares_count_what_they_deliver():
+    text = Mixture([Numbers('t0', [9]), Numbers('t1', [8])], [0.7, 0.3], seed=2)
+    mix = Mixture([text, Numbers('c', [10]), Numbers('i', [6])], [0.8, 0.15, 0.05], seed=2)
+    names = [mix[n].source for n in range(400)]
+    for n in (0, 1, 37, 400):
+        assert mix.counts(n) == {name: names[:n].count(name) for name in mix.names}
+    assert mix.counts(400) == {'t0': 224, 't1': 96, 'c': 60, 'i': 20} and mix.names == ['t0', 't1', 'c', 'i']
+
+
+@pytest.mark.parametrize('sizes, per_row', [([1], 1), ([2], 3), ([5, 1, 9], 2), ([3] * 40, 1), ([1000], 1), ([7, 11] * 20, 4)])
+def test_every_row_comes_once_per_epoch_and_epochs_differ(sizes, per_row):
+    source = Numbers('a', sizes, per_row)
+    mix, n = Mixture([source], [1], seed=3), len(source)
+    epochs = [[int(mix[e * n + i].id) for i in range(n)] for e in range(3)]
+    for order in epochs:
+        assert sorted(order) == list(range(n))
+        assert all(order[i + 1] == order[i] + 1 for i in range(n) if i % per_row < per_row - 1)      # windows of a row stay together
+    assert n < 40 or len({tuple(o) for o in epochs}) == 3
+    other = Mixture([source], [1], seed=4)
+    assert n < 40 or [int(other[i].id) for i in range(n)] != epochs[0]
+
+
+def test_reads_stay_local(monkeypatch):
+    monkeypatch.setattr(mixture, 'SHARDS_TOGETHER', 4)
+    mix = Mixture([Numbers('a', [10] * 20)], [1], seed=3)
+    shards = [int(mix[i].id) // 10 for i in range(200)]
+    assert all(len(set(shards[i:i + 40])) == 4 for i in range(0, 200, 40))
+    assert shards[:40] != sorted(shards[:40]) and len(set(shards[:10])) > 1
+
+
+def test_the_bijection_spreads():
+    for n in (1, 2, 3, 5, 8, 100, 1025):
+        for key in (0, 1, 2**64 - 1):
+            assert sorted(mixture.permute(i, n, key) for i in range(n)) == list(range(n))
+    first = [mixture.permute(0, 10, mixture._mix(key)) for key in range(5000)]
+    assert max(abs(first.count(v) - 500) for v in range(10)) < 120       # 5.6 standard deviations of a fair draw
+
+
+def test_the_kth_item_of_a_source_does_not_depend_on_the_shares():
+    def stream(weights, name):
+        mix = Mixture([Numbers('t', [30, 20], 2), Numbers('c', [40], bad=[3, 4, 5])], weights, seed=9, max_bad_samples=99)
+        return [s.id for s in map(mix.__getitem__, range(300)) if s.source == name]
+    for name, weights in [('t', ([1, 0], [0.9, 0.1], [0.5, 0.5])), ('c', ([0, 1], [0.9, 0.1], [0.5, 0.5]))]:
+        streams = sorted((stream(w, name) for w in weights), key=len)
+        assert all(s[:len(streams[0])] == streams[0] for s in streams) and len(streams[0]) >= 30
+
+
+PINNED = 't0 t5 c1 t3 t14 t9 c0 t11 t6 t2 c2 t1'.split()
+
+
+def test_the_order_is_pinned():
+    mix = Mixture([Numbers('t', [5, 6, 7]), Numbers('c', [4])], [0.75, 0.25], seed=7)
+    assert [mix[n].source + mix[n].id for n in range(12)] == PINNED      # a change here breaks resuming every older run
+
+
+@pytest.mark.parametrize('sources, weights, words', [
+    (['a', 'b'], [1], 'expected 2 shares'), (['a'], [-1], 'shares >= 0'), (['a'], [0], 'not all 0'), (['a', 'a'], [1, 1], "'a' occurs twice")])
+def test_impossible_mixtures_are_refused(sources, weights, words):
+    with pytest.raises(ValueError, match=words):
+        Mixture([Numbers(name, [3]) for name in sources], weights, seed=0)
+    with pytest.raises(ValueError, match="'a' is empty"):
+        Mixture([Numbers('a', [])], [1], seed=0)
+
+
+def test_bad_items_stop_or_are_replaced_in_the_same_source():
+    sources = [Numbers('t', [20]), Numbers('c', [20], bad=range(0, 20, 2))]
+    with pytest.raises(BadSample, match='c.tar: item .* is bad'):
+        ids_of(Mixture(sources, [0.5, 0.5], seed=1), 40)
+    lenient = Mixture(sources, [0.5, 0.5], seed=1, max_bad_samples=5)
+    samples = [lenient[n] for n in range(40)]
+    assert [s.source for s in samples].count('c') == 20 and all(int(s.id) % 2 for s in samples if s.source == 'c')
+    assert sum(bool(s.bad) for s in samples) == 10 and ids_of(lenient, 40) == [s.id for s in samples]
+    batch = collate(samples[:8], 0)
+    assert batch.bad == [m for s in samples[:8] for m in s.bad] and batch.bad
+    with pytest.raises(BadSample, match='c: 100 items in a row are bad'):
+        Mixture([Numbers('c', [20], bad=range(20))], [1], seed=1, max_bad_samples=5)[0]
+
+
+# --- loader ---
+def loader(mix, **keys):
+    defaults = dict(start=0, stop=6, global_batch_size=8, micro_batch_size=2, pad_id=0, n_worker=0)
+    return Loader(mix, **{**defaults, **keys})
+
+
+def numbers_mix(**keys):
+    return Mixture([Numbers('t', [30, 20], 2), Numbers('c', [40], **keys)], [0.75, 0.25], seed=9)
+
+
+def test_any_number_of_processes_splits_the_same_global_order():
+    want = ids_of(numbers_mix(), 48)
+    for world_size in (1, 2, 4):
+        for mb in (1, 2):
+            n_micro = 8 // (world_size * mb)
+            ranks = [[b.ids for b in loader(numbers_mix(), rank=r, world_size=world_size, micro_batch_size=mb)]
+                     for r in range(world_size)]
+            assert all(len(r) == 6 * n_micro for r in ranks)
+            assert [i for m in range(6 * n_micro) for r in ranks for i in r[m]] == want
+
+
+@pytest.mark.parametrize('n_worker', [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(n_worker):
+    state = torch.get_rng_state()
+    a, b = list(loader(numbers_mix())), list(loader(numbers_mix(), n_worker=n_worker))
+    assert len(a) == len(b) == 24 and torch.equal(state, torch.get_rng_state())
+    assert all(x.tokens.equal(y.tokens) and x.rows.equal(y.rows) and x.ids == y.ids and x.stats == y.stats for x, y in zip(a, b))
+
+
+def test_resuming_at_any_step_continues():
+    whole = [b.ids for b in loader(numbers_mix())]
+    for start in range(7):
+        assert [b.ids for b in loader(numbers_mix(), start=start)] == whole[4 * start:]
+    assert [b.ids for b in loader(numbers_mix(), start=2, stop=4)] == whole[8:16]
+
+
+def test_a_bad_item_in_a_worker_is_one_clear_line():
+    for n_worker in (0, 2):
+        batches = loader(numbers_mix(bad=range(40)), n_worker=n_worker)
+        with pytest.raises(BadSample) as e:
+            list(batches)
+        assert str(e.value).startswith('c.tar: item ') and '\n' not in str(e.value)
+        batches.close()
+
+
+@pytest.mark.parametrize('keys, words', [(dict(world_size=3), 'number of processes 3 does not divide 8.*: 1, 2, 4, 8'),
+                                         (dict(micro_batch_size=3), 'micro_batch_size 3 does not divide 8.*: 1, 2, 4, 8'),
+                                         (dict(micro_batch_size=8, world_size=2), 'micro_batch_size 8 does not divide 4')])
+def test_batches_that_do_not_divide_say_what_would(keys, words):
+    with pytest.raises(ValueError, match=words):
+        loader(numbers_mix(), **keys)
+
+
+def test_length_groups_hold_the_same_samples_in_each_window():
+    source = Numbers('t', [200], length=lambda i: i * 37 % 101)
+    mix = Mixture([source], [1], seed=9)
+    grouped = loader(mix, stop=10, group_window=5)
+    assert [b.ids for b in loader(mix, start=3, stop=10, group_window=5)] == [b.ids for b in grouped][12:]
+    spread = []
+    for window in range(2):
+        steps = [list(grouped.samples(s)) for s in range(5 * window, 5 * window + 5)]
+        assert sorted(sum(steps, [])) == list(range(40 * window, 40 * window + 40))
+        spread += [max(map(mix.length, s)) - min(map(mix.length, s)) for s in steps]
+    assert np.mean(spread) < 40                                          # of 100: an ungrouped batch of 8 spans about 78
+
+
+def test_without_fork_the_loader_says_so_and_works(monkeypatch, capsys):
+    monkeypatch.setattr(mixture.multiprocessing, 'get_all_start_methods', lambda: ['spawn'])
+    assert len(list(loader(numbers_mix(), n_worker=2))) == 24
+    assert 'no fork' in capsys.readouterr().out
+
+
+def test_real_sources_survive_damage_in_workers(tmp_path, tok):
+    members = [m for i in range(12) for m in ((f'{i:02d}.jpg', jpeg(i) if i % 4 else b'junk'), (f'{i:02d}.txt', SENTENCES[i].encode()))]
+    text = TextSource(write_rows(tmp_path / 't.tar', np.random.default_rng(0).integers(3, 300, (20, 65))), tok, 64)
+    caption = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 64, 4, 28)
+    mix = Mixture([text, caption], [0.5, 0.5], seed=1, max_bad_samples=9)
+    a, b = [list(loader(mix, stop=3, pad_id=tok.pad_id, pad_to=64, n_worker=n)) for n in (0, 2)]
+    assert all(x.tokens.equal(y.tokens) and x.bad == y.bad and (x.images is None or x.images.equal(y.images)) for x, y in zip(a, b))
+    assert sum(len(x.bad) for x in a) >= 3 and all('c.tar' in m for x in a for m in x.bad)
