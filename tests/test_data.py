@@ -1,4 +1,4 @@
-"""data.py and mixture.py: layouts token by token, exact shares, every row once, the same data however it is read, hostile files."""
+"""data.py and mixture.py: layouts token by token, exact shares, every row once, the same data anyhow, hostile files."""
 import gzip
 import io
 import json
@@ -20,7 +20,8 @@ import mixture
 from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
 
 X = -100
-SENTENCES = [f"the {a} {b} is on the {c}, {n} times" for a in ('red', 'blue') for b in ('star', 'cat') for c in ('mat', 'box')
+SENTENCES = [f"the {a} {b} is on the {c}, {n} times" for a in ('red', 'blue') for b in ('star', 'cat')
+             for c in ('mat', 'box')
              for n in range(30)]
 
 
@@ -43,7 +44,8 @@ def write_tar(path, members):
 
 def write_rows(path, rows, suffix='.json.gz'):
     pack = gzip.compress if suffix.endswith('gz') else bytes
-    return write_tar(path, [(f'{i:05d}{suffix}', pack(json.dumps(list(map(int, r))).encode())) for i, r in enumerate(rows)])
+    return write_tar(path,
+                     [(f'{i:05d}{suffix}', pack(json.dumps(list(map(int, r))).encode())) for i, r in enumerate(rows)])
 
 
 def jpeg(seed=0, size=(40, 30)):
@@ -80,7 +82,8 @@ def test_special_ids_lie_above_the_tokenizers_own_and_text_never_contains_them(t
     assert tok.eot_id == 2 and (tok.image_id, tok.sep_id, tok.pad_id, tok.vocab_size) == (300, 301, 302, 303)
     ids = tok.encode('</s> <image> <sep> the red star \ud800')
     assert not set(ids) & {tok.eot_id, tok.image_id, tok.sep_id, tok.pad_id}
-    assert tok.decode([tok.image_id] * 4 + tok.encode('the red star') + [tok.sep_id, tok.eot_id, 5000]) == 'the red star'
+    ids = [tok.image_id] * 4 + tok.encode('the red star') + [tok.sep_id, tok.eot_id, 5000]
+    assert tok.decode(ids) == 'the red star'
 
 
 def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
@@ -88,7 +91,8 @@ def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=['<|endoftext|>', '<|padding|>'], show_progress=False,
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=['<|endoftext|>', '<|padding|>'],
+                                             show_progress=False,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     hf.train_from_iterator(SENTENCES, trainer)
     hf.save(str(tmp_path / 'tokenizer.json'))
@@ -135,7 +139,7 @@ def test_no_token_of_a_bin_file_is_lost(tmp_path, tok, n, T):
 
 def test_a_last_row_shorter_than_its_windows_repeats_a_position(tmp_path, tok):
     (np.arange(4098) % 290 + 3).astype('<u2').tofile(tmp_path / 'a.bin')
-    source = TextSource(str(tmp_path / 'a.bin'), tok, 1024)              # 2 + 2 windows, and 2 for the one position left over
+    source = TextSource(str(tmp_path / 'a.bin'), tok, 1024)  # 2 + 2 windows, and 2 for the one position left over
     assert [len(source[i].tokens) for i in range(len(source))] == [1024] * 4 + [1, 1]
 
 
@@ -155,14 +159,16 @@ def test_both_sequence_lengths_see_the_same_row_order_and_a_cursor_carries_over(
     start = long.cursor(11)
     assert start == {'text': 11} and short.cursor(5) == {'text': 3}      # a partly used row counts as used
     later = Mixture([TextSource(paths, tok, 32)], [1], seed=5, start=start)
-    assert ids_of(later, 34) == ids_of(short, 56)[22:] and later.cursor(0) == start and later.epochs(34) == {'text': 1.0}
+    assert ids_of(later, 34) == ids_of(short, 56)[22:] and later.cursor(0) == start
+    assert later.epochs(34) == {'text': 1.0}
 
 
 def test_bad_rows_are_named(tmp_path, tok):
     good = gzip.compress(json.dumps([5] * 33).encode())
-    bad = {'cut.json.gz': good[:-9], 'noise.json.gz': b'junk', 'float.json': b'[1.5, 2.5]', 'nested.json': b'[[1, 2], [3, 4]]',
-           'big.json': json.dumps([5] * 32 + [302]).encode(), 'negative.json': b'[5, -100, 7]', 'dict.json': b'{"a": 1}',
-           'deep.json': b'[' * 100_000, 'empty.json': b'', 'long.json': json.dumps([5] * 34).encode(), 'huge.json': b'[5, 1e999]'}
+    bad = {'cut.json.gz': good[:-9], 'noise.json.gz': b'junk', 'float.json': b'[1.5, 2.5]',
+           'nested.json': b'[[1, 2], [3, 4]]', 'big.json': json.dumps([5] * 32 + [302]).encode(),
+           'negative.json': b'[5, -100, 7]', 'dict.json': b'{"a": 1}', 'deep.json': b'[' * 100_000, 'empty.json': b'',
+           'long.json': json.dumps([5] * 34).encode(), 'huge.json': b'[5, 1e999]'}
     source = TextSource(write_tar(tmp_path / 'a.tar', [('first.json.gz', good), *bad.items()]), tok, 32)
     assert len(source[0].tokens) == 32
     for i, name in enumerate(bad, 1):
@@ -203,7 +209,8 @@ def test_a_damaged_tar_is_named_and_its_whole_rows_survive(tmp_path, tok, cut):
     open(path, 'wb').write(content[:end])
     n_whole = 2 if cut == 'member' else 3
     source = TextSource(path, tok, 32)
-    assert len(source) == n_whole + 1 and [source[i].tokens[0] for i in range(n_whole)] == [3 + i for i in range(n_whole)]
+    assert len(source) == n_whole + 1
+    assert [source[i].tokens[0] for i in range(n_whole)] == [3 + i for i in range(n_whole)]
     with pytest.raises(BadSample, match=r'a.tar: damaged or truncated tar at offset \d+ of'):
         source[n_whole]
     with pytest.raises(ValueError, match='a.tar: damaged or truncated'):
@@ -222,7 +229,7 @@ def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     monkeypatch.undo()
     write_rows(tmp_path / 'a.tar', [[7] * 9] * 4)
     source = TextSource(path, tok, 8)
-    assert len(source) == 4 and source[0].tokens[0] == 7                 # neither the old index nor the old file handle
+    assert len(source) == 4 and source[0].tokens[0] == 7  # neither the old index nor the old file handle
     for junk in (b'', b'junk', open(path + '.idx', 'rb').read()[:200]):
         open(path + '.idx', 'wb').write(junk)
         data._tar_members.cache_clear()
@@ -242,8 +249,9 @@ def test_the_index_goes_to_cache_dir_when_the_data_is_read_only(tmp_path, tok, m
 # --- captions ---
 def test_caption_layout_token_by_token(tmp_path, tok):
     cap = tok.encode('the red star')
-    path = write_tar(tmp_path / 'a.tar', [('x/b.txt', b'the blue cat'), ('x/a.jpg', jpeg(1)), ('x/a.txt', b' the red star\n'),
-                                          ('x/b.c.txt', b'other'), ('x/b.JPG', jpeg(2))])       # any order, keys to the first dot
+    members = [('x/b.txt', b'the blue cat'), ('x/a.jpg', jpeg(1)), ('x/a.txt', b' the red star\n'),
+               ('x/b.c.txt', b'other'), ('x/b.JPG', jpeg(2))]            # any order, keys to the first dot
+    path = write_tar(tmp_path / 'a.tar', members)
     source = CaptionSource(path, tok, 32, 4, 28)
     assert len(source) == 2
     by_id = {s.id: s for s in (source[0], source[1])}
@@ -301,11 +309,14 @@ def write_llava(tmp_path, entries):
 
 
 def talk(*texts, **keys):
-    return {'id': 'x', **keys, 'conversations': [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(texts)]}
+    return {'id': 'x', **keys,
+            'conversations': [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(texts)]}
 
 
 def test_instruction_layout_token_by_token(tmp_path, tok):
-    files = write_llava(tmp_path, [talk('<image>\nthe red', 'star', 'the blue\n<image>', 'cat', image='0.jpg'), talk('the box', 'mat')])
+    files = write_llava(tmp_path,
+                        [talk('<image>\nthe red', 'star', 'the blue\n<image>', 'cat', image='0.jpg'),
+                         talk('the box', 'mat')])
     source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the')
     q1, a1, q2, a2, system, sep = *map(tok.encode, ('the red', 'star', 'the blue', 'cat', 'the')), tok.sep_id
     row = [tok.image_id] * 3 + [sep] + system + q1 + [sep] + a1 + [sep] + q2 + [sep] + a2 + [sep]
@@ -313,7 +324,8 @@ def test_instruction_layout_token_by_token(tmp_path, tok):
     s = source[0]
     assert s.tokens.tolist() == row[:-1] and s.targets.tolist() == kept[1:] and s.weights is None and len(s.images) == 1
     prompt = data.instruct_prompt('<image> the red', 3, tok, 'the')
-    assert row[:len(prompt)] == prompt and len(prompt) == 5 + len(system + q1)      # what evaluate feeds ends before the answer
+    assert row[:len(prompt)] == prompt
+    assert len(prompt) == 5 + len(system + q1)  # what evaluate feeds ends before the answer
     s = source[1]                                                        # text only: no image and no leading sep
     row = system + tok.encode('the box') + [sep] + tok.encode('mat') + [sep]
     assert s.tokens.tolist() == row[:-1] and s.images == [] and s.n_image_token == 0
@@ -332,7 +344,8 @@ def test_split_turns_share_one_image(tmp_path, tok):
     files = write_llava(tmp_path, [talk('the red', 'star', 'the blue cat', 'box', image='0.jpg'),
                                    talk('the mat', 'star', image='0.jpg'), talk('the mat', 'cat', image='sub/1.jpg'),
                                    talk('the mat', 'cat', 'red', 'box')])
-    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the', split_turns=True)
+    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the',
+                            split_turns=True)
     s = source[0]
     assert s.tokens.shape == s.targets.shape and s.tokens.shape[0] == 2 and len(s.images) == 1
     for r, (q, a) in enumerate([('the red', 'star'), ('the blue cat', 'box')]):
@@ -361,8 +374,8 @@ def test_bad_entries_are_named(tmp_path, tok):
     (tmp_path / 'secret.jpg').write_bytes(jpeg())
     bad = [{'id': 'x'}, 7, {'conversations': []}, talk('q'), {'conversations': [{'from': 'gpt', 'value': 'a'}] * 2},
            {'conversations': [{'from': 'human', 'value': 'a'}] * 2}, talk('q', 7), talk('q', 'a', image='gone.jpg'),
-           talk('q', 'a', image='../secret.jpg'), talk('q', 'a', image='sub/../../secret.jpg'), talk('q', 'a', image='sub\\..\\..\\x'),
-           talk('q', 'a', image=str(tmp_path / 'secret.jpg')), talk('q', 'a', image=['0.jpg']), talk('q', 'a', image='a\0b')]
+           *[talk('q', 'a', image=image) for image in
+             ('../secret.jpg', 'sub/../../secret.jpg', 'sub\\..\\..\\x', str(tmp_path / 'secret.jpg'), ['0.jpg'], 'a\0b')]]
     files = write_llava(tmp_path, bad)
     source = InstructSource(**files, tokenizer=tok, seq_len=40, n_token=3, image_size=28)
     for i in range(len(bad)):
@@ -375,7 +388,8 @@ def test_json_of_any_shape_is_indexed_and_broken_json_named(tmp_path, tok):
     entries = [talk('the ünïcode ☃ star', 'red'), talk('b', '] , [ "'), talk('c', 'mat')]
     arguments = dict(image_root='', tokenizer=tok, seq_len=64, n_token=0, image_size=28)
     ways = {'a.json': json.dumps(entries), 'b.json': json.dumps(entries, indent=2, ensure_ascii=False),
-            'c.jsonl': '\n'.join(json.dumps(e, ensure_ascii=False) for e in entries) + '\n', 'd.json': '\ufeff' + json.dumps(entries)}
+            'c.jsonl': ''.join(json.dumps(e, ensure_ascii=False) + '\n' for e in entries),
+            'd.json': '\ufeff' + json.dumps(entries)}
     want = None
     for name, text in ways.items():
         (tmp_path / name).write_text(text, encoding='utf-8')
@@ -396,11 +410,14 @@ def test_collate_pads_and_counts(tok):
     a = Sample(np.arange(5), np.array([1, 2, X, 4, 5]), source='a', id='a0')
     b = Sample(np.arange(3), np.array([1, X, 3]), np.array([.5, 0, .25], np.float32), source='b', id='b0')
     batch = collate([a, b], tok.pad_id, names=['b', 'a'])
-    assert batch.tokens.shape == (2, 8) and batch.tokens[1, 3:].eq(tok.pad_id).all() and batch.targets[1, 3:].eq(X).all()
-    assert batch.source.tolist() == [1, 0] and batch.ids == ['a0', 'b0'] and batch.images is None and batch.image_index is None
+    assert batch.tokens.shape == (2, 8) and batch.tokens[1, 3:].eq(tok.pad_id).all()
+    assert batch.targets[1, 3:].eq(X).all()
+    assert batch.source.tolist() == [1, 0] and batch.ids == ['a0', 'b0'] and batch.images is None
+    assert batch.image_index is None
     assert batch.rows.tolist() == [0, 1, 3, 4, 8, 10] == (batch.targets.flatten() != X).nonzero().flatten().tolist()
     assert batch.weights[0].tolist() == [1, 1, 0, 1, 1, 0, 0, 0] and batch.weights[1, :3].tolist() == [.5, 0, .25]
-    assert batch.stats['b'] == dict(n_sample=1, n_text=3, n_image_position=0, n_kept=2, n_pad=5, n_image=0, n_truncated=0)
+    assert batch.stats['b'] == dict(n_sample=1, n_text=3, n_image_position=0, n_kept=2, n_pad=5, n_image=0,
+                                    n_truncated=0)
     assert collate([a, b], tok.pad_id, pad_to=11).tokens.shape == (2, 11)
     with pytest.raises(ValueError, match='a a0: a row of 5 positions does not fit pad_to=4'):
         collate([a, b], tok.pad_id, pad_to=4)
@@ -411,7 +428,8 @@ def test_collate_pads_and_counts(tok):
 def test_images_that_do_not_fit_their_slots_name_the_row(tok, n_slot):
     t = np.array([tok.image_id] * n_slot + [5, 6])
     s = Sample(t, t.copy(), None, [torch.zeros(3, 8, 8, dtype=torch.uint8)], 'caption', 'a.tar:k', 4, tok.image_id)
-    with pytest.raises(ValueError, match=f'caption a.tar:k: row 0 .* has {n_slot} image positions, its 1 image.* of 4 need 4'):
+    with pytest.raises(ValueError,
+                       match=f'caption a.tar:k: row 0 .* has {n_slot} image positions, its 1 image.* of 4 need 4'):
         collate([s], tok.pad_id)
 
 
@@ -436,14 +454,16 @@ def test_nested_shares_count_what_they_deliver():
     assert mix.counts(400) == {'t0': 224, 't1': 96, 'c': 60, 'i': 20} and mix.names == ['t0', 't1', 'c', 'i']
 
 
-@pytest.mark.parametrize('sizes, per_row', [([1], 1), ([2], 3), ([5, 1, 9], 2), ([3] * 40, 1), ([1000], 1), ([7, 11] * 20, 4)])
+@pytest.mark.parametrize('sizes, per_row', [([1], 1), ([2], 3), ([5, 1, 9], 2), ([3] * 40, 1), ([1000], 1),
+                                            ([7, 11] * 20, 4)])
 def test_every_row_comes_once_per_epoch_and_epochs_differ(sizes, per_row):
     source = Numbers('a', sizes, per_row)
     mix, n = Mixture([source], [1], seed=3), len(source)
     epochs = [[int(mix[e * n + i].id) for i in range(n)] for e in range(3)]
     for order in epochs:
         assert sorted(order) == list(range(n))
-        assert all(order[i + 1] == order[i] + 1 for i in range(n) if i % per_row < per_row - 1)      # windows of a row stay together
+        assert all(order[i + 1] == order[i] + 1
+                   for i in range(n) if i % per_row < per_row - 1)  # windows of a row stay together
     assert n < 40 or len({tuple(o) for o in epochs}) == 3
     other = Mixture([source], [1], seed=4)
     assert n < 40 or [int(other[i].id) for i in range(n)] != epochs[0]
@@ -467,7 +487,8 @@ def test_the_bijection_spreads():
 
 def test_the_kth_item_of_a_source_does_not_depend_on_the_shares():
     def stream(weights, name):
-        mix = Mixture([Numbers('t', [30, 20], 2), Numbers('c', [40], bad=[3, 4, 5])], weights, seed=9, max_bad_samples=99)
+        mix = Mixture([Numbers('t', [30, 20], 2), Numbers('c', [40], bad=[3, 4, 5])], weights, seed=9,
+                      max_bad_samples=99)
         return [s.id for s in map(mix.__getitem__, range(300)) if s.source == name]
     for name, weights in [('t', ([1, 0], [0.9, 0.1], [0.5, 0.5])), ('c', ([0, 1], [0.9, 0.1], [0.5, 0.5]))]:
         streams = sorted((stream(w, name) for w in weights), key=len)
@@ -479,11 +500,12 @@ PINNED = 't0 t5 c1 t3 t14 t9 c0 t11 t6 t2 c2 t1'.split()
 
 def test_the_order_is_pinned():
     mix = Mixture([Numbers('t', [5, 6, 7]), Numbers('c', [4])], [0.75, 0.25], seed=7)
-    assert [mix[n].source + mix[n].id for n in range(12)] == PINNED      # a change here breaks resuming every older run
+    assert [mix[n].source + mix[n].id for n in range(12)] == PINNED  # a change here breaks resuming every older run
 
 
 @pytest.mark.parametrize('sources, weights, words', [
-    (['a', 'b'], [1], 'expected 2 shares'), (['a'], [-1], 'shares >= 0'), (['a'], [0], 'not all 0'), (['a', 'a'], [1, 1], "'a' occurs twice")])
+    (['a', 'b'], [1], 'expected 2 shares'), (['a'], [-1], 'shares >= 0'), (['a'], [0], 'not all 0'),
+    (['a', 'a'], [1, 1], "'a' occurs twice")])
 def test_impossible_mixtures_are_refused(sources, weights, words):
     with pytest.raises(ValueError, match=words):
         Mixture([Numbers(name, [3]) for name in sources], weights, seed=0)
@@ -531,7 +553,8 @@ def test_any_number_of_workers_gives_the_same_batches(n_worker):
     state = torch.get_rng_state()
     a, b = list(loader(numbers_mix())), list(loader(numbers_mix(), n_worker=n_worker))
     assert len(a) == len(b) == 24 and torch.equal(state, torch.get_rng_state())
-    assert all(x.tokens.equal(y.tokens) and x.rows.equal(y.rows) and x.ids == y.ids and x.stats == y.stats for x, y in zip(a, b))
+    for x, y in zip(a, b):
+        assert x.tokens.equal(y.tokens) and x.rows.equal(y.rows) and x.ids == y.ids and x.stats == y.stats
 
 
 def test_resuming_at_any_step_continues():
@@ -551,8 +574,10 @@ def test_a_bad_item_in_a_worker_is_one_clear_line():
 
 
 @pytest.mark.parametrize('keys, words', [(dict(world_size=3), 'number of processes 3 does not divide 8.*: 1, 2, 4, 8'),
-                                         (dict(micro_batch_size=3), 'micro_batch_size 3 does not divide 8.*: 1, 2, 4, 8'),
-                                         (dict(micro_batch_size=8, world_size=2), 'micro_batch_size 8 does not divide 4')])
+                                         (dict(micro_batch_size=3),
+                                          'micro_batch_size 3 does not divide 8.*: 1, 2, 4, 8'),
+                                         (dict(micro_batch_size=8, world_size=2),
+                                          'micro_batch_size 8 does not divide 4')])
 def test_batches_that_do_not_divide_say_what_would(keys, words):
     with pytest.raises(ValueError, match=words):
         loader(numbers_mix(), **keys)
@@ -568,7 +593,7 @@ def test_length_groups_hold_the_same_samples_in_each_window():
         steps = [list(grouped.samples(s)) for s in range(5 * window, 5 * window + 5)]
         assert sorted(sum(steps, [])) == list(range(40 * window, 40 * window + 40))
         spread += [max(map(mix.length, s)) - min(map(mix.length, s)) for s in steps]
-    assert np.mean(spread) < 40                                          # of 100: an ungrouped batch of 8 spans about 78
+    assert np.mean(spread) < 40  # of 100: an ungrouped batch of 8 spans about 78
 
 
 def test_without_fork_the_loader_says_so_and_works(monkeypatch, capsys):
@@ -578,10 +603,12 @@ def test_without_fork_the_loader_says_so_and_works(monkeypatch, capsys):
 
 
 def test_real_sources_survive_damage_in_workers(tmp_path, tok):
-    members = [m for i in range(12) for m in ((f'{i:02d}.jpg', jpeg(i) if i % 4 else b'junk'), (f'{i:02d}.txt', SENTENCES[i].encode()))]
+    members = [m for i in range(12)
+               for m in ((f'{i:02d}.jpg', jpeg(i) if i % 4 else b'junk'), (f'{i:02d}.txt', SENTENCES[i].encode()))]
     text = TextSource(write_rows(tmp_path / 't.tar', np.random.default_rng(0).integers(3, 300, (20, 65))), tok, 64)
     caption = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 64, 4, 28)
     mix = Mixture([text, caption], [0.5, 0.5], seed=1, max_bad_samples=9)
     a, b = [list(loader(mix, stop=3, pad_id=tok.pad_id, pad_to=64, n_worker=n)) for n in (0, 2)]
-    assert all(x.tokens.equal(y.tokens) and x.bad == y.bad and (x.images is None or x.images.equal(y.images)) for x, y in zip(a, b))
+    for x, y in zip(a, b):
+        assert x.tokens.equal(y.tokens) and x.bad == y.bad and (x.images is None or x.images.equal(y.images))
     assert sum(len(x.bad) for x in a) >= 3 and all('c.tar' in m for x in a for m in x.bad)
