@@ -239,8 +239,9 @@ def read_pope(folder, opt):
             qid, stem, question, label = take(row, path, i, 'question_id', 'image', 'text', 'label')
             if label not in ('yes', 'no'):
                 raise ValueError(f"{path}: entry {i} has label {label!r}, expected 'yes' or 'no'")
+            blind = [('yes', 'no').index(b) for b in row.get('blind_answers') or ()]
             examples.append(Example(f'{split}-{qid}', question + opt.short_suffix, [int(label == 'no')],
-                                    os.path.splitext(stem)[0], (split, *type_labels(row)), list(opt.pope_words)))
+                                    os.path.splitext(stem)[0], (split, *type_labels(row)), list(opt.pope_words), blind))
     if not examples:
         return None
     for example, path in zip(examples, with_images(folder, [e.image for e in examples])):
@@ -299,8 +300,9 @@ def read_text(folder, opt):
             query, choices, gold = take(row, path, i, 'query', 'choices', 'gold')
             if len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
                 raise ValueError(f"{path}: entry {i} has gold={gold!r} for {len(choices)} choices; expected an index")
+            blind = [choices.index(b) for b in row.get('blind_answers') or ()]
             examples.append(Example(str(i), (query.strip() + delimiter).rstrip(), [gold], types=type_labels(row),
-                                    choices=[choice.strip() for choice in choices], blind=row.get('blind_answers')))
+                                    choices=[choice.strip() for choice in choices], blind=blind))
         if examples:
             found.append(Task(file[:-6], 'text', subset(examples, opt.n_example), same, chat=False,
                               variant=f'nats per {opt.choice_norm}'))
@@ -564,11 +566,11 @@ def run(opt):
         write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
         write_whole(out / 'results.json', json.dumps(content, indent=1))
     print(table(results))
-    print("chance: an even draw from the answers of a question's type; blind: the better of the best constant answer per\n"
-          "type and, where the files allow it, an even draw from what the image holds (results.json has both)")
-    for title, s in content.get('stable', {}).items():
-        n = len(s['tasks'])
-        print(f"stable score, {title}: {100 * s['score']:.2f} over {n} of {n + len(s['missing'])}: {', '.join(s['tasks'])}")
+    print("chance: an even draw from the answers of a question's type; blind: the better of the best constant answer\n"
+          "per type and, where the files allow it, an even draw from what the image holds (results.json has both)")
+    for title, stable in content.get('stable', {}).items():
+        n, names = len(stable['tasks']), ', '.join(stable['tasks'])
+        print(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: {names}")
     print(f"results and predictions in {out}")
     return content
 

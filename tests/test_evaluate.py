@@ -62,7 +62,7 @@ def write_vqav2(root, n=9):
         annotations.append({'question_id': 7000 + i, 'image_id': image_id, 'answer_type': 'other',
                             'question_type': 'colour' if i % 2 == 0 else ['is it', 'held out'],
                             'multiple_choice_answer': gold, 'blind_answers': ['red', gold] if i % 2 == 0 else None,
-                            'answers': [{'answer': gold, 'answer_id': k, 'answer_confidence': 'yes'} for k in range(10)]})
+                            'answers': [{'answer': gold, 'answer_id': k} for k in range(10)]})
     (folder / 'v2_OpenEnded_mscoco_val2014_questions.json').write_text(json.dumps({'questions': questions[::-1]}))
     (folder / 'v2_mscoco_val2014_annotations.json').write_text(json.dumps({'annotations': annotations}))
     return folder
@@ -71,8 +71,9 @@ def write_vqav2(root, n=9):
 def write_pope(root, n=4):
     folder = root / 'pope'
     for split in ('random', 'popular', 'adversarial'):
-        rows = [{'question_id': i, 'image': f'COCO_val2014_{100 + i // 2:012d}.jpg', 'text': f'Is there a {split} dog {i}?',
-                 'label': 'yes' if i % 2 else 'no'} for i in range(n)]
+        rows = [{'question_id': i, 'image': f'COCO_val2014_{100 + i // 2:012d}.jpg',
+                 'text': f'Is there a {split} dog {i}?', 'label': 'yes' if i % 2 else 'no',
+                 'blind_answers': ['yes']} for i in range(n)]
         save(folder, 'COCO_val2014_000000000100.png', 'red')
         save(folder, 'COCO_val2014_000000000101.jpg', 'blue')
         (folder / f'coco_pope_{split}.json').write_text('\n'.join(map(json.dumps, rows)) + '\n')
@@ -96,12 +97,13 @@ def write_refcoco(root, refs=None, name='refs(unc).p'):
     folder = root / 'refcoco'
     folder.mkdir(parents=True)
     images = [{'id': i, 'width': 40, 'height': 20, 'file_name': 'unused'} for i in range(3)]
-    annotations = [{'id': 10 * i + k, 'image_id': i, 'bbox': [20 * k, 2, 10 + i, 12]} for i in range(3) for k in range(2)]
+    annotations = [{'id': 10 * i + k, 'image_id': i, 'bbox': [20 * k, 2, 10 + i, 12]}
+                   for i in range(3) for k in range(2)]
     for image in images:
         save(folder / 'train2014', f"COCO_train2014_{image['id']:012d}.jpg", 'blue', (40, 20))
     if refs is None:
         refs = [{'ref_id': i, 'ann_id': 10 * i + 1, 'image_id': i, 'category_id': 1, 'split': split, 'sent_ids': [i],
-                 'file_name': 'ignored.jpg', 'sentences': [{'sent_id': i, 'sent': f'the thing {i}', 'raw': '', 'tokens': []}]}
+                 'file_name': 'ignored.jpg', 'sentences': [{'sent_id': i, 'sent': f'the thing {i}', 'tokens': []}]}
                 for i, split in enumerate(['val', 'val', 'train'])]
     (folder / 'instances.json').write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': []}))
     (folder / name).write_bytes(refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2))
@@ -111,7 +113,8 @@ def write_refcoco(root, refs=None, name='refs(unc).p'):
 def write_text(root, n=6):
     folder = root / 'text'
     folder.mkdir(parents=True)
-    rows = [{'query': f' what is {i} ', 'choices': ['red', 'blue green', 'no'], 'gold': i % 3} for i in range(n)]
+    rows = [{'query': f' what is {i} ', 'choices': ['red', 'blue green', 'no'], 'gold': i % 3,
+             'blind_answers': ['red', 'no']} for i in range(n)]
     (folder / 'copa.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (folder / 'boolq.jsonl').write_text(json.dumps({'query': 'is it', 'choices': ['no', 'yes'], 'gold': 1}) + '\n')
     return folder
@@ -185,7 +188,7 @@ def checkpoint(tokenizer, tmp_path_factory):
     folders = []
     for vision in (True, False):
         out = tmp_path_factory.mktemp('run')
-        meta = {'config': {'save_encoder': True, 'resize': 'naive', 'system_prompt': 'be short'}, 'step': 5, 'tokens': 10,
+        meta = {'config': {'save_encoder': True, 'resize': 'naive', 'system_prompt': 'be short'}, 'step': 5,
                 'tokenizer_path': tokenizer.path}
         common.save_checkpoint(str(out), ['ckpt_100'], tiny_model(tokenizer, vision), None, meta)
         folders.append(str(out / 'ckpt_100'))
@@ -275,6 +278,12 @@ def test_question_types_and_baselines_are_reported(eval_dir, tokenizer):
     assert types['is it']['constant'] == 1 and result['constant_fitted_on'].startswith('these test questions')
     assert result['constant'] == pytest.approx((2 + 4) / 9) and records[1]['types'] == ['is it', 'held out']
     assert scorers.table({'vqav2': result}).count('\n') == 4
+
+
+def test_blind_answers_of_choices(eval_dir):
+    pope, copa = find_tasks(options(eval_dir, tasks='pope,copa'))
+    assert scorers.summarise(pope, [0] * 12)[0]['attribute'] == .5
+    assert scorers.summarise(copa, [0] * 6)[0]['attribute'] == pytest.approx(1 / 3)  # gold is there in 4 of 6
 
 
 def test_train_annotations_fit_the_blind_constant(tmp_path):
@@ -368,7 +377,7 @@ def test_choice_normalisations(tmp_path, tokenizer, norm, best):
     (folder / 't.jsonl').write_text(json.dumps({'query': 'x', 'choices': choices, 'gold': best}))
     (task,) = find_tasks(options(str(tmp_path)))
     n = [len(ids) for ids in evaluate.choice_ids(task.examples[0], task, tokenizer)]
-    nats = dict(zip(n, (1.0, .1 * n[1] + .5, .4 * n[2])))                # totals; per token and per char differ in order
+    nats = dict(zip(n, (1.0, .1 * n[1] + .5, .4 * n[2])))              # lowest in sum, per token, per char
     assert min(nats.values()) == 1.0 and len(nats) == 3
     oracle = Oracle(tokenizer, [task])
     oracle.row_nll = lambda tokens, targets, *_: (
@@ -382,7 +391,8 @@ def test_choice_normalisations(tmp_path, tokenizer, norm, best):
 def test_long_contexts_lose_their_left_end(tmp_path, tokenizer):
     folder = tmp_path / 'text'
     folder.mkdir()
-    (folder / 't.jsonl').write_text(json.dumps({'query': 'red blue ' * 50 + 'end', 'choices': ['no', 'yes'], 'gold': 0}))
+    row = {'query': 'red blue ' * 50 + 'end', 'choices': ['no', 'yes'], 'gold': 0}
+    (folder / 't.jsonl').write_text(json.dumps(row))
     (task,) = find_tasks(options(str(tmp_path)))
     oracle = Oracle(tokenizer, [task])
     oracle.decoder.config.seq_len = 20
@@ -441,20 +451,24 @@ def edit(path, function):
     path.write_text(json.dumps(content))
 
 
+QUESTIONS, ANNOTATIONS = 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'
+
+
 @pytest.mark.parametrize('write, damage, message', [
-    (write_vqav2, lambda f: next((f / 'val2014').iterdir()).unlink(), 'vqav2: 1 of 5 images missing, first COCO_val2014_'),
-    (write_vqav2, lambda f: (f / 'v2_mscoco_val2014_annotations.json').write_text('{"a'), 'annotations.json: not valid JSON'),
-    (write_vqav2, lambda f: (f / 'v2_mscoco_val2014_annotations.json').unlink(), 'No such file.*annotations.json'),
-    (write_vqav2, lambda f: edit(f / 'v2_mscoco_val2014_annotations.json', lambda c: c['annotations'][2].pop('answers')),
+    (write_vqav2, lambda f: next((f / 'val2014').iterdir()).unlink(), 'vqav2: 1 of 5 images missing, first COCO_val'),
+    (write_vqav2, lambda f: (f / ANNOTATIONS).write_text('{"a'), 'annotations.json: not valid JSON'),
+    (write_vqav2, lambda f: (f / ANNOTATIONS).unlink(), 'No such file.*annotations.json'),
+    (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].pop('answers')),
      "annotations.json: entry 2 has no 'answers'"),
-    (write_vqav2, lambda f: edit(f / 'v2_mscoco_val2014_annotations.json',
-                                 lambda c: c['annotations'][2].update(answers=['red'] * 10)), 'vqav2: not the official'),
-    (write_vqav2, lambda f: edit(f / 'v2_OpenEnded_mscoco_val2014_questions.json', lambda c: c['questions'].pop()),
-     'question_id 7000, which'),
-    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('{}\n'), "random.json: entry 0 has no 'question_id'"),
+    (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].update(answers=['red'] * 10)),
+     'vqav2: not the official'),
+    (write_vqav2, lambda f: edit(f / QUESTIONS, lambda c: c['questions'].pop()), 'question_id 7000, which'),
+    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('{}\n'), "entry 0 has no 'question_id'"),
     (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('x\n'), 'random.json:1: not valid JSON'),
-    (write_textvqa, lambda f: edit(f / 'TextVQA_0.5.1_val.json', lambda c: c['data'][1]['answers'].pop()), 'entry 1 has 9'),
-    (write_textvqa, lambda f: (f / 'textvqa_val_v051_ocr.jsonl').write_text('{"text": "a"}\n'), '1 lines, expected one per'),
+    (write_textvqa, lambda f: edit(f / 'TextVQA_0.5.1_val.json', lambda c: c['data'][1]['answers'].pop()),
+     'entry 1 has 9'),
+    (write_textvqa, lambda f: (f / 'textvqa_val_v051_ocr.jsonl').write_text('{"text": "a"}\n'),
+     '1 lines, expected one per'),
     (write_text, lambda f: (f / 'copa.jsonl').write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}'),
      'copa.jsonl: entry 0 has gold=2 for 2 choices')])
 def test_broken_files_are_named_in_one_line(tmp_path, write, damage, message):
@@ -539,8 +553,8 @@ def test_one_photo_and_plain_text(checkpoint, tmp_path, capsys):
     vision, text = (f'--ckpt={folder}' for folder in checkpoint)
     common_args = ('--device=cpu', '--max_new_tokens=5')
     printed = []
-    for args in ((vision, f'--image={photo}', '--prompt=what is it?'), (vision, f'--image={photo}', '--prompt=what is it?'),
-                 (vision, f'--image={photo}'), (vision, '--prompt=what is'), (text, '--prompt=what is'),
+    asked = (vision, f'--image={photo}', '--prompt=what is it?')
+    for args in (asked, asked, (vision, f'--image={photo}'), (vision, '--prompt=what is'), (text, '--prompt=what is'),
                  (text, '--prompt=what is', '--temperature=5', '--seed=1'),
                  (text, '--prompt=what is', '--temperature=5', '--seed=1'),
                  (text, '--prompt=what is', '--temperature=5', '--seed=2')):
@@ -554,7 +568,8 @@ def test_one_photo_and_plain_text(checkpoint, tmp_path, capsys):
 
 
 def test_user_mistakes_end_in_one_line(tmp_path, eval_dir, checkpoint):
-    for args, words in (((), "ckpt=''"), ((f'--ckpt={tmp_path}/no',), 'no meta.json'), (('--choice_norm=x',), 'choice_norm'),
+    for args, words in (((), "ckpt=''"), ((f'--ckpt={tmp_path}/no',), 'no meta.json'),
+                        (('--choice_norm=x',), 'choice_norm'),
                         (('--batch_size=0',), 'batch_size=0'), (('--resize=big',), 'resize'),
                         (('--eval_dir=nowhere',), 'nowhere'), (("--pope_words=('Yes', 'yes')",), 'pope_words')):
         given = args if not args or args[0].startswith('--ckpt') else (f'--ckpt={checkpoint[0]}', *args)
