@@ -167,6 +167,7 @@ def with_images(folder, stems):
 # --- benchmarks: folder -> list of Tasks, or None when it is not this kind ----------------------------------------
 
 def read_vqav2(folder, opt):
+    """VQAv2 val, scored by opt.vqa_variant (the other variant is reported beside it)."""
     files = [os.path.join(folder, f) for f in ('v2_OpenEnded_mscoco_val2014_questions.json',
                                                'v2_mscoco_val2014_annotations.json')]
     if not any(map(os.path.exists, files)):
@@ -202,6 +203,7 @@ def type_labels(row):
 
 
 def read_textvqa(folder, opt):
+    """TextVQA val without and, where the OCR file is there, with its OCR tokens in the question; M4C's score."""
     path = os.path.join(folder, 'TextVQA_0.5.1_val.json')
     if not os.path.exists(path):
         return None
@@ -230,6 +232,7 @@ def read_textvqa(folder, opt):
 
 
 def read_pope(folder, opt):
+    """POPE: which of two first tokens is more probable; the mean accuracy of the splits that are there."""
     examples = []
     for split in ('adversarial', 'popular', 'random'):       # vlm-evaluation's order
         path = os.path.join(folder, f'coco_pope_{split}.json')
@@ -257,6 +260,7 @@ def read_pope(folder, opt):
 
 
 def read_refcoco(folder, opt):
+    """One split of RefCOCO, RefCOCO+ or RefCOCOg: boxes as text, right at IoU >= 0.5."""
     found = [os.path.join(folder, f'refs({by}).p') for by in ('unc', 'umd')
              if os.path.exists(os.path.join(folder, f'refs({by}).p'))]
     instances = os.path.join(folder, 'instances.json')
@@ -290,6 +294,7 @@ def read_refcoco(folder, opt):
 
 
 def read_text(folder, opt):
+    """Multiple choice: the least surprising choice after the plain query, zero-shot."""
     if os.path.basename(folder) != 'text':
         return None
     found = []
@@ -430,7 +435,8 @@ def pick_choices(model, tokenizer, task, opt):
             if not ids:
                 raise ValueError(f"{task.name}: example {e.id} has a choice {e.choices[k]!r} without any token")
             # as DCLM: what does not fit is cut from the left of the context, never from the choice or an image
-            start = 0 if e.image else max(0, len(context) + len(ids) - 1 - model.decoder.config.seq_len)
+            over = max(0, len(context) + len(ids) - 1 - model.decoder.config.seq_len)
+            start = 0 if e.image else min(over, len(context) - 1)
             size = {'token': len(ids), 'sum': 1, 'char': max(len(e.choices[k]), 1)}[opt.choice_norm]
             rows.append((n, context[start:], ids, 1 if task.chat else size))
             images.append(e.image)
