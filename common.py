@@ -1,0 +1,664 @@
+"""
+What the training stages share: processes and devices, learning-rate schedules, the optimizer, checkpoint folders, the log.
+
+Arrows: imports model, vision and data; the stage scripts import this. Nothing here decides what is trained.
+"""
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import find, load_tokenizer
+from kernels import IGNORE_INDEX
+from model import VLM, Decoder, ModelConfig, Projector
+from vision import encoder_from_config, load_encoder
+
+SCHEMA = 1                      # of meta.json; raised when an old checkpoint could be misread
+PERCENTS = (20, 40, 60, 80, 100)                # the checkpoints that stage 1 keeps (paper 2.1.1)
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}          # dense bf16, by substring of the device's name
+# on resume these may differ; any other difference is refused
+MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', 'save_every', 'stop_after', 'resume',
+              'log_every', 'wandb', 'tensorboard', 'dry_run', 'compile', 'keep_optimizer', 'keep_steps', 'max_bad_samples',
+              'eval_every', 'eval_rows', 'data_hint', 'activation_checkpointing'}
+
+
+# --- learning-rate schedules ------------------------------------------------------------------------------------------
+
+def main_lr(step, *, peak, final, warmup, total):
+    """The lr of step 0, 1, ...: linear warmup to peak, then cosine to final at `total`, and final beyond (paper 2.1.1)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if step >= total:
+        return final
+    return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def cooldown_lr(step, *, start, final, total):
+    """Cosine from start at step 0 to final at `total`: how a checkpoint of mid-schedule cools down (figure 3)."""
+    return final + (start - final) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
+
+
+def remaining_lr(step, *, main, at, total):
+    """The rest of a main schedule's arc (dict of main_lr's arguments) from its step `at`, compressed into `total` steps."""
+    return main_lr(at + (main['total'] - at) * min(step / total, 1), **main)
+
+
+# --- processes and devices --------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Process:
+    """One process of a run. CPU tensors travel by gloo, CUDA tensors by NCCL: host counts never wait for the GPU."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def host_sum(self, values):
+        """Sum a list of numbers over processes on the host, exactly below 2**53; the GPU is not waited for."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def print(self, *args):
+        if self.master:
+            tqdm.write(' '.join(str(a) for a in args), file=sys.stdout)
+            sys.stdout.flush()
+
+    def gather(self, items):
+        """The lists of all processes, joined in rank order, on every process."""
+        if self.world_size == 1:
+            return list(items)
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, list(items))
+        return [item for part in lists for item in part]
+
+    def barrier(self):
+        self.host_sum([0.0])
+
+    def start_device(self):
+        """Touch the GPU for the first time: after the loader has forked its workers."""
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')
+
+
+def pick_device(device, allowed=('auto', 'cpu', 'cuda')):
+    """The torch device that a config's `device` names; exits with one line when it is not there."""
+    if device not in allowed:
+        sys.exit(f"device={device!r}: expected one of {', '.join(allowed)}")
+    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')            # is_available() would start CUDA before the fork
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda' and not torch.cuda.is_available():
+        sys.exit("device='cuda': torch sees no GPU; give --device=cpu")
+    return device
+
+
+def setup_process(device='auto', dtype='', n_thread=0):
+    """
+    Join the processes that torchrun started (or be the only one) and pick device and dtype.
+    dtype    'float32', 'bfloat16' or '' = bfloat16 on CUDA, float32 on CPU; weights stay float32, dtype is autocast's
+    returns  Process
+    """
+    device = pick_device(device)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    if dtype not in ('', 'float32', 'bfloat16'):
+        sys.exit(f"dtype={dtype!r}: expected float32, bfloat16 or '' (bfloat16 on CUDA, float32 on CPU)")
+    dtype = getattr(torch, dtype or ('bfloat16' if device == 'cuda' else 'float32'))
+    if device == 'cpu':
+        torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+    return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device('cpu'), dtype)
+
+
+class StopSignal:
+    """`.set` turns True on SIGTERM; a second SIGTERM kills as usual."""
+    def __init__(self):
+        self.set = False
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number, frame):
+        self.set = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def accumulation(global_batch_size, micro_batch_size, world_size):
+    """Micro-steps per optimizer step; exits with one line that says which sizes would divide the batch."""
+    if min(global_batch_size, micro_batch_size) < 1:
+        sys.exit(f"global_batch_size={global_batch_size}, micro_batch_size={micro_batch_size}: expected at least 1")
+    n, rest = divmod(global_batch_size, micro_batch_size * world_size)
+    if rest or n == 0:
+        fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * world_size) == 0]
+        near = min(fit, key=lambda m: abs(m - micro_batch_size), default=None)
+        can = [w for w in range(1, global_batch_size + 1) if global_batch_size % (w * micro_batch_size) == 0]
+        hint = f"--micro_batch_size={near} would" if near else f"a number of processes among {can[:8]} would"
+        sys.exit(f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
+                 f"{world_size} processes; {hint}")
+    return n
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+def make_optimizer(model, lrs, *, weight_decay, betas):
+    """
+    AdamW over the parts of a VLM that train, decay on every parameter, gains and embeddings too (OpenLM's rule).
+    lrs      dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
+    returns  torch.optim.AdamW (fused), one group a part with 'share' and 'names'
+    """
+    groups = []
+    for part, share in lrs.items():
+        named = [(f'{part}.{n}', p) for n, p in getattr(model, part).named_parameters() if p.requires_grad]
+        if named:
+            groups.append(dict(params=[p for _, p in named], names=[n for n, _ in named], share=share))
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_state(optimizer):
+    """The moments by parameter name: {name: {'step', 'exp_avg', 'exp_avg_sq'}}, CPU tensors."""
+    return {name: {k: v.detach().cpu() for k, v in optimizer.state[p].items()}
+            for group in optimizer.param_groups for name, p in zip(group['names'], group['params'])
+            if p in optimizer.state}
+
+
+def load_moments(optimizer, saved):
+    """Put moments saved by name into an optimizer; returns the names of parameters that start fresh."""
+    fresh = []
+    for group in optimizer.param_groups:
+        for name, p in zip(group['names'], group['params']):
+            if name not in saved:
+                fresh.append(name)
+                continue
+            if saved[name]['exp_avg'].shape != p.shape:
+                raise ValueError(f"optimizer state of {name} is {tuple(saved[name]['exp_avg'].shape)}, "
+                                 f"expected {tuple(p.shape)}")
+            # the step count lives where the fused kernel wants it: beside the parameter
+            optimizer.state[p] = {k: v.to(p.device, copy=True) for k, v in saved[name].items()}
+    return fresh
+
+
+def optimizer_step(optimizer, lr, clip):
+    """
+    Clip, then update, all on the device: a step whose gradient norm is not finite changes nothing.
+    returns  (norm () float32 before clipping, bad () float32: 1 where the step was skipped)
+    """
+    params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip if clip > 0 else math.inf)
+    bad = (~norm.isfinite()).float()
+    for group in optimizer.param_groups:
+        group['lr'] = lr * group['share']
+    optimizer.grad_scale, optimizer.found_inf = None, bad      # the fused kernel's own skip: no host wait
+    optimizer.step()
+    return norm, bad
+
+
+def drop_gradients(*modules):
+    """Set gradients to None: what a step did not use is neither decayed nor moved by old moments."""
+    for module in modules:
+        for p in module.parameters():
+            p.grad = None
+
+
+# --- one step's bookkeeping -------------------------------------------------------------------------------------------
+
+# per source of the data: what Batch.stats counts
+COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')
+
+
+def count(process, micro, names, *flags):
+    """
+    What a global step holds, on the host.
+    micro    this rank's Batches; names the mixture's sources; flags numbers to sum along
+    returns  (dict of COUNTS and 'weight', the sum of the targets' weights -> (len(names),) float64, *flags summed over
+             ranks as ints)
+    """
+    local = [sum(batch.stats.get(name, {}).get(key, 0) for batch in micro) for key in COUNTS for name in names]
+    weight = torch.zeros(len(names), dtype=torch.float64)
+    for batch in micro:
+        kept = batch.targets != IGNORE_INDEX if batch.weights is None else batch.weights
+        weight.index_add_(0, batch.source, kept.sum(1).double())
+    total = process.host_sum([float(x) for x in (*local, *weight, *flags)])
+    n = len(local) + len(names)
+    counts = torch.tensor(total[:n], dtype=torch.float64).view(-1, len(names))
+    return (dict(zip((*COUNTS, 'weight'), counts)), *(int(f) for f in total[n:]))
+
+
+def loss_weights(counts, rule):
+    """
+    The factor on a target's own weight, by source, so that a step's weighted nats sum to its loss.
+    rule     'token': every target alike; 'source': a mean per source times its share of sequences, OpenLM's effect
+    returns  ((n_leaf,) float32, share of the loss per source (n_leaf,) float64); sources without a kept target weigh 0
+    """
+    weight = counts['weight']
+    share = weight if rule == 'token' else counts['n_sample'] * (weight > 0)
+    share = share / share.sum().clamp(min=1e-9)
+    return (share / weight.clamp(min=1e-9)).float(), share
+
+
+def add_counts(seen, counts, names):
+    """Add a step's counts to the run's cumulative ones: {source: {COUNTS: int}}."""
+    for i, name in enumerate(names):
+        for key in COUNTS:
+            seen[name][key] += round(float(counts[key][i]))
+
+
+class StepReader:
+    """
+    Turns a step's device numbers into a log line one step late, so that the loop never waits for the GPU, and stops the
+    run when a step was not finite (such a step has changed nothing: see optimizer_step).
+    """
+    def __init__(self, process, logger, names):
+        self.process, self.logger, self.names = process, logger, names
+        self.pending, self.time = None, time.perf_counter()
+
+    def push(self, line, micro, row_loss, norm, skipped, counts, share, seen, flops):
+        """Queue step `line['step']`; row_loss list of (2,B) device tensors, norm and skipped () device tensors."""
+        row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
+        source = torch.cat([batch.source for batch in micro]).to(row_loss.device)
+        finite = row_loss.isfinite().all(0)                                              # (R,)
+        sums = row_loss.new_zeros(len(self.names) + 1 + self.process.world_size)
+        sums[:len(self.names)].index_add_(0, source, row_loss[0])
+        sums[len(self.names)] = row_loss[1].sum()
+        sums[len(self.names) + 1 + self.process.rank] = (~finite).any()
+        if self.process.world_size > 1:
+            dist.all_reduce(sums)
+        device = torch.cat([sums, norm.detach().float().reshape(1), skipped.reshape(1), finite.float()])
+        if device.device.type == 'cuda':
+            host, event = torch.empty(device.shape, pin_memory=True), torch.cuda.Event()
+            host.copy_(device, non_blocking=True)
+            event.record()
+        else:
+            host, event = device, None
+        now, before = time.perf_counter(), self.time
+        self.time = now
+        rate = 1 / (now - before)
+        tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
+        line.update(n_kept=int(counts['n_kept'].sum()), tokens_per_s=tokens * rate,
+                    mfu=model_flops_utilisation(flops * rate, device.device, self.process.world_size))
+        sources = {name: dict(seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(share[i]))
+                   for i, name in enumerate(self.names)}
+        previous, self.pending = self.pending, (line, host, event, sources, [i for batch in micro for i in batch.ids])
+        self._read(previous)
+
+    def flush(self):
+        """Read the step that is still pending."""
+        previous, self.pending = self.pending, None
+        self._read(previous)
+        self.time = time.perf_counter()
+
+    def _read(self, pending):
+        if pending is None:
+            return
+        line, host, event, sources, ids = pending
+        if event is not None:
+            event.synchronize()
+        n, world = len(self.names), self.process.world_size
+        nll, z, flags, (norm, skipped), finite = host.split((n, 1, world, 2, len(host) - n - 3 - world))
+        if skipped or flags.any():
+            bad = [i for i, ok in zip(ids, finite) if not ok]
+            ranks = flags.nonzero().flatten().tolist()
+            where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(norm)}"
+            if not ranks or bad:
+                print(f"step {line['step']}: not finite: {where}; rank {self.process.rank}, samples "
+                      f"{', '.join(bad[:8] or ids[:8])}; the step changed nothing and the run stops", file=sys.stderr)
+            sys.exit(1)
+        for i, name in enumerate(self.names):
+            sources[name]['loss'] = float(nll[i]) / sources[name]['n_kept_now'] if sources[name]['n_kept_now'] else None
+        self.logger.log(dict(line, loss=float(nll.sum()) / max(1, line['n_kept']),
+                             z_loss=float(z) / max(1, line['n_kept']), grad_norm=float(norm), sources=sources))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def sha256_file(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def git_commit():
+    """The commit of this code, with '+' when files differ from it; '' outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(['git', 'status', '--porcelain', '-uno'], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    return head.stdout.strip() + ('+' if dirty.stdout.strip() else '')
+
+
+def _fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True):
+    """
+    Write one checkpoint, whole or not at all, under the first of `names`; the others become links to it.
+    out_dir    the run's folder; ckpt_last then points at the new one (a relative symlink, swapped at once)
+    model      VLM; optimizer AdamW or None; meta dict, completed here with schema, shapes and versions
+    Raises OSError (a full disk, say) after removing what it had begun; older checkpoints are untouched.
+    """
+    final = os.path.join(out_dir, names[0])
+    tmp = os.path.join(out_dir, f'.tmp_{names[0]}')
+    try:
+        if not os.path.exists(final):
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+            _write_checkpoint(tmp, model, optimizer, meta, save_encoder)
+            os.rename(tmp, final)
+            _fsync(out_dir)
+    except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"saving {final} failed ({e}); the checkpoints before it are untouched") from e
+    for name in (*names[1:], 'ckpt_last'):
+        link = os.path.join(out_dir, f'.link_{name}')
+        if os.path.lexists(link):
+            os.remove(link)
+        os.symlink(names[0], link)
+        os.replace(link, os.path.join(out_dir, name))
+    _fsync(out_dir)
+
+
+def _write_checkpoint(folder, model, optimizer, meta, save_encoder):
+    """The files of one checkpoint, each fsynced."""
+    meta = dict(meta, schema=SCHEMA, model=dataclasses.asdict(model.decoder.config), image_id=model.image_id,
+                commit=git_commit(), torch=torch.__version__, rng=base64.b64encode(bytes(torch.get_rng_state())).decode())
+    if model.encoder is not None:
+        meta['encoder'] = model.encoder.config_dict()
+    state = {k: v for k, v in model.state_dict().items() if save_encoder or not k.startswith('encoder.')}
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, os.path.join(folder, 'model.safetensors'))
+    if optimizer is not None:
+        torch.save(optimizer_state(optimizer), os.path.join(folder, 'optim.pt'))
+    shutil.copyfile(meta['tokenizer_path'], os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
+    with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
+        json.dump(meta, f, indent=1)
+    for name in os.listdir(folder):
+        _fsync(os.path.join(folder, name))
+    _fsync(folder)
+
+
+def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
+    """
+    Bound the disk: drop all but the newest `keep_steps` ckpt_step_N, and optimizer states that the policy does not keep.
+    keep_optimizer  'all', 'percent' (ckpt_NNN and the last), 'last', 'none' (none but the last's: a run must resume)
+    """
+    last = os.path.basename(os.path.realpath(os.path.join(out_dir, 'ckpt_last')))
+    named = {os.path.basename(os.path.realpath(os.path.join(out_dir, n))) for n in os.listdir(out_dir)
+             if re.fullmatch(r'ckpt_\d\d\d', n)}
+    steps = [n for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_step_\d+', n)]
+    steps = sorted((n for n in steps if n not in named), key=lambda n: int(n[10:]))
+    for name in steps[:-keep_steps or None]:
+        if name != last:
+            trash = os.path.join(out_dir, f'.tmp_{name}')
+            os.rename(os.path.join(out_dir, name), trash)                 # gone at once, then deleted
+            shutil.rmtree(trash, ignore_errors=True)
+    keep = {'all': None, 'percent': named | {last}, 'last': {last}, 'none': {last}}[keep_optimizer]
+    for name in os.listdir(out_dir):
+        path = os.path.join(out_dir, name, 'optim.pt')
+        if keep is not None and re.fullmatch(r'ckpt_.*', name) and os.path.basename(
+                os.path.realpath(os.path.join(out_dir, name))) not in keep and os.path.exists(path):
+            os.remove(path)
+
+
+def remove_leftovers(out_dir):
+    """Delete what a killed process had begun: temporary checkpoint folders and links."""
+    for name in os.listdir(out_dir):
+        if name.startswith('.tmp_'):
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+
+
+def tensor_digest(module):
+    """sha256 over a module's tensors by name: the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_meta(folder):
+    """The meta.json of a checkpoint folder, its schema checked; ValueError with one line otherwise."""
+    path = os.path.join(folder, 'meta.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+    except FileNotFoundError as e:
+        raise ValueError(f"{folder}: no meta.json there; expected a checkpoint folder such as out/1b/text/ckpt_080") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({e}); the checkpoint is damaged") from e
+    if meta.get('schema') != SCHEMA:
+        raise ValueError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA}")
+    return meta
+
+
+def load_weights(model, folder, *, parts=('decoder', 'projector', 'encoder')):
+    """
+    Copy a checkpoint's tensors into the parts of a VLM, by name.
+    returns  the names of the model's tensors that the checkpoint does not have (a fresh projector, say)
+    Raises ValueError naming the first tensor whose shape differs, or that the model does not have.
+    """
+    path = os.path.join(folder, 'model.safetensors')
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path}: not readable ({e})") from e
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(p + '.' for p in parts))}
+    for key, value in saved.items():
+        if key.startswith(tuple(p + '.' for p in parts)) and getattr(model, key.split('.')[0]) is not None:
+            if key not in own:
+                raise ValueError(f"{path}: holds {key}, which this model does not have")
+            if own[key].shape != value.shape:
+                raise ValueError(f"{path}: {key} is {tuple(value.shape)}, this model's is {tuple(own[key].shape)}")
+    with torch.no_grad():
+        for key in own.keys() & saved.keys():
+            own[key].copy_(saved[key])
+    return sorted(own.keys() - saved.keys())
+
+
+def load_optimizer(optimizer, folder):
+    """Load a checkpoint's moments by name; returns the names that start fresh, or None when it holds no optim.pt."""
+    path = os.path.join(folder, 'optim.pt')
+    if not os.path.exists(path):
+        return None
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as e:
+        raise ValueError(f"{path}: not readable ({e})") from e
+    return load_moments(optimizer, saved)
+
+
+def checkpoint_tokenizer(folder, meta):
+    """The tokenizer that a checkpoint carries."""
+    return load_tokenizer(os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
+
+
+def load_vlm(folder, device='cpu'):
+    """
+    A checkpoint as a model for evaluation.
+    folder   a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
+    Raises ValueError with one line when something is missing or does not fit.
+    """
+    meta = read_meta(folder)
+    with torch.device('meta'):
+        decoder = Decoder(ModelConfig(**meta['model']))
+    decoder.to_empty(device='cpu')
+    encoder = projector = None
+    if meta.get('encoder'):
+        encoder = encoder_from_config(meta['encoder'])
+        projector = Projector(encoder.width, decoder.config.n_embd)
+    model = VLM(decoder, encoder, projector, image_id=meta['image_id'])
+    missing = load_weights(model, folder)
+    if encoder is not None and not meta['config']['save_encoder']:
+        missing = [k for k in missing if not k.startswith('encoder.')]
+        config = meta['config']
+        path = os.path.join(config['data_dir'], config['encoder_path'])
+        model.encoder = load_encoder(path, config['encoder_layer'], config['encoder_norm'])
+        if tensor_digest(model.encoder) != meta['encoder_sha256']:
+            raise ValueError(f"{folder}: saved without its encoder, and {path} holds other weights than it was trained with")
+    if missing:
+        raise ValueError(f"{folder}: model.safetensors lacks {missing[0]} ({len(missing)} tensors missing)")
+    return model.to(device).eval().requires_grad_(False), checkpoint_tokenizer(folder, meta), meta
+
+
+def check_resume(meta, config, folder):
+    """Exit with one line naming the first key whose value differs from the checkpoint's and may not."""
+    for key, value in config.items():
+        old = meta['config'].get(key, value)
+        old = tuple(map(tuple, old)) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else old
+        old = tuple(old) if isinstance(value, tuple) else old
+        if key not in MAY_DIFFER and old != value:
+            sys.exit(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or another out_dir")
+
+
+def how_to_make(path, scale):
+    """The command that makes a checkpoint folder out/{scale}/{name}/ckpt..., or '' when no recipe of that name exists."""
+    name = os.path.basename(os.path.dirname(os.path.normpath(path)))
+    here = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(here, 'config', f'{name}.py')):
+        return ''
+    scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
+    script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
+    return f'; make it with: python {script} config/{name}.py{scale_file}'
+
+
+def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, shares, sets, inputs, n_checkpoint):
+    """Say what a run would do and cost, from the config alone; missing files are named, nothing is written."""
+    with torch.device('meta'):
+        n = sum(p.numel() for p in Decoder(model_config).parameters())
+    for key, value in config.items():
+        print(f'  {key} = {value!r}')
+    print(f"{max_steps:,} steps of {tokens_per_step:,} tokens = {max_steps * tokens_per_step:,} tokens, into {out_dir}")
+    for kind, paths in sets.items():
+        tokens = shares.get(kind, 0) * max_steps * tokens_per_step
+        print(f"{kind}: {tokens:,.0f} positions ({shares.get(kind, 0):.1%}) from {', '.join(paths) or 'nothing'}")
+        for path in paths if tokens else []:
+            try:
+                files = find(path, '.bin', '.tar')
+            except ValueError:
+                files = []
+            size = sum(os.path.getsize(f) for f in files)
+            passes = f", {tokens / (size / 2):.2f} passes" if files and all(f.endswith('.bin') for f in files) else ''
+            print(f"    {path}: {len(files)} files, {size / 2 ** 30:.2f} GiB{passes}" if files else f"    MISSING {path}")
+    for path in inputs:
+        print(f"{'found' if os.path.exists(path) else 'MISSING'} {path}")
+    micro = config['micro_batch_size'] * config['seq_len']
+    width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
+    # per position and layer: residual, norms, q, k, v, attention out, gate, up, product, as the backward needs them
+    layer = (10 * model_config.n_embd + 4 * model_config.n_ffn) * width
+    activations = micro * (model_config.n_layer * layer if not config['activation_checkpointing'] else
+                           model_config.n_layer * model_config.n_embd * 4 + layer)
+    print(f"decoder: {n:,} parameters; disk: {n_checkpoint} checkpoints of {4 * n / 2 ** 30:.1f} GiB, optimizer states "
+          f"{8 * n / 2 ** 30:.1f} GiB each (keep_optimizer={config['keep_optimizer']!r})")
+    print(f"memory per process, an estimate: weights, gradients, moments {16 * n / 2 ** 30:.1f} GiB + activations "
+          f"{activations / 2 ** 30:.1f} GiB + encoder")
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+class Logger:
+    """
+    log.jsonl, and a progress bar on a terminal or plain lines elsewhere; on other ranks than 0 it does nothing.
+    On resume, torn lines and lines beyond `step` are cut.
+    """
+    def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
+        self.on, self.every, self.start, self.time = process.master, every, step, time.time()
+        self.max_steps, self.tracker, self.writer, self.bar = max_steps, None, None, None
+        if not self.on:
+            return
+        path = os.path.join(out_dir, 'log.jsonl')
+        lines = []
+        if step and os.path.exists(path):
+            with open(path, encoding='utf-8', errors='replace') as f:
+                lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(lines)
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', encoding='utf-8', buffering=1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
+        if wandb:
+            import wandb as tracker                                        # optional: pip install wandb
+            self.tracker = tracker.init(project='ckpt80', name=config['name'], config=config, dir=out_dir)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter             # optional: pip install tensorboard
+            self.writer = SummaryWriter(out_dir)
+
+    def log(self, line):
+        """Append one dict with a 'step'; show it."""
+        if not self.on:
+            return
+        self.file.write(json.dumps(line) + '\n')
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
+        if self.tracker is not None:
+            self.tracker.log(numbers, step=line['step'])
+        if self.writer is not None:
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, line['step'])
+        if 'loss' not in line:
+            text = ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
+            tqdm.write(f"step {line['step']}: {text}", file=sys.stdout)
+        elif self.bar is not None:
+            self.bar.update(line['step'] - self.bar.n)
+            self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
+        elif line['step'] % self.every == 0 or line['step'] in (self.start + 1, self.max_steps):
+            done = line['step'] - self.start
+            eta = (time.time() - self.time) / done * (self.max_steps - line['step'])
+            print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  norm "
+                  f"{line['grad_norm']:.2f}  {line['tokens_per_s']:.0f} tok/s  eta {eta:.0f} s", flush=True)
+
+    def close(self):
+        if self.on:
+            self.file.close()
+            if self.bar is not None:
+                self.bar.close()
+            if self.writer is not None:
+                self.writer.close()
+            if self.tracker is not None:
+                self.tracker.finish()
+
+
+def _step_of(line):
+    try:
+        return int(json.loads(line)['step'])
+    except (ValueError, KeyError, TypeError):
+        return math.inf                                                    # a torn line: cut
+
+
+def memory_gib(device):
+    """Peak memory of this process in GiB: the GPU's allocator, or resident memory on CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != 'darwin' else 30)
+
+
+def model_flops_utilisation(flops_per_s, device, world_size):
+    """Share of the GPUs' bf16 peak, or None for a device whose peak is not in PEAK_FLOPS."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+    return flops_per_s / (peak * world_size) if peak else None
