@@ -28,7 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
+import torch
+import torch.nn.functional as F
 from PIL import Image
+
+from common import main_lr
+from vision import SigLIP, SigLIPConfig, siglip_loss
 
 COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20), purple=(120, 30, 170),
                pink=(250, 140, 190))
@@ -285,7 +290,7 @@ def facts():
 
 
 def english(limit=1_000_000):
-    """Real English, at most `limit` characters, [str]: the language reference, the docstrings of the standard library."""
+    """Real English, at most `limit` characters, [str]: the language reference and the standard library's docstrings."""
     from pydoc_data.topics import topics
     texts, folder = [topics[name] for name in sorted(topics)], os.path.dirname(ast.__file__)
     for name in sorted(os.listdir(folder)):
@@ -554,14 +559,119 @@ def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000
     print(f'{out}: {n_row} rows of text, {n_caption} captions, {n_instruct} conversations, {time.time() - start:.0f} s')
 
 
+# --- encoder ----------------------------------------------------------------------------------------------------------
+class Phrases(torch.nn.Module):
+    """
+    The text tower: a phrase such as 'a red star at b2' is the sum of its words' vectors. names lists what a cell can hold:
+    the pairs, the words, 'nothing'; a pair never seen still has a phrase.
+    """
+    def __init__(self, width):
+        super().__init__()
+        self.names = [*PAIRS, *(('word', word) for word in WORDS), ('nothing', '')]
+        words = sorted({word for name in self.names for word in name}) + list(CELLS)
+        self.register_buffer('name_ids', torch.tensor([[words.index(word) for word in name] for name in self.names]))
+        self.register_buffer('cell_ids', torch.tensor([words.index(cell) for cell in CELLS]))
+        self.table = torch.nn.Embedding(len(words), width)
+
+    def forward(self, names=None):
+        """The vectors (16, names, width) of the phrases of some names (None = all) at every cell."""
+        ids = self.name_ids if names is None else self.name_ids[names]
+        return self.table(ids).sum(1) + self.table(self.cell_ids)[:, None]  # 'a', 'at' would add the same to each
+
+
+def encoder_batch(draw, n, split='train', held_out=0, jpeg=False):
+    """Images (n, 3, 56, 56) uint8 and which of Phrases.names each cell shows, (n, 16) int64."""
+    scenes = [make_scene(draw, split, held_out=held_out) for _ in range(n)]
+    names = [*PAIRS, *(('word', word) for word in WORDS)]
+    shown = torch.full((n, 16), len(names))                                 # 'nothing'
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            shown[i, thing.cell] = names.index((thing.colour, thing.shape))
+    images = render(scenes)
+    if jpeg:
+        images = np.stack([np.asarray(Image.open(io.BytesIO(encode_image(pixels, 'jpg')))) for pixels in images])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), shown
+
+
+@torch.no_grad()
+def score_encoder(encoder, phrases, n=500, seed=0):
+    """
+    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all 63 x 16 phrases is nearest
+    to each patch? {what: share of right answers}, and the length of a feature over sqrt(width).
+    """
+    images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
+    x, vectors = encoder(images), F.normalize(phrases(), dim=-1)            # (n, 16, C), (16, names, C)
+    best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, 16) into cells x names
+    cell, best = best // len(phrases.names), best % len(phrases.names)
+    same = phrases.name_ids[best] == phrases.name_ids[shown]                # (n, 16, 2): colour and shape, or 'word' and word
+    pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(phrases.names) - 1)
+    unseen = torch.isin(shown, torch.tensor([PAIRS.index(name) for name in HELD_OUT]))
+    scores = dict(colour=same[pair][:, 0], shape=same[pair][:, 1], held_out_pair=same[unseen].all(-1),
+                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1), position=cell == torch.arange(16))
+    return {**{what: right.float().mean().item() for what, right in scores.items()},
+            'norm': x.norm(dim=-1).mean().item() / x.shape[-1] ** 0.5}
+
+
+def train_encoder(out, *, n_step=400, batch_size=96, lr=3e-3, width=96, seed=7, n_thread=2):
+    """
+    Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`, whole or not at all.
+    The sigmoid loss joins regions and phrases: each patch after block 2, the features that a VLM uses, to the phrase of what
+    it shows and where ('a red star at b2', 'nothing at c3'), among all phrases. After block 3 and the final norm the mean
+    patch meets its caption, the usual loss. Returns score_encoder's numbers. Raises ValueError when `out` exists.
+    """
+    if os.path.exists(out):
+        raise ValueError(f"{out}: already exists; remove it or give another --out")
+    torch.set_num_threads(n_thread)
+    torch.manual_seed(seed)
+    start, draw = time.time(), Draws(seed, 8)
+    config = SigLIPConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, num_attention_heads=width // 32,
+                          patch_size=CELL, image_size=SIZE)
+    encoder, phrases = SigLIP(config, layer=-2, keep_all=True), Phrases(width)
+    scales = torch.nn.Parameter(torch.tensor([[math.log(10.0), -10.0], [math.log(10.0), -10.0]]))     # t and b of both losses
+    parameters = [*encoder.parameters(), *phrases.parameters(), scales]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    seen = torch.tensor([i for i, name in enumerate(phrases.names) if name not in HELD_OUT])
+    column = torch.full((len(phrases.names),), -1).scatter(0, seen, torch.arange(len(seen)))
+    for step in range(n_step):
+        optimizer.param_groups[0]['lr'] = main_lr(step, peak=lr, final=0.0, warmup=n_step // 20, total=n_step)
+        images, shown = encoder_batch(draw, batch_size)
+        x, vectors = encoder(images), phrases(seen)                         # (B, 16, C), (16, K, C)
+        target = torch.arange(16) * len(seen) + column[shown]               # (B, 16) into 16 x K phrases
+        labels = torch.full((target.numel(), 16 * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
+        region = siglip_loss(x.flatten(0, 1), vectors.flatten(0, 1), *scales[0], labels)
+        captions = (vectors.flatten(0, 1)[target] * (shown < len(phrases.names) - 1)[..., None]).sum(1)    # (B, C)
+        pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)                         # (B, C)
+        length = (x.norm(dim=-1) / width ** 0.5 - 1).square().mean()        # keeps features near length sqrt(width)
+        loss = region + 0.1 * siglip_loss(pooled, captions, *scales[1]) + length
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == n_step - 1:
+            print(f'step {step + 1}/{n_step} loss {loss.item():.3f} region {region.item():.3f} {time.time() - start:.0f} s', flush=True)
+    scores = score_encoder(encoder.eval(), phrases)
+    shutil.rmtree(f'{out}.part', ignore_errors=True)
+    encoder.save_pretrained(f'{out}.part')
+    os.rename(f'{out}.part', out)
+    print(f'{out}: ' + ', '.join(f'{what} {value:.3f}' for what, value in scores.items()))
+    return scores
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     command = commands.add_parser('data', help='write text, captions, instructions and benchmarks')
     command.add_argument('--out', default='data/tiny', help='folder to make')
     command.add_argument('--seed', type=int, default=7)
+    command = commands.add_parser('encoder', help='pre-train the small SigLIP')
+    command.add_argument('--out', default='data/tiny/encoder', help='folder to make')
+    command.add_argument('--seed', type=int, default=7)
+    command.add_argument('--n_thread', type=int, default=2, help="torch's threads; the weights depend on them in the last bits")
     args = parser.parse_args()
     try:
-        write_data(args.out.rstrip('/'), seed=args.seed)
+        if args.command == 'data':
+            write_data(args.out.rstrip('/'), seed=args.seed)
+        else:
+            train_encoder(args.out.rstrip('/'), seed=args.seed, n_thread=args.n_thread)
     except ValueError as error:
         sys.exit(str(error))
