@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -259,6 +260,11 @@ def loss_weights(counts, rule):
     return (share / weight.clamp(min=1e-9)).float(), share
 
 
+def text_name(pattern, patterns):
+    """A text source's name, the key of its cursor: the same in every stage that reads the same pattern."""
+    return pattern.split('/')[0] if len(patterns) == 1 else pattern
+
+
 def add_counts(seen, counts, names):
     """Add a step's counts to the run's cumulative ones: {source: {COUNTS: int}}."""
     for i, name in enumerate(names):
@@ -367,16 +373,20 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
     """
     final = os.path.join(out_dir, names[0])
     tmp = os.path.join(out_dir, f'.tmp_{names[0]}')
+    newest = os.path.realpath(os.path.join(out_dir, 'ckpt_last'))
     try:
-        if not os.path.exists(final):
+        if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is this very checkpoint
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
             _write_checkpoint(tmp, model, optimizer, meta, save_encoder)
+            if os.path.lexists(final):                                    # an older run's, or one that a kill left unlinked
+                os.rename(final, os.path.join(out_dir, f'.tmp_old_{names[0]}'))
             os.rename(tmp, final)
             _fsync(out_dir)
+            shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"saving {final} failed ({e}); the checkpoints before it are untouched") from e
+        raise OSError(f"saving {final} failed ({str(e).splitlines()[0]}); the checkpoints before it are untouched") from e
     for name in (*names[1:], 'ckpt_last'):
         link = os.path.join(out_dir, f'.link_{name}')
         if os.path.lexists(link):
@@ -432,6 +442,8 @@ def remove_leftovers(out_dir):
     for name in os.listdir(out_dir):
         if name.startswith('.tmp_'):
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+        elif name.startswith('.link_'):
+            os.remove(os.path.join(out_dir, name))
 
 
 def tensor_digest(module):
@@ -488,8 +500,8 @@ def load_optimizer(optimizer, folder):
         return None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as e:
-        raise ValueError(f"{path}: not readable ({e})") from e
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as e:
+        raise ValueError(f"{path}: not readable ({str(e).splitlines()[0]})") from e
     return load_moments(optimizer, saved)
 
 
@@ -514,7 +526,7 @@ def load_vlm(folder, device='cpu'):
         projector = Projector(encoder.width, decoder.config.n_embd)
     model = VLM(decoder, encoder, projector, image_id=meta['image_id'])
     missing = load_weights(model, folder)
-    if encoder is not None and not meta['config']['save_encoder']:
+    if any(k.startswith('encoder.') for k in missing) and not meta['config']['save_encoder']:
         missing = [k for k in missing if not k.startswith('encoder.')]
         config = meta['config']
         path = os.path.join(config['data_dir'], config['encoder_path'])
@@ -524,6 +536,21 @@ def load_vlm(folder, device='cpu'):
     if missing:
         raise ValueError(f"{folder}: model.safetensors lacks {missing[0]} ({len(missing)} tensors missing)")
     return model.to(device).eval().requires_grad_(False), checkpoint_tokenizer(folder, meta), meta
+
+
+def check_model(meta, model_config, folder):
+    """Exit with one line naming the first number of the decoder that differs; seq_len may, heads have no shape to tell."""
+    for key, value in dataclasses.asdict(model_config).items():
+        if key != 'seq_len' and meta['model'].get(key, value) != value:
+            sys.exit(f"{folder} has a decoder with {key}={meta['model'][key]!r}, this run's has {value!r}: give the same, "
+                     "or the same scale file")
+
+
+def check_last(last):
+    """Exit with one line when ckpt_last is a link to nothing: starting over would overwrite the run's log."""
+    if os.path.islink(last) and not os.path.exists(last):
+        sys.exit(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that is there, or remove it "
+                 "to start over")
 
 
 def check_resume(meta, config, folder):
@@ -545,6 +572,14 @@ def how_to_make(path, scale):
     scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
     script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
     return f'; make it with: python {script} config/{name}.py{scale_file}'
+
+
+def print_missing(config, out_dir, missing):
+    """What a dry run can say without its inputs: the config and what is not there."""
+    for key, value in config.items():
+        print(f'  {key} = {value!r}')
+    print('\n'.join(f"MISSING {path}" for path in missing))
+    print(f"into {out_dir}; steps and cost are known when these are there")
 
 
 def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, shares, sets, inputs, n_checkpoint):

@@ -87,10 +87,16 @@ for key, given, allowed in (('resume', resume, ('auto', 'never')), ('loss_averag
                             ('keep_optimizer', keep_optimizer, ('all', 'percent', 'last', 'none'))):
     if given not in allowed:
         sys.exit(f"{key}={given!r}: expected one of {', '.join(allowed)}")
-if not os.path.exists(init_from):
-    sys.exit(f"init_from={init_from or repr('')} not found{common.how_to_make(init_from, scale)}")
+if train_encoder and not save_encoder:
+    sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
+common.check_last(last)
+missing = [p for p in (init_from, data_path(instruct), data_path(instruct_images)) if not os.path.exists(p)]
+if dry_run and missing:
+    sys.exit(common.print_missing(config, out_dir, missing))
+if not os.path.exists(init_from) and not resuming:
+    sys.exit(f"init_from={init_from or repr('')} not found{common.how_to_make(init_from, scale)}")
 if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 
@@ -103,7 +109,7 @@ stop_signal = common.StopSignal()
 first_step, bad_before, seen = 0, [], None
 try:
     meta = common.read_meta(last) if resuming else None
-    model, codec, base = common.load_vlm(init_from)
+    model, codec, base = common.load_vlm(last if resuming else init_from)
     if model.encoder is None:                           # a base that never saw images: Prismatic's way
         path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
         if path != 'patch' and not os.path.exists(path):
@@ -114,8 +120,7 @@ try:
         process.print(f"{init_from} has no projector: a fresh one")
     if resuming:
         common.check_resume(meta, config, last)
-        first_step, bad_before, seen = meta['step'], meta['bad_samples'], meta['seen']
-        common.load_weights(model, last)
+        first_step, bad_before, seen, base = meta['step'], meta['bad_samples'], meta['seen'], meta['base']
 except ValueError as e:
     sys.exit(str(e))
 model.z_loss = z_loss
@@ -129,7 +134,8 @@ try:
                           model.encoder.image_size, resize, system_prompt, loss_average, split_turns)
     mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
     if text_share:
-        sources = [TextSource(data_path(g), codec, min(base['config']['seq_len'], seq_len), name=g) for g, _ in text]
+        sources = [TextSource(data_path(g), codec, min(base['config']['seq_len'], seq_len),
+                              name=common.text_name(g, text)) for g, _ in text]
         rows = Mixture(sources, [w for _, w in text], base['text_seed'], start=base['cursor'],
                        max_bad_samples=max_bad_samples)
         mixture = Mixture([rows, mixture], [text_share, 1 - text_share], seed)
@@ -210,7 +216,7 @@ def tokens_seen():
     return sum(c['n_text'] + c['n_image_position'] + c['n_pad'] for c in seen.values())
 
 
-reader = common.StepReader(process, logger, mixture.names)
+reader, stopped = common.StepReader(process, logger, mixture.names), False
 try:
     for step in range(first_step, last_step):
         waited = time.perf_counter()
@@ -221,7 +227,7 @@ try:
         counts, n_bad, stop = common.count(process, micro, mixture.names, len(bad), stop_signal.set)
         if stop:
             process.print(f"SIGTERM: stopping after step {step}")
-            last_step = step
+            last_step, stopped = step, True                                              # the same on every rank
             break
         bad_samples, n_bad_sample = bad_samples + bad, n_bad_sample + n_bad
         if n_bad_sample > max_bad_samples:
@@ -255,7 +261,7 @@ try:
             reader.flush()                                                               # the log reaches the checkpoint
             save(done, ['ckpt_100' if done == max_steps else f'ckpt_step_{done}'])
     reader.flush()
-    if stop_signal.set and last_step > first_step:
+    if stopped and last_step > first_step:
         save(last_step, [f'ckpt_step_{last_step}'])
 except BadSample as e:
     sys.exit(f"{e} (max_bad_samples={max_bad_samples})")

@@ -11,9 +11,11 @@ import dataclasses
 import os
 import sys
 import time
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -131,6 +133,9 @@ if dry_run:
     sys.exit(0)
 last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
+if train_encoder and not save_encoder:
+    sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
+common.check_last(last)
 if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 if init_from and not resuming and not os.path.exists(init_from):
@@ -144,7 +149,7 @@ torch.manual_seed(seed)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
 try:
-    base = common.read_meta(init_from) if os.path.exists(os.path.join(init_from, 'meta.json')) else None
+    base = common.read_meta(init_from) if init_from and os.path.exists(os.path.join(init_from, 'meta.json')) else None
     meta = common.read_meta(last) if resuming else None
 except ValueError as e:
     sys.exit(str(e))
@@ -153,6 +158,7 @@ if resuming:
     common.check_resume(meta, config, last)
     first_step, bad_before, seen, start_cursor = meta['step'], meta['bad_samples'], meta['seen'], meta['start_cursor']
     text_seed, main, begin = meta['text_seed'], meta['schedule']['main'], meta['schedule']['begin']
+    base_lr = meta['schedule']['top']
     if first_step >= max_steps:
         process.print(f"{out_dir} is finished: {first_step} of {max_steps} steps")
         sys.exit(0)
@@ -160,8 +166,9 @@ if resuming:
 else:
     # text goes on where the base stopped, in the base's own order; a base without a cursor starts at row 0
     start_cursor, text_seed = (base['cursor'], base['text_seed']) if base else ({}, seed)
-    main = base['schedule']['main'] if base else None
-    begin = base['schedule']['step'] if base else None
+    on_main = base is not None and base['schedule']['kind'] == 'main'
+    main, begin = (base['schedule']['main'], base['schedule']['step']) if on_main else (None, None)
+    base_lr = base['schedule'].get('lr') if base else None
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def paths_of(pattern):
@@ -172,7 +179,7 @@ def paths_of(pattern):
 
 
 def text_mixture(patterns, start):
-    sources = [TextSource(paths_of(g), codec, seq_len, name=g.split('/')[0] if len(patterns) == 1 else g) for g, _ in patterns]
+    sources = [TextSource(paths_of(g), codec, seq_len, name=common.text_name(g, patterns)) for g, _ in patterns]
     return Mixture(sources, [w for _, w in patterns], text_seed, start=start, max_bad_samples=max_bad_samples)
 
 
@@ -211,6 +218,10 @@ try:
                              max_bad_samples=max_bad_samples)
         parts.append((images, image_ratio))
     mixture = parts[0][0] if len(parts) == 1 else Mixture([m for m, _ in parts], [w for _, w in parts], seed)
+    for leaf in parts[0][0].names if start_cursor and image_ratio < 1 else []:
+        if leaf not in start_cursor:
+            process.print(f"!!! text source {leaf!r} is new: it starts at its first row; {init_from} knows "
+                          f"{', '.join(map(repr, start_cursor))}")
     validation = {}
     if eval_every and val_text:
         validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
@@ -237,19 +248,26 @@ try:
         if fresh:
             sys.exit(f"{last}: lacks {fresh[0]}")
     elif base:
+        common.check_model(base, model_config, init_from)
         fresh = common.load_weights(model, init_from)
         if [k for k in fresh if k.startswith('decoder.')]:
             sys.exit(f"{init_from}: its decoder has other layers than this one (n_layer={n_layer})")
-        if common.sha256_file(data_path(tokenizer)) != base['tokenizer_sha256']:
+        if codec.sha256 != base['tokenizer_sha256']:
             sys.exit(f"{init_from} was trained with another tokenizer than {data_path(tokenizer)} (their sha256 differ)")
     elif init_from:
-        imported = load_openlm(init_from)
+        try:
+            imported = load_openlm(init_from)
+        except (OSError, RuntimeError, UnpicklingError, SafetensorError) as e:
+            sys.exit(f"{init_from}: not readable as OpenLM weights ({str(e).splitlines()[0]})")
         if dataclasses.replace(imported.config, seq_len=seq_len) != model_config:
             sys.exit(f"{init_from} is {imported.config}, this run's decoder is {model_config}")
         decoder.load_state_dict(imported.state_dict())
 except ValueError as e:
     sys.exit(str(e))
 if encoder is not None:
+    sha = (meta or base or {}).get('encoder_sha256')  # of a checkpoint saved without its encoder
+    if sha and common.tensor_digest(encoder) != sha:
+        sys.exit(f"{last if resuming else init_from} was trained with another encoder than {path} (their sha256 differ)")
     encoder.requires_grad_(train_encoder)
 model.to(process.device)
 if compile:
@@ -258,16 +276,18 @@ if compile:
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 if schedule == 'cooldown':
-    if not start_lr and main is None:
-        sys.exit(f"{init_from} does not say its schedule: give --start_lr=LR (figure 3: 9.7e-4 at 80 % of the 1.4B run)")
-    top = start_lr or main_lr(begin, **main)
+    if not start_lr and base_lr is None:
+        sys.exit(f"{init_from} does not say its lr: give --start_lr=LR (figure 3: 9.7e-4 at 80 % of the 1.4B run)")
+    top = start_lr or base_lr
     if cooldown_shape == 'remaining' and main is None:
-        sys.exit(f"cooldown_shape='remaining' needs the main schedule, which {init_from} does not carry")
+        sys.exit(f"cooldown_shape='remaining' needs a checkpoint of a main schedule; {init_from} is none")
 elif schedule == 'rewarm':
     top = rewarm_lr or 0.3 * lr
 else:
     top, begin = lr, None
     main = dict(peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps)
+if top <= 0:
+    sys.exit(f"schedule={schedule!r} starts from lr {top}: expected above 0 (lr, start_lr or rewarm_lr)")
 
 
 def lr_at(step):
@@ -327,8 +347,8 @@ def save(step, names):
         text_cursor = {**start_cursor, **mixture.cursor(n)}
         info = dict(stage='text' if not multimodal else 'mix', config=config, step=step, tokens=step * tokens_per_step,
                     samples=n, seen=seen, cursor=text_cursor, start_cursor=start_cursor, text_seed=text_seed,
-                    init_from=init_from, moments=moments, bad_samples=every_bad, epochs=mixture.epochs(n), tokenizer_path=data_path(tokenizer),
-                    tokenizer_sha256=common.sha256_file(data_path(tokenizer)),
+                    init_from=init_from, moments=moments, bad_samples=every_bad, epochs=mixture.epochs(n),
+                    tokenizer_path=codec.path, tokenizer_sha256=codec.sha256,
                     schedule=dict(kind=schedule, main=main, begin=begin, step=step, top=top, lr=lr_at(step)))
         if encoder is not None and not save_encoder:
             info['encoder_sha256'] = common.tensor_digest(encoder)
@@ -359,7 +379,7 @@ def validate(step):
     logger.log(line)
 
 
-reader = common.StepReader(process, logger, mixture.names)
+reader, stopped = common.StepReader(process, logger, mixture.names), False
 try:
     for step in range(first_step, last_step):
         waited = time.perf_counter()
@@ -370,7 +390,7 @@ try:
         counts, n_bad, stop = common.count(process, micro, mixture.names, len(bad), stop_signal.set)
         if stop:
             process.print(f"SIGTERM: stopping after step {step}")
-            last_step = step
+            last_step, stopped = step, True                                              # the same on every rank
             break
         bad_samples, n_bad_sample = bad_samples + bad, n_bad_sample + n_bad
         if n_bad_sample > max_bad_samples:
@@ -399,14 +419,14 @@ try:
         names = percent_steps.get(done, [])
         if not names and (done == last_step or (save_every and done % save_every == 0)):
             names = [f'ckpt_step_{done}']
-        if names:
-            reader.flush()                                                               # the log reaches the checkpoint
-            save(done, names)
         if validation and (done % eval_every == 0 or done == max_steps):
             reader.flush()
             validate(done)
+        if names:                                                                        # after validation: a resume repeats none
+            reader.flush()                                                               # the log reaches the checkpoint
+            save(done, names)
     reader.flush()
-    if stop_signal.set and last_step > first_step and last_step not in percent_steps:
+    if stopped and last_step > first_step and last_step not in percent_steps:
         save(last_step, [f'ckpt_step_{last_step}'])
 except BadSample as e:
     sys.exit(f"{e} (max_bad_samples={max_bad_samples})")
