@@ -11,11 +11,13 @@ import dataclasses
 import json
 import math
 import os
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
@@ -37,7 +39,7 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+        if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise ValueError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
 
     def flops_per_token(self, n_position):
@@ -69,6 +71,11 @@ class Norm(nn.Module):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), None, self.eps)
+
+
+def inverse_frequencies(head):
+    """OpenLM's rotary frequencies (head/2,) float32 of a head of width `head`."""
+    return ROPE_BASE ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
 
 
 def rotate(x, cos, sin):
@@ -172,7 +179,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config.n_embd, config.norm_eps)
         self.output = Linear(config.n_embd, config.vocab_size)
-        self.register_buffer('inv_freq', ROPE_BASE ** (-torch.arange(0, head, 2, dtype=torch.float32) / head))
+        self.register_buffer('inv_freq', inverse_frequencies(head))
         self.activation_checkpointing = False
         self.init_weights()
 
@@ -271,15 +278,20 @@ class VLM(nn.Module):
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        if self.encoder is None:
+        if self.encoder is None or self.image_id is None:
             raise ValueError(f"{len(images)} images given to a text-only model: expected a checkpoint with an encoder")
         features = self.image_features(images)                                         # (N,n_token,C)
         if image_index is not None:
             features = features[image_index]                                           # (M,n_token,C)
         slots = tokens == self.image_id                                                # (B,T)
-        if tokens.device.type == 'cpu' and slots.sum() != features.shape[0] * features.shape[1]:
-            raise ValueError(f"rows hold {slots.sum(1).tolist()} image slots, {int(slots.sum())} in all: expected "
-                             f"{features.shape[0]} images x {features.shape[1]} = {features.shape[0] * features.shape[1]}")
+        if tokens.device.type == 'cpu':
+            (n_image, n_token), in_row = features.shape[:2], slots.sum(1)              # (B,) slots a row
+            if (in_row % n_token).any():                                               # an image may not span two rows
+                row = int((in_row % n_token).nonzero()[0])
+                raise ValueError(f"row {row} holds {int(in_row[row])} image slots: expected a multiple of {n_token}")
+            if in_row.sum() != n_image * n_token:
+                raise ValueError(f"rows hold {in_row.tolist()} image slots, {int(in_row.sum())} in all: expected "
+                                 f"{n_image} images x {n_token} = {n_image * n_token}")
         return x.masked_scatter(slots[..., None], features.to(x.dtype))
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, rows=None):
@@ -326,11 +338,14 @@ class VLM(nn.Module):
         tokens = torch.zeros(B, int(length.max()), dtype=torch.int64, device=device)
         for row, prompt in zip(tokens, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        if images is not None and image_index is None:
-            image_index = torch.arange(len(images), device=device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        if images is not None:
+            images = images.to(device)
+            image_index = torch.arange(len(images)) if image_index is None else image_index
+            image_index = image_index.to(device)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.decoder.output.weight.dtype
         cache = KVCache(config, B, tokens.shape[1] + max_new_tokens, device, dtype)
-        start = self._prefill_images(cache, tokens, images, image_index)
+        start = self._prefill_images(cache, tokens, length, images, image_index)
         if start:
             x = self.decoder.tok_embeddings(tokens[:, start:])
         else:
@@ -354,12 +369,13 @@ class VLM(nn.Module):
         new = torch.stack(new, 1).tolist() if new else [[]] * B
         return [[t for t in row if t >= 0] for row in new]
 
-    def _prefill_images(self, cache, tokens, images, image_index):
+    def _prefill_images(self, cache, tokens, length, images, image_index):
         """Fill the cache with the images that open the rows, each once; returns how many positions are done, 0 = none."""
         if images is None or len(image_index) != len(tokens):
             return 0
-        n = self.encoder.n_token
-        if tokens.shape[1] <= n or not (tokens[:, :n] == self.image_id).all() or (tokens[:, n:] == self.image_id).any():
+        n = self.encoder.n_token if self.encoder is not None else 0
+        slots = tokens == self.image_id                                                # (B,T)
+        if n == 0 or length.min() <= n or not slots[:, :n].all() or slots[:, n:].any():
             return 0
         used, row = image_index.unique(return_inverse=True)
         x = self.image_features(images[used])                                          # (N,n,C)
@@ -390,18 +406,50 @@ CONFIG_NAMES = {                # ours: what OpenLM's JSON, its HF config and DC
 UNSUPPORTED = {'weight_tying': True, 'post_embed_norm': True}      # flags of OpenLM whose models are others
 
 
+def read_pt(path):
+    """What a .pt file holds, read with weights_only on CPU; ValueError with one line when it is not readable."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, UnpicklingError) as e:
+        raise ValueError(f"{path}: not readable ({_first_line(e)})") from e
+
+
+def _first_line(error):
+    return (str(error) or type(error).__name__).strip().split('\n')[0]
+
+
+def _read_safetensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path}: not readable ({_first_line(e)})") from e
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({_first_line(e)})") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
+    return found
+
+
 def _read_config(config):
     """The keys that a dict or JSON file gives, in our names; older HF configs nest them under params_args_dict."""
     if isinstance(config, (str, os.PathLike)):
-        with open(config, encoding='utf-8') as f:
-            config = json.load(f)
-    config = {**config, **config.get('params_args_dict', {})}
+        config = _read_json(config)
+    config = {**config, **(config.get('params_args_dict') or {})}
     for key, value in UNSUPPORTED.items():
         if config.get(key) == value:
             raise ValueError(f"OpenLM config with {key}={value}: only the DCLM models' {key}={not value} is supported")
     norm = config.get('norm_type') or config.get('model_norm') or 'gain_only_lp_layer_norm'
     if 'gain_only' not in norm or 'rms' in norm:
         raise ValueError(f"OpenLM config with norm {norm}: expected gain_only_lp_layer_norm")
+    rotary = config.get('positional_embedding_type') or 'rotary'
+    if rotary != 'rotary':                              # head_rotary has the same tensors but counts over heads
+        raise ValueError(f"OpenLM config with positional_embedding_type={rotary}: expected rotary")
     found = {}
     for ours, theirs in CONFIG_NAMES.items():
         for name in (*theirs, ours):
@@ -411,24 +459,29 @@ def _read_config(config):
 
 
 def _read_state(path):
-    """The state dict and config dict (or None) of a .pt file, .safetensors file or HF folder, keys as the file has them."""
+    """The state dict and config path (or None) of a .pt file, .safetensors file or HF folder, keys as the file has them."""
     if not os.path.isdir(path):
         if str(path).endswith('.safetensors'):
-            return load_file(path), None
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        return (state['state_dict'] if 'state_dict' in state else state), None
+            return _read_safetensors(path), None
+        state = read_pt(path)
+        state = state.get('state_dict', state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise ValueError(f"{path}: not an OpenLM checkpoint: expected a dict of tensors, or one under 'state_dict'")
+        return state, None
     index = os.path.join(path, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.exists(index):
-        with open(index, encoding='utf-8') as f:
-            files = sorted(set(json.load(f)['weight_map'].values()))
+        where = _read_json(index).get('weight_map')
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
+        files = sorted(set(where.values()))
         if any(os.path.basename(name) != name for name in files):
             raise ValueError(f"{index}: names a file outside its folder")
     state = {}
     for name in files:
         if not os.path.exists(os.path.join(path, name)):
             raise ValueError(f"{path}: {name} is missing (expected an HF folder with safetensors, or a .pt file)")
-        state.update(load_file(os.path.join(path, name)))
+        state.update(_read_safetensors(os.path.join(path, name)))
     config = os.path.join(path, 'config.json')
     return state, config if os.path.exists(config) else None
 
@@ -454,8 +507,8 @@ def load_openlm(path, config=None):
         vocab_size, n_embd = clean['tok_embeddings.weight'].shape
         n_layer = 1 + max(int(key.split('.')[1]) for key in clean if key.startswith('layers.'))
         n_ffn = clean['layers.0.feed_forward.w3.weight'].shape[1]
-    except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: not an OpenLM checkpoint ({e} not found); it has {sorted(clean)[:3]} ...") from e
+    except (LookupError, ValueError) as e:
+        raise ValueError(f"{path}: not an OpenLM checkpoint ({e}); it has {sorted(clean)[:3]} ...") from e
     freq = [clean.pop(f'layers.{i}.attention.pos_embed.inv_freq', None) for i in range(n_layer)]
     inferred = dict(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size,
                     qk_norm='layers.0.attention.q_norm.weight' in clean)
@@ -471,8 +524,7 @@ def load_openlm(path, config=None):
     with torch.device('meta'):
         decoder = Decoder(ModelConfig(**{**given, **inferred}, n_ffn=n_ffn))
     decoder.to_empty(device='cpu')
-    inv_freq = Decoder(ModelConfig(1, 1, n_embd // decoder.config.n_head, vocab_size=1)).inv_freq
-    clean['inv_freq'] = inv_freq if freq[0] is None else freq[0].float()
+    clean['inv_freq'] = inverse_frequencies(n_embd // decoder.config.n_head) if freq[0] is None else freq[0].float()
     expected = decoder.state_dict()
     for key in [*expected, *clean]:
         if key not in clean or key not in expected:

@@ -1,0 +1,664 @@
+"""model.py: OpenLM's equations re-written in float64, its files and their damage, the VLM's slots and loss, generation."""
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import model as model_module
+from kernels import IGNORE_INDEX
+from model import VLM, Decoder, ModelConfig, Norm, Projector, load_openlm, save_openlm
+from vision import PatchProjection
+
+IMAGE = 39                      # the last row of the tiny vocabulary
+STATE = 'state_dict'
+
+
+def tiny_decoder(seed=0, spread=1.0, **kw):
+    """A decoder of random gains; spread > 1 sharpens its predictions, so that greedy tokens have no near ties."""
+    torch.manual_seed(seed)
+    decoder = Decoder(ModelConfig(**{**dict(n_layer=3, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24), **kw}))
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.add_(0.2 * torch.randn_like(p)) if p.dim() == 1 else p.mul_(spread)
+    return decoder.eval()
+
+
+class TinyEncoder(nn.Module):
+    """Patches through one linear layer; counts its calls and the images it saw."""
+    image_size, n_token, width = 4, 4, 6
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.linear = PatchProjection(4, 2), nn.Linear(12, 6)
+        self.calls, self.n_image, self.graph = 0, 0, None
+
+    def forward(self, images):
+        self.calls, self.n_image, self.graph = self.calls + 1, self.n_image + len(images), torch.is_grad_enabled()
+        return self.linear(self.patches(images).to(self.linear.weight.dtype))
+
+
+def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, **kw):
+    decoder = tiny_decoder(seed, spread, **kw)
+    encoder = TinyEncoder()
+    model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss).eval()
+    with torch.no_grad():
+        model.projector.fc2.weight.mul_(8)              # images weigh as much as words
+    encoder.requires_grad_(not frozen)
+    return model
+
+
+def pictures(n, seed=0):
+    return torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def random_batch(B, T, kept=0.5, seed=0, V=IMAGE):
+    g = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(0, V, (2, B, T), generator=g)
+    return tokens, targets.masked_fill(torch.rand(B, T, generator=g) > kept, IGNORE_INDEX)
+
+
+def grads_of(model, *args, **kw):
+    model.zero_grad(set_to_none=True)
+    loss, weight = model(*args, **kw)
+    loss.backward()
+    return loss.detach(), weight, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+# --- the decoder ----------------------------------------------------------------------------------------------------
+
+def test_parameter_counts_are_the_papers():
+    for shape, n_ffn, expected in [((8, 4, 512), 1536, 78_922_240), ((24, 16, 2048), 5632, 1_439_893_504),
+                                   ((32, 32, 4096), 11008, 6_889_672_704), ((24, 8, 576), 1536, 153_705_024),
+                                   ((24, 8, 1024), 2816, 411_665_408)]:
+        with torch.device('meta'):
+            decoder = Decoder(ModelConfig(*shape))
+        assert (decoder.config.n_ffn, decoder.config.seq_len, decoder.config.vocab_size) == (n_ffn, 2048, 50432)
+        assert sum(p.numel() for p in decoder.parameters()) == expected, shape
+    with torch.device('meta'):
+        plain = Decoder(ModelConfig(24, 16, 2048, qk_norm=False))
+    assert sum(p.numel() for p in plain.parameters()) == 1_439_795_200             # 20 x this = stage 2's 28.8B tokens
+
+
+def test_a_shape_without_a_whole_even_head_is_refused():
+    for n_head, n_embd in [(3, 16), (16, 16), (0, 16)]:
+        with pytest.raises(ValueError, match=f'n_head={n_head}: expected an even whole head width'):
+            ModelConfig(2, n_head, n_embd)
+
+
+def openlm_forward(state, tokens, n_head, freq, eps=1e-5):
+    """OpenLM's equations from its checkpoint's tensors, one row and one head at a time, rotary as complex numbers."""
+    w = {k: v.double() for k, v in state.items()}
+    V, C = w['tok_embeddings.weight'].shape
+    D = C // n_head
+    n_layer = 1 + max(int(k.split('.')[1]) for k in w if k.startswith('layers.'))
+
+    def norm(x, gain):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+
+    def rotary(x):                                       # (T,D): dimension i pairs with i + D/2
+        turn = torch.polar(torch.ones(len(x), D // 2, dtype=torch.float64),
+                           torch.arange(len(x), dtype=torch.float64)[:, None] * freq.double())
+        y = torch.complex(x[:, :D // 2], x[:, D // 2:]) * turn
+        return torch.cat((y.real, y.imag), -1)
+
+    logits = []
+    for row in tokens:
+        x = w['tok_embeddings.weight'][row]
+        T = len(row)
+        for i in range(n_layer):
+            layer = {k.split('.', 2)[2]: v for k, v in w.items() if k.startswith(f'layers.{i}.')}
+            y = norm(x, layer['attention_norm.weight'])
+            q, k, v = (y @ layer['attention.in_proj.weight'][j * C:(j + 1) * C].T for j in range(3))
+            if 'attention.q_norm.weight' in layer:       # over all heads together, before rotary
+                q, k = norm(q, layer['attention.q_norm.weight']), norm(k, layer['attention.k_norm.weight'])
+            heads = []
+            for h in range(n_head):
+                part = slice(h * D, (h + 1) * D)
+                score = rotary(q[:, part]) @ rotary(k[:, part]).T / math.sqrt(D)
+                score = score + torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
+                heads.append(score.softmax(-1) @ v[:, part])
+            x = x + torch.cat(heads, -1) @ layer['attention.out_proj.weight'].T
+            both = norm(x, layer['ffn_norm.weight']) @ layer['feed_forward.w12.weight'].T
+            gate, up = both[:, :both.shape[1] // 2], both[:, both.shape[1] // 2:]
+            x = x + (gate * gate.sigmoid() * up) @ layer['feed_forward.w3.weight'].T
+        logits.append(norm(x, w['norm.weight']) @ w['output.weight'].T)
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(qk_norm=False), dict(n_head=1, n_layer=1), dict(n_head=4, norm_eps=1e-3)])
+def test_forward_is_openlms(kw):
+    decoder = tiny_decoder(1, spread=2.0, **kw).double()
+    tokens, _ = random_batch(2, 20)                      # 20 > seq_len 12: longer rows are legal
+    D = 16 // decoder.config.n_head
+    freq = torch.tensor([10000.0 ** (-2 * i / D) for i in range(D // 2)])
+    expected = openlm_forward(decoder.state_dict(), tokens, decoder.config.n_head, freq, decoder.config.norm_eps)
+    # double() widens float32 frequencies, whose rounding is all that is left
+    torch.testing.assert_close(decoder(tokens).double(), expected, atol=2e-6, rtol=1e-5)
+    assert decoder.float()(tokens).dtype == torch.float32
+
+
+def test_the_future_is_not_seen():
+    decoder = tiny_decoder(2, spread=2.0)
+    tokens, _ = random_batch(2, 10)
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 39
+    before, after = decoder(tokens), decoder(changed)
+    torch.testing.assert_close(after[:, :6], before[:, :6])
+    assert ((after - before).abs().amax(-1)[:, 6:] > 1e-4).all()
+
+
+def test_initialisation_is_openlms():
+    torch.manual_seed(3)
+    decoder = Decoder(ModelConfig(3, 4, 256, vocab_size=512))
+    cut = 0.9866                                        # std of a unit normal cut at 3
+    for name, p in decoder.state_dict().items():
+        if name == 'inv_freq':
+            continue
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+            continue
+        std = 1 / math.sqrt(768 if 'w3' in name else 256)
+        if 'out_proj' in name or 'w3' in name:          # residual outputs: by depth, counted from 1
+            std /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
+        # 65,536 values at least: the std of the std is 0.28 %
+        assert abs(float(p.std()) / (cut * std) - 1) < 0.015, (name, float(p.std()), cut * std)
+        assert 2.9 * std < p.abs().max() <= 3 * std, name
+        assert abs(float(p.mean())) < 0.02 * std, name
+
+
+def test_initial_weights_follow_the_seed():
+    a, b, c = (tiny_decoder(seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a['output.weight'], c['output.weight'])
+
+
+def test_norm_runs_in_low_precision_under_autocast():
+    torch.manual_seed(0)
+    norm = Norm(64, 1e-5)
+    nn.init.normal_(norm.weight)
+    x = 3 * torch.randn(5, 64) + 1
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (64,), norm.weight, eps=1e-5), rtol=0, atol=0)
+    low = F.layer_norm(x.bfloat16(), (64,), norm.weight.bfloat16(), eps=1e-5)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = norm(x)
+        assert F.layer_norm(x, (64,)).dtype == torch.float32                  # what torch itself would do
+    assert y.dtype == torch.bfloat16 and torch.equal(y, low)
+
+
+def test_autocast_stays_near_float32():
+    model = tiny_vlm(4)
+    tokens, targets = random_batch(3, 9)
+    tokens[0, :4] = IMAGE
+    exact, n = model(tokens, targets, pictures(1))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        low, _ = model(tokens, targets, pictures(1))
+    low.backward()
+    assert low.dtype == torch.float32 and abs(float((low - exact).detach()) / float(n)) < 0.05
+    assert all(p.grad.dtype == torch.float32 for p in model.decoder.parameters())
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = tiny_vlm(5)
+    batch = random_batch(2, 8)
+    plain = grads_of(model, *batch)
+    model.decoder.activation_checkpointing = True
+    again = grads_of(model, *batch)
+    assert torch.equal(plain[0], again[0]) and plain[2].keys() == again[2].keys()
+    for name, g in plain[2].items():
+        torch.testing.assert_close(again[2][name], g, msg=name)
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+def plain_loss(model, tokens, targets, weights=None):
+    """The loss from full logits, and its weight: what the masked one must equal."""
+    logits = model.decoder(tokens).double()
+    keep = targets != IGNORE_INDEX
+    weights = torch.ones_like(targets, dtype=torch.float64) if weights is None else weights.double()
+    nll = F.cross_entropy(logits[keep], targets[keep], reduction='none')
+    z = model.z_loss * logits[keep].logsumexp(-1).square()
+    return (weights[keep] * (nll + z)).sum(), weights[keep].sum(), nll, z
+
+
+def test_skipping_rows_without_loss_is_exact():
+    model = tiny_vlm(6, z_loss=0.03).double()
+    tokens, targets = random_batch(3, 7, kept=0.3)
+    loss, weight, grads = grads_of(model, tokens, targets)
+    model.zero_grad(set_to_none=True)
+    x = model.decoder.trunk(model.embed(tokens))         # every row through every layer
+    logits, keep = model.decoder.output(x)[targets != IGNORE_INDEX], targets[targets != IGNORE_INDEX]
+    all_rows = F.cross_entropy(logits, keep, reduction='sum') + 0.03 * logits.logsumexp(-1).square().sum()
+    all_rows.backward()
+    # float64 throughout; the loss kernel's chunks only change the order of sums
+    torch.testing.assert_close(loss, all_rows.detach(), rtol=1e-12, atol=1e-12)
+    assert int(weight) == len(keep)
+    for name, p in model.decoder.named_parameters():
+        torch.testing.assert_close(grads[f'decoder.{name}'], p.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_given_rows_are_found_rows():
+    model = tiny_vlm(6)
+    tokens, targets = random_batch(3, 7)
+    rows = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    found, given = grads_of(model, tokens, targets), grads_of(model, tokens, targets, rows=rows)
+    assert torch.equal(found[0], given[0])
+    assert all(torch.equal(found[2][k], given[2][k]) for k in found[2])
+
+
+def test_weights_and_z_loss():
+    model = tiny_vlm(7, z_loss=0.01, spread=2.0)
+    tokens, targets = random_batch(4, 6)
+    weights = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) * 3
+    for w in (None, weights):
+        expected, n, nll, z = plain_loss(model, tokens, targets, w)
+        loss, weight = model(tokens, targets, weights=w)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(weight.double(), n, rtol=1e-6, atol=1e-6)
+        # what is logged is the plain nats and z-loss of each row, whatever the weights
+        per_row = torch.zeros(2, 4, dtype=torch.float64).index_add_(
+            1, (targets != IGNORE_INDEX).nonzero()[:, 0], torch.stack((nll, z)))
+        torch.testing.assert_close(model.row_loss.double(), per_row, rtol=1e-5, atol=1e-5)
+    assert z.sum() > 0.1                                 # the term is really there
+
+
+def test_row_nll_scores_each_row():
+    model = tiny_vlm(8, z_loss=0.5)
+    tokens, targets = random_batch(3, 8)
+    targets[1] = IGNORE_INDEX
+    nll, n = model.row_nll(tokens, targets)
+    assert not nll.requires_grad and nll.dtype == torch.float32
+    assert n.tolist() == (targets != IGNORE_INDEX).sum(1).tolist() and nll[1] == 0
+    for row in (0, 2):
+        _, _, alone, _ = plain_loss(model, tokens[row:row + 1], targets[row:row + 1])
+        torch.testing.assert_close(nll[row].double(), alone.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_targets_costs_nothing():
+    model = tiny_vlm(9, z_loss=0.1)
+    tokens, targets = random_batch(2, 6)
+    loss, weight, grads = grads_of(model, tokens, torch.full_like(targets, IGNORE_INDEX))
+    assert loss == 0 and weight == 0 and (model.row_loss == 0).all()
+    assert grads and all((g == 0).all() for g in grads.values())
+
+
+def test_a_target_beyond_the_vocabulary_is_named():
+    tokens, targets = random_batch(1, 4, kept=1)
+    targets[0, 2] = 40
+    with pytest.raises(ValueError, match='40, expected 0..39'):
+        tiny_vlm()(tokens, targets)
+
+
+# --- images in slots ------------------------------------------------------------------------------------------------
+
+def rows_of(*rows):
+    """Rows of ids where 'I' stands for an image's four slots, right-padded with 0."""
+    flat = [[i for part in row for i in ([IMAGE] * 4 if part == 'I' else [part])] for row in rows]
+    T = max(map(len, flat))
+    return torch.tensor([row + [0] * (T - len(row)) for row in flat])
+
+
+def test_images_fill_slots_in_reading_order():
+    model = tiny_vlm(10)
+    tokens = rows_of([1, 'I', 2, 'I'], [3, 4], ['I', 'I', 5])      # several, none, anywhere, side by side
+    images = pictures(4)
+    x = model.embed(tokens, images)
+    expected = model.decoder.tok_embeddings(tokens).clone()
+    for m, (row, start) in enumerate([(0, 1), (0, 6), (2, 0), (2, 4)]):
+        expected[row, start:start + 4] = model.projector(model.encoder(images[m:m + 1]))[0]
+    torch.testing.assert_close(x, expected)
+
+
+def test_one_image_serves_several_slots():
+    model = tiny_vlm(11)
+    tokens, targets = rows_of(['I', 1, 2], ['I', 3], [4, 'I']), random_batch(3, 6, kept=1, seed=3)[1]
+    images, index = pictures(2), torch.tensor([1, 0, 1])
+    shared = grads_of(model, tokens, targets, images, index)
+    assert model.encoder.n_image == 2 and model.encoder.calls == 1
+    copied = grads_of(model, tokens, targets, images[index])
+    torch.testing.assert_close(shared[0], copied[0])
+    for name, g in copied[2].items():
+        torch.testing.assert_close(shared[2][name], g, msg=name)
+
+
+def test_slots_that_do_not_fit_are_named():
+    model, targets = tiny_vlm(12), None
+    short = rows_of(['I', 1, 2, 3], ['I', 4])
+    targets = torch.zeros_like(short)
+    cases = [(short, 1, r'rows hold \[4, 4\] image slots, 8 in all: expected 1 images x 4 = 4'),
+             (short, 3, r'8 in all: expected 3 images x 4 = 12'),
+             (short, 0, 'row 0 holds 4 image slots, got 0 images'),
+             (torch.zeros_like(short), 1, '0 in all: expected 1 images')]
+    torn = short.clone()
+    torn[0, 3], torn[1, 5] = 1, IMAGE                    # 3 + 5 slots: the sum fits, the rows do not
+    cases.append((torn, 2, 'row 0 holds 3 image slots: expected a multiple of 4'))
+    for tokens, n, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(tokens, targets, pictures(n) if n else None)
+    with pytest.raises(ValueError, match='text-only model'):
+        VLM(tiny_decoder())(short, targets, pictures(2))
+
+
+def test_a_batch_without_images_keeps_the_projector_in_the_graph():
+    for frozen in (True, False):
+        model = tiny_vlm(13, frozen=frozen)
+        _, _, grads = grads_of(model, *random_batch(2, 6))
+        assert model.encoder.calls == 0                  # and the encoder does not run
+        idle = {k: g for k, g in grads.items() if not k.startswith('decoder.')}
+        assert len(idle) == (4 if frozen else 6) and all((g == 0).all() for g in idle.values())
+        text = VLM(model.decoder)
+        assert torch.equal(text(*random_batch(2, 6))[0], model(*random_batch(2, 6))[0])
+
+
+def test_a_frozen_encoder_builds_no_graph():
+    tokens, targets = rows_of(['I', 1, 2], [3]), random_batch(2, 6, kept=1)[1]
+    for frozen in (True, False):
+        model = tiny_vlm(14, frozen=frozen)
+        _, _, grads = grads_of(model, tokens, targets, pictures(1))
+        assert model.encoder.graph is not frozen
+        assert ('encoder.linear.weight' in grads) is not frozen
+        assert grads['projector.fc1.weight'].abs().sum() > 0
+
+
+def test_projector_is_the_papers():
+    projector = Projector(1152, 2048)
+    shapes = {k: tuple(v.shape) for k, v in projector.state_dict().items()}
+    assert shapes == {'fc1.weight': (4608, 1152), 'fc1.bias': (4608,), 'fc2.weight': (2048, 4608), 'fc2.bias': (2048,)}
+    x = torch.randn(2, 1152)
+    h = F.linear(x, projector.fc1.weight, projector.fc1.bias)
+    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))      # exact gelu
+    torch.testing.assert_close(projector(x), F.linear(h, projector.fc2.weight, projector.fc2.bias))
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+def slow_greedy(model, prompt, images, n, stop_ids=()):
+    """One prompt, no cache: the whole row again for every token."""
+    x, new = model.embed(torch.tensor([prompt]), images), []
+    for _ in range(n):
+        token = int(model.decoder.output(model.decoder.trunk(x))[0, -1].argmax())
+        if token in stop_ids:
+            break
+        new.append(token)
+        x = torch.cat((x, model.decoder.tok_embeddings(torch.tensor([[token]]))), 1)
+    return new
+
+
+PROMPTS = [[7], [1, 2, 3, 4, 5], [9, 8], list(range(10, 25))]                # the last is beyond seq_len 12
+
+
+@torch.no_grad()
+def test_cache_and_batch_do_not_change_greedy_tokens():
+    model = tiny_vlm(20, spread=3.0)
+    expected = [slow_greedy(model, p, None, 9) for p in PROMPTS]
+    assert len({tuple(row) for row in expected}) == 4 and max(len(set(row)) for row in expected) > 3
+    assert model.generate(PROMPTS, max_new_tokens=9) == expected
+    assert [model.generate([p], max_new_tokens=9)[0] for p in PROMPTS] == expected
+    assert model.double().generate(PROMPTS, max_new_tokens=9) == expected    # the cache follows the weights' dtype
+    assert len(model.bfloat16().generate(PROMPTS, max_new_tokens=2)[0]) == 2
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert len(model.float().generate(PROMPTS, max_new_tokens=2)[0]) == 2
+
+
+@torch.no_grad()
+def test_stop_ids_end_each_row_by_itself():
+    model = tiny_vlm(20, spread=3.0)
+    free = model.generate(PROMPTS, max_new_tokens=9)
+    stop = (free[1][0], free[3][4])                      # row 1 stops at once
+    new = model.generate(PROMPTS, max_new_tokens=9, stop_ids=stop)
+    assert new == [slow_greedy(model, p, None, 9, stop) for p in PROMPTS]
+    assert new[1] == [] and len({len(row) for row in new}) > 1
+    assert model.generate(PROMPTS, max_new_tokens=0) == [[], [], [], []]
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match='at least one token'):
+            model.generate(prompts)
+
+
+@torch.no_grad()
+def test_an_image_prefix_is_prefilled_once(monkeypatch):
+    model, images = tiny_vlm(21, spread=3.0), pictures(3)
+    I = [IMAGE] * 4
+    prompts, index = [I + [1], I + [2, 3, 4], I + [5, 6], I + [1]], torch.tensor([2, 0, 2, 0])
+    expected = [slow_greedy(model, p, images[i:i + 1], 7) for p, i in zip(prompts, index)]
+    assert len({tuple(row) for row in expected}) > 2
+    seen = []
+    trunk = Decoder.trunk
+    monkeypatch.setattr(Decoder, 'trunk', lambda self, x, *a, **kw: (seen.append(tuple(x.shape[:2])),
+                                                                     trunk(self, x, *a, **kw))[1])
+    model.encoder.calls = model.encoder.n_image = 0
+    assert model.generate(prompts, images, index, max_new_tokens=7) == expected
+    assert (model.encoder.calls, model.encoder.n_image) == (1, 2)            # image 1 is asked nothing
+    assert seen[:2] == [(2, 4), (4, 3)]                  # two prefixes of 4, then 4 questions of at most 3 tokens
+    monkeypatch.setattr(VLM, '_prefill_images', lambda *a: 0)
+    assert model.generate(prompts, images, index, max_new_tokens=7) == expected
+    assert [model.generate([p], images[i:i + 1], max_new_tokens=7)[0] for p, i in zip(prompts, index)] == expected
+
+
+@torch.no_grad()
+def test_prompts_that_are_no_common_prefix_are_generated_plainly():
+    model, images = tiny_vlm(22, spread=3.0), pictures(3)
+    I = [IMAGE] * 4
+    cases = [([I, I + [1, 2]], [0, 1]),                  # one prompt is its image and nothing else
+             ([[3] + I, I + [1, 2]], [0, 1]),            # not at the start
+             ([I + [1] + I, [5, 6]], [0, 1]),            # two images, and none
+             ([I + I + [1], I + [2]], [2, 0, 1]),
+             ([[1, 2], I + [2]], [1])]
+    for prompts, index in cases:
+        where = iter(index)
+        own = [images[[next(where) for _ in range(p.count(IMAGE) // 4)]] for p in prompts]
+        expected = [slow_greedy(model, p, i if len(i) else None, 5) for p, i in zip(prompts, own)]
+        assert model.generate(prompts, images, torch.tensor(index), max_new_tokens=5) == expected, prompts
+
+
+@torch.no_grad()
+def test_sampling():
+    model = tiny_vlm(23)
+    draw = lambda seed, **kw: model.generate([[1], [2, 3]], max_new_tokens=8, temperature=1.0,
+                                             generator=torch.Generator().manual_seed(seed), **kw)
+    assert draw(0) == draw(0) and draw(0) != draw(1)
+    greedy = model.generate([[1], [2, 3]], max_new_tokens=8)
+    assert draw(0, top_k=1) == greedy
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(4000, 1)
+    picked = model_module._pick(logits, 0.5, 2, torch.Generator().manual_seed(0))
+    share = float((picked == 1).float().mean())          # softmax of (6, 4): 0.881, three standard errors 0.015
+    assert set(picked.tolist()) == {1, 2} and abs(share - 1 / (1 + math.exp(-2))) < 0.016
+
+
+# --- OpenLM's files -------------------------------------------------------------------------------------------------
+
+def openlm_state(decoder):
+    state = {k: v.clone() for k, v in decoder.state_dict().items() if k != 'inv_freq'}
+    for i in range(decoder.config.n_layer):
+        state[f'layers.{i}.attention.pos_embed.inv_freq'] = decoder.inv_freq.clone()
+    return state
+
+
+def same_decoder(a, b):
+    return a.config == b.config and a.state_dict().keys() == b.state_dict().keys() and all(
+        torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize('qk_norm', [True, False])
+def test_save_and_load_round_trip(tmp_path, qk_norm):
+    decoder = tiny_decoder(30, qk_norm=qk_norm, seq_len=2048)
+    random_state = torch.get_rng_state()
+    for name in ('epoch_1.pt', 'hf'):
+        save_openlm(decoder, str(tmp_path / name))
+        loaded = load_openlm(tmp_path / name)
+        assert same_decoder(loaded, decoder), name
+        assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(torch.get_rng_state(), random_state)                  # reading a file draws no random numbers
+    saved = torch.load(tmp_path / 'epoch_1.pt', weights_only=True)
+    n = 9 if qk_norm else 7
+    assert len(saved[STATE]) == n * 3 + 3 and 'epoch' in saved
+    assert all(k.startswith('model.') for k in load_file(tmp_path / 'hf' / 'model.safetensors'))
+    config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+    assert (config['dim'], config['n_heads'], config['qk_norm'], config['model_type']) == (16, 2, qk_norm, 'openlm')
+
+
+def test_every_layout_of_a_pt_file(tmp_path):
+    decoder = tiny_decoder(31, seq_len=2048)
+    state = openlm_state(decoder)
+    path = str(tmp_path / 'epoch_3.pt')
+    for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'model.'):
+        named = {prefix + k: v for k, v in state.items()}
+        for content in (named, {'epoch': 3, 'name': 'x', 'state_dict': named, 'step': 9}):
+            torch.save(content, path)
+            assert same_decoder(load_openlm(path), decoder), prefix
+    save_file(state, tmp_path / 'bare.safetensors')
+    assert same_decoder(load_openlm(str(tmp_path / 'bare.safetensors')), decoder)
+    torch.save({k: v.bfloat16() for k, v in state.items()}, path)            # lower precision becomes float32
+    assert load_openlm(path).output.weight.dtype == torch.float32
+
+
+OPENLM = dict(hidden_dim=16, n_layers=3, n_heads=2, seq_len=12, vocab_size=40, post_embed_norm=False, weight_tying=False)
+HF = dict(architectures=['OpenLMModel'], model_type='openlm', params=None, hidden_size=16, num_hidden_layers=3,
+          num_attention_heads=2, max_position_embeddings=12, vocab_size=40, torch_dtype='float32')
+DCLM = dict(dim=16, n_layers=3, n_heads=2, seq_len=12, vocab_size=40, apply_qk_norm=True, qk_norm=True, norm_eps=1e-5,
+            attn_name='auto', ffn_type='swiglu_torch', norm_type='gain_only_lp_layer_norm', params=None,
+            model='open_lm_1b_swiglutorch', positional_embedding_type='rotary', weight_tying=False, moe_freq=0)
+OLDER = dict(model_type='openlm', params_args_dict={
+    **{k: v for k, v in DCLM.items() if k != 'norm_type'}, 'model_norm': 'gain_only_lp_layer_norm'})
+OURS = dict(n_layer=3, n_head=2, n_embd=16, vocab_size=40, seq_len=12)
+
+
+@pytest.mark.parametrize('config', [OPENLM, HF, DCLM, OLDER, OURS])
+def test_every_config_spelling(tmp_path, config):
+    decoder = tiny_decoder(32)
+    state = openlm_state(decoder)
+    torch.save(state, tmp_path / 'w.pt')
+    (tmp_path / 'c.json').write_text(json.dumps(config))
+    for given in (config, str(tmp_path / 'c.json'), tmp_path / 'c.json'):
+        assert same_decoder(load_openlm(tmp_path / 'w.pt', given), decoder)
+    folder = tmp_path / 'hf'                             # the folder's own config, in two shards
+    folder.mkdir()
+    names = sorted(state)
+    where = {f'model.{k}': f'model-0000{1 + i % 2}-of-00002.safetensors' for i, k in enumerate(names)}
+    for file in set(where.values()):
+        save_file({k: state[k[6:]] for k in where if where[k] == file}, folder / file)
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    (folder / 'config.json').write_text(json.dumps(config))
+    assert same_decoder(load_openlm(folder), decoder)
+
+
+def test_heads_without_a_table_come_from_the_config(tmp_path):
+    decoder = tiny_decoder(33, n_head=4)
+    state = {k: v for k, v in openlm_state(decoder).items() if 'inv_freq' not in k}
+    torch.save(state, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match=r'number of heads is unknown: give config=dict\(n_head='):
+        load_openlm(tmp_path / 'w.pt')
+    assert same_decoder(load_openlm(tmp_path / 'w.pt', dict(n_heads=4, seq_len=12)), decoder)
+
+
+def test_rotary_comes_from_the_file(tmp_path):
+    decoder = tiny_decoder(34, spread=2.0)
+    exact = decoder.inv_freq.clone()
+    rounded = exact.bfloat16()                           # a model trained in bf16 has only ever seen these
+    assert not torch.equal(rounded.float(), exact)
+    state = openlm_state(decoder)
+    for i in range(3):
+        state[f'layers.{i}.attention.pos_embed.inv_freq'] = rounded
+    torch.save({STATE: state, 'epoch': 1}, tmp_path / 'w.pt')
+    loaded = load_openlm(tmp_path / 'w.pt', dict(seq_len=12))
+    assert loaded.inv_freq.dtype == torch.float32 and torch.equal(loaded.inv_freq, rounded.float())
+    tokens, _ = random_batch(1, 64)
+    expected = openlm_forward(decoder.state_dict(), tokens, 2, rounded)
+    torch.testing.assert_close(loaded(tokens).double(), expected, atol=1e-4, rtol=1e-4)
+    assert (decoder(tokens) - loaded(tokens)).abs().max() > 1e-3             # and it matters
+    save_openlm(loaded, str(tmp_path / 'again.pt'))
+    assert torch.equal(load_openlm(tmp_path / 'again.pt').inv_freq, rounded.float())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.getenv, ('HOME',)
+
+
+def damage(case, folder):
+    """Write a damaged checkpoint for a case; returns (path, config)."""
+    state, config, path = openlm_state(tiny_decoder(35)), None, folder / 'w.pt'
+    whole = folder / 'whole.pt'
+    torch.save({STATE: state}, whole)
+    if case == 'missing file':
+        return path, None
+    if case in ('garbage', 'cut', 'empty'):
+        data = whole.read_bytes()
+        path.write_bytes({'garbage': b'not a checkpoint\n' * 9, 'cut': data[:len(data) // 2], 'empty': b''}[case])
+        return path, None
+    if case == 'code':
+        torch.save({STATE: {**state, 'norm.weight': Evil()}}, path)
+        return path, None
+    if case in ('cut safetensors', 'missing safetensors'):
+        path = folder / 'w.safetensors'
+        if case == 'cut safetensors':
+            save_file(state, path)
+            path.write_bytes(path.read_bytes()[:-100])
+        return path, None
+    if case.startswith('hf '):
+        save_openlm(tiny_decoder(35), str(folder / 'hf'))
+        index = folder / 'hf' / 'model.safetensors.index.json'
+        if case == 'hf no weights':
+            (folder / 'hf' / 'model.safetensors').unlink()
+        elif case == 'hf config':
+            (folder / 'hf' / 'config.json').write_text('{"dim": 16,')
+        elif case == 'hf config list':
+            (folder / 'hf' / 'config.json').write_text('[1]')
+        else:
+            index.write_text(json.dumps({'hf outside': {'weight_map': {'a': '../w.safetensors'}}, 'hf map': {'map': 1},
+                                         'hf shard': {'weight_map': {'a': 'model-1.safetensors'}}}[case]))
+        return folder / 'hf', None
+    if case == 'a list':
+        state = [state]
+    elif case == 'not tensors':
+        state['norm.weight'] = 'x'
+    elif case == 'missing tensor':
+        del state['layers.1.attention.k_norm.weight']
+    elif case == 'extra tensor':
+        state['layers.1.attention.in_proj.bias'] = torch.zeros(48)
+    elif case == 'shape':
+        state['layers.2.ffn_norm.weight'] = torch.zeros(15)
+    elif case == 'tables differ':
+        state['layers.1.attention.pos_embed.inv_freq'] = torch.ones(4)
+    elif case == 'another model':
+        state = {'transformer.wte.weight': torch.zeros(4, 4)}
+    elif case == 'one dimension':
+        state['layers.0.feed_forward.w3.weight'] = torch.zeros(4)
+    else:
+        config = {'layers': dict(OPENLM, n_layers=4), 'heads': dict(n_heads=4), 'no qk': dict(qk_norm=False),
+                  'tied': dict(OPENLM, weight_tying=True), 'embed norm': dict(OPENLM, post_embed_norm=True),
+                  'rms': dict(DCLM, norm_type='rms_norm'), 'no config': str(folder / 'none.json'),
+                  'head rotary': dict(DCLM, positional_embedding_type='head_rotary')}[case]
+    torch.save(state, path)
+    return path, config
+
+
+@pytest.mark.parametrize('case, message', [
+    ('missing file', 'w.pt: not readable .*No such file'), ('garbage', 'w.pt: not readable'), ('cut', 'w.pt: not readable'),
+    ('empty', 'w.pt: not readable'), ('code', 'w.pt: not readable .*[Ww]eights'),
+    ('cut safetensors', 'w.safetensors: not readable'), ('missing safetensors', 'w.safetensors: not readable'),
+    ('a list', 'not an OpenLM checkpoint: expected a dict of tensors'), ('not tensors', 'expected a dict of tensors'),
+    ('missing tensor', 'missing tensor layers.1.attention.k_norm.weight'),
+    ('extra tensor', 'unexpected tensor layers.1.attention.in_proj.bias'),
+    ('shape', r'layers.2.ffn_norm.weight is \(15,\), expected \(16,\)'),
+    ('tables differ', 'layers have different rotary frequencies'),
+    ('another model', "not an OpenLM checkpoint .*it has .'transformer.wte.weight'"),
+    ('one dimension', 'not an OpenLM checkpoint'),
+    ('layers', 'config says n_layer=4, the tensors say 3'), ('heads', 'config says n_head=4, the tensors say 2'),
+    ('no qk', 'config says qk_norm=False, the tensors say True'), ('tied', 'weight_tying=True'),
+    ('embed norm', 'post_embed_norm=True'), ('rms', 'norm rms_norm: expected gain_only_lp_layer_norm'),
+    ('head rotary', 'positional_embedding_type=head_rotary: expected rotary'), ('no config', 'none.json: not readable'),
+    ('hf no weights', 'model.safetensors is missing'), ('hf config', 'config.json: not readable as JSON'),
+    ('hf config list', 'config.json: holds a JSON list'), ('hf outside', 'names a file outside its folder'),
+    ('hf map', "expected a 'weight_map'"), ('hf shard', 'model-1.safetensors is missing')])
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, case, message):
+    path, config = damage(case, tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_openlm(path, config)
+    assert '\n' not in str(caught.value)
