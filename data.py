@@ -61,6 +61,8 @@ class Tokenizer:
             import sentencepiece
             self.engine = sentencepiece.SentencePieceProcessor(model_file=path)
             n_own, eot = self.engine.get_piece_size(), self.engine.eos_id()
+        first = self.engine.encode('a').tokens[0] if self.hf else self.engine.id_to_piece(self.engine.encode('a')[0])
+        self.leading_space = first.startswith('\u2581')       # sentencepiece's own: 'a' is encoded as ' a'
         self.eot_id = eot if eot >= 0 else n_own
         free = max(n_own, self.eot_id + 1)
         self.image_id, self.sep_id, self.pad_id, self.vocab_size = free, free + 1, free + 2, free + 3
@@ -71,6 +73,10 @@ class Tokenizer:
             text = text.encode('utf-8', 'replace').decode('utf-8')       # json may hold lone surrogates
         ids = self.engine.encode(text, add_special_tokens=False).ids if self.hf else self.engine.encode(text)
         return [i for i in ids if i != self.eot_id] if self.eot_id in ids else ids
+
+    def encode_next(self, text):
+        """Return the ids of a text as it goes on after a word: with the space between them, once."""
+        return self.encode(text if self.leading_space else ' ' + text)
 
     def decode(self, ids):
         """Return the text of a sequence of ids; special ids and ids beyond the tokenizer's are dropped."""
@@ -206,6 +212,11 @@ def _tar_members(stamp, cache_dir):
     return list(zip(names, index['offsets'].tolist(), index['sizes'].tolist())), str(index['damage'])
 
 
+def tar_members(path, cache_dir=''):
+    """Index a tar, unless that has been done, and return ([(name, offset, size)], what is wrong with it or '')."""
+    return _tar_members(_stamp(path), cache_dir)
+
+
 class _Shards:
     """Which shard holds row i: stamps of files, rows of each, and the row of the file each begins with."""
     def __init__(self):
@@ -230,7 +241,7 @@ class TextSource:
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
     ids. A stored row of P + 1 ids has P targets and feeds ceil(P / seq_len) consecutive windows that overlap by one
     id; nothing is lost: where seq_len does not divide P the last window is shorter. In a `.bin`, rows are row_len
-    positions rounded to a multiple of seq_len. A row shorter than the first (the end of a file) is divided evenly
+    positions rounded to a multiple of seq_len. A row shorter than the others (the end of a file) is divided evenly
     over its windows.
     Raises ValueError for missing files or another tokenizer's, BadSample for a row that cannot be read.
     """
@@ -260,7 +271,7 @@ class TextSource:
             raise ValueError(f"{files[0]}: no row of text in {len(files)} file(s)")
         self.items_per_row = 1
         if not self.binary:
-            self.row_len = len(self._row(0)) - 1                         # 2048 in OpenLM's shards of 2049 ids
+            self.row_len = self._longest_row() - 1                       # 2048 in OpenLM's shards of 2049 ids
         self.items_per_row = -(-self.row_len // seq_len)
 
     def __len__(self):
@@ -281,7 +292,7 @@ class TextSource:
         else:
             ids = self._row(row)
             if len(ids) - 1 > self.row_len:
-                raise BadSample(f"{stamp[0]}: row {r} has {len(ids)} ids, the source's first row {self.row_len + 1}")
+                raise BadSample(f"{stamp[0]}: row {r} has {len(ids)} ids, the first rows {self.row_len + 1}")
             lo, hi = self._span(len(ids) - 1, w)
             ids = ids[lo:hi + 1]
         return Sample(ids[:-1], ids[1:], source=self.name, id=f"{os.path.basename(stamp[0])}:{r}:{w}")
@@ -291,6 +302,20 @@ class TextSource:
             return w * self.seq_len, min((w + 1) * self.seq_len, n_position)
         hi = max(n_position * (w + 1) // self.items_per_row, 1)
         return min(n_position * w // self.items_per_row, hi - 1), hi
+
+    def _longest_row(self):
+        """Return the number of ids in the longest of the first rows, or in a shard's first row that can be read."""
+        longest, error = 0, None
+        for row in [*range(min(8, self.shards.ends[-1])), *self.shards.ends[:-1]]:
+            if row >= 8 and longest:
+                break
+            try:
+                longest = max(longest, len(self._row(row)))
+            except BadSample as e:
+                error = error or e
+        if not longest:
+            raise error
+        return longest
 
     def _row(self, row):
         if self.last[0] == row:  # the windows of a row are drawn one after another
@@ -495,17 +520,12 @@ class InstructSource:
             image = entry.get('image') or None
             sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
             if image:
-                sample.images = [RESIZE[self.resize](open_image(self._image_path(image)), self.image_size)]
+                sample.images = [RESIZE[self.resize](open_image(safe_join(self.image_root, image)), self.image_size)]
                 sample.image_keys = [image]
         except (ValueError, OSError, RecursionError) as e:
             raise BadSample(f"{stamp[0]}: entry {r}: {e}") from None
         sample.source, sample.id = self.name, where
         return sample
-
-    def _image_path(self, image):
-        if not isinstance(image, str) or os.path.isabs(image) or '..' in image.replace('\\', '/').split('/'):
-            raise BadSample(f"image {image!r}: expected a path inside {self.image_root}")
-        return os.path.join(self.image_root, image)
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id
@@ -539,6 +559,13 @@ class InstructSource:
                       image_id=self.tokenizer.image_id, n_truncated=cut)
 
 
+def safe_join(root, path):
+    """Return root/path; raises BadSample for a path from a data file that is absolute or leaves the root."""
+    if not isinstance(path, str) or os.path.isabs(path) or '..' in path.replace('\\', '/').split('/'):
+        raise BadSample(f"image {path!r}: expected a path inside {root or 'the image folder'}")
+    return os.path.join(root, path)
+
+
 def _turns(entry):
     """Return the texts of an entry's turns, question and answer alternating; raises BadSample for anything else."""
     turns = entry.get('conversations') if isinstance(entry, dict) else None
@@ -564,4 +591,6 @@ def _build_json_index(path):
         n = sum(len(str(t.get('value'))) for t in turns if isinstance(t, dict)) if isinstance(turns, list) else 0
         entries.append((at, end, n, bool(isinstance(entry, dict) and entry.get('image'))))
         at = end
+    if at == len(text) and text.lstrip('\ufeff \n').startswith('['):
+        raise ValueError(f"{path}: broken JSON: the list has no end after entry {len(entries) - 1}: truncated?")
     return {'entries': np.array(entries, np.int64).reshape(-1, 4)}

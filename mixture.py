@@ -211,11 +211,11 @@ class Mixture:
         if len(shares) != len(sources) or min(shares, default=-1) < 0 or not sum(shares):
             raise ValueError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
         self.branches, self.shares, self.leaves = list(sources), [], {}
-        self.max_bad_samples, self.seed = max_bad_samples, seed
+        self.max_bad_samples = max_bad_samples
         for i, branch in enumerate(sources):
             rest = sum(shares[i:])
             self.shares.append(shares[i] / rest if rest else Fraction(0))
-            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else [_Leaf(branch, seed, 0)]:
+            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else [_Leaf(branch, int(seed), 0)]:
                 if leaf.name in self.leaves or leaf.n_row == 0:
                     why = 'is empty' if leaf.n_row == 0 else 'occurs twice'
                     raise ValueError(f"Mixture: source {leaf.name!r} {why}")

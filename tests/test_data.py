@@ -182,6 +182,17 @@ def test_bad_rows_are_named(tmp_path, tok):
         TextSource(str(tmp_path / 'a.bin'), tok, 8)[0]
 
 
+def test_a_bad_first_row_or_tar_does_not_hide_the_rest(tmp_path, tok):
+    (tmp_path / 'a.tar').write_bytes(b'junk' * 1000)
+    write_tar(tmp_path / 'b.tar', [('0.json', b'junk'), ('1.json', json.dumps([5] * 33).encode())])
+    source = TextSource(str(tmp_path), tok, 32)
+    assert len(source) == 3 and source.row_len == 32 and len(source[2].tokens) == 32
+    with pytest.raises(ValueError, match='a.tar: damaged or truncated tar at offset 0'):
+        Mixture([source], [1], seed=0)
+    with pytest.raises(BadSample, match='a.tar: damaged'):
+        TextSource(str(tmp_path / 'a.tar'), tok, 32)
+
+
 def test_text_of_another_tokenizer_is_refused(tmp_path, tok):
     np.arange(3, 50).astype('<u2').tofile(tmp_path / 'a.bin')
     (tmp_path / 'a.json').write_text(json.dumps({'tokenizer_sha256': tok.sha256, 'vocab_size': 303}))
@@ -375,7 +386,7 @@ def test_bad_entries_are_named(tmp_path, tok):
     bad = [{'id': 'x'}, 7, {'conversations': []}, talk('q'), {'conversations': [{'from': 'gpt', 'value': 'a'}] * 2},
            {'conversations': [{'from': 'human', 'value': 'a'}] * 2}, talk('q', 7), talk('q', 'a', image='gone.jpg'),
            *[talk('q', 'a', image=image) for image in
-             ('../secret.jpg', 'sub/../../secret.jpg', 'sub\\..\\..\\x', str(tmp_path / 'secret.jpg'), ['0.jpg'], 'a\0b')]]
+             ('../secret.jpg', 'sub/../../secret.jpg', 'sub\\..\\..\\x', f'{tmp_path}/secret.jpg', ['0.jpg'], 'a\0b')]]
     files = write_llava(tmp_path, bad)
     source = InstructSource(**files, tokenizer=tok, seq_len=40, n_token=3, image_size=28)
     for i in range(len(bad)):
@@ -400,6 +411,9 @@ def test_json_of_any_shape_is_indexed_and_broken_json_named(tmp_path, tok):
     (tmp_path / 'e.json').write_text('[\n' + json.dumps(entries[0]) + ',\n' + '{"conversations": [')
     with pytest.raises(ValueError, match='e.json: line 3, entry 1: broken JSON'):
         InstructSource(str(tmp_path / 'e.json'), **arguments)
+    (tmp_path / 'g.json').write_text(json.dumps(entries)[:-1])           # cut between two entries
+    with pytest.raises(ValueError, match='g.json: broken JSON: the list has no end after entry 2'):
+        InstructSource(str(tmp_path / 'g.json'), **arguments)
     (tmp_path / 'f.json').write_text('[]')
     with pytest.raises(ValueError, match='f.json: no entries'):
         InstructSource(str(tmp_path / 'f.json'), **arguments)

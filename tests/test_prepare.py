@@ -1,0 +1,164 @@
+"""prepare.py: every command on real formats, what it writes is what data.py reads, and bad input ends in one line."""
+import gzip
+import json
+import os
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import prepare
+
+TEXTS = [f"document {i}:\n    the {c} {s} is  on the mat\n\tünïcode ☃" for i in range(30) for c in ('red', 'blue')
+         for s in ('star', 'cat')]
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder with texts/ in three formats and a tokenizer trained on them."""
+    top = tmp_path_factory.mktemp('world')
+    (top / 'texts/deep').mkdir(parents=True)
+    lines = [json.dumps({'text': t, 'url': 'x'}) for t in TEXTS]
+    (top / 'texts/a.txt').write_text(TEXTS[0])
+    (top / 'texts/deep/b.jsonl').write_text('\n'.join(lines[1:60]) + '\n')
+    (top / 'texts/deep/c.jsonl.gz').write_bytes(gzip.compress('\n'.join(lines[60:]).encode()))
+    assert prepare.main(['train_tokenizer', f'{top}/texts', '--out', f'{top}/t.model', '--vocab_size', '400']) == 0
+    return top
+
+
+def test_the_tokenizer_keeps_every_character(world):
+    tokenizer = data.load_tokenizer(f'{world}/t.model')
+    for text in [*TEXTS[:3], ' two  spaces\n\n\nlines ', '日本', 'a\tb']:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    again = prepare.train_tokenizer(prepare.documents(f'{world}/texts'), f'{world}/again.model', 400)
+    assert again is None and (world / 'again.model').read_bytes() == (world / 't.model').read_bytes()
+
+
+@pytest.mark.parametrize('layout', ['bin', 'tar'])
+def test_tokens_written_are_the_tokens_read(world, tmp_path, layout):
+    tokenizer = data.load_tokenizer(f'{world}/t.model')
+    want = [i for t in prepare.documents(f'{world}/texts') for i in tokenizer.encode(t) + [tokenizer.eot_id]]
+    for n_process in (1, 2):
+        out = str(tmp_path / f'{layout}{n_process}')
+        prepare.main(['tokenize', f'{world}/texts', '--tokenizer', f'{world}/t.model', '--out', out, '--layout', layout,
+                      '--row_len', '64', '--rows_per_shard', '8', '--n_process', str(n_process)])
+        source = data.TextSource(out, tokenizer, 64, row_len=64)
+        got = [s for s in map(source.__getitem__, range(len(source)))]
+        ids = [i for s in got for i in ([s.tokens[0]] if layout == 'tar' or s.id.endswith('bin:0:0') else [])
+               + s.targets.tolist()]                     # a row of a tar, and a .bin, begins with an id of its own
+        assert ids == want and len(source.group_sizes) > 3
+    one, two = ([(f.name, f.read_bytes()) for f in sorted((tmp_path / f'{layout}{n}').iterdir()) if f.suffix != '.idx']
+                for n in (1, 2))
+    assert one == two                                    # the same bytes with any number of processes
+    if layout == 'tar':
+        manifest = [json.loads(line) for line in open(f'{out}/manifest.jsonl')]
+        assert sum(m['num_sequences'] for m in manifest) == sum(source.group_sizes)
+
+
+def test_an_interrupted_tokenize_leaves_nothing_that_looks_whole(world, tmp_path):
+    def texts():
+        yield from TEXTS
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        prepare.tokenize(texts(), f'{world}/t.model', str(tmp_path / 'out'), row_len=64, rows_per_shard=1)
+    assert not os.path.exists(tmp_path / 'out')
+    assert prepare.tokenize(TEXTS, f'{world}/t.model', str(tmp_path / 'out'))[0] == len(TEXTS)
+    assert os.listdir(tmp_path) == ['out']
+    with pytest.raises(ValueError, match='out: is there already'):
+        prepare.tokenize(TEXTS, f'{world}/t.model', str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.jsonl', b'{"text": "x"}\n{"text": 5}\n', "a.jsonl: line 2: 'text' is int"),
+    ('a.jsonl', b'{"text": "x"}\n\n{"te', "a.jsonl: line 3: no JSON object with 'text'"),
+    ('a.jsonl', b'{"body": "x"}', "a.jsonl: line 1: no JSON object with 'text'"),
+    ('a.txt', b'\xff\xfe', 'a.txt: not UTF-8'), ('a.pdf', b'x', 'a.pdf: expected one of .txt'),
+    ('a.jsonl.gz', b'junk', 'ot a gzipped file')])
+def test_what_is_no_text_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=words):
+        list(prepare.documents(str(tmp_path / name)))
+
+
+def test_zst_needs_zstandard_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'zstandard', None)
+    (tmp_path / 'a.jsonl.zst').write_bytes(b'x')
+    with pytest.raises(ValueError, match='pip install zstandard'):
+        list(prepare.documents(str(tmp_path)))
+
+
+def write_photos(folder, n=5):
+    folder.mkdir()
+    for i in range(n):
+        Image.fromarray(np.full((20 + i, 30, 3), 20 * i, np.uint8)).save(folder / f'p{i}.jpg')
+        (folder / f'p{i}.txt').write_text(f' the cat {i}\n')
+    return folder
+
+
+def test_pair_check_and_show_photos(world, tmp_path, capsys):
+    photos = write_photos(tmp_path / 'photos')
+    assert prepare.main(['pair', str(photos), '--out', f'{tmp_path}/tars', '--samples_per_shard', '2']) == 0
+    look = ['--tokenizer', f'{world}/t.model', '--n_token', '4', '--image_size', '28', '--seq_len', '64']
+    assert prepare.main(['index', f'{tmp_path}/tars']) == 0 and prepare.main(['check', f'{tmp_path}/tars', *look]) == 0
+    assert '"samples": 5' in capsys.readouterr().out
+    assert prepare.main(['show', f'{tmp_path}/tars', *look, '--n', '2', '--image_out', f'{tmp_path}/png']) == 0
+    shown = capsys.readouterr().out
+    assert shown.count('no loss | <image> x 4 <sep>\n') == 2 and 'loss    | "the cat' in shown and '<eot>' in shown
+    assert len(os.listdir(tmp_path / 'png')) == 2
+    captions = tmp_path / 'captions.jsonl'
+    captions.write_text('{"image": "p1.jpg", "caption": "one"}\n{"image": "../p2.jpg", "caption": "two"}\n')
+    with pytest.raises(ValueError, match="'../p2.jpg': expected a path inside"):
+        prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
+    (photos / 'p3.txt').unlink()
+    with pytest.raises(ValueError, match='p3.jpg: no readable image with a caption'):
+        prepare.pair(str(photos), f'{tmp_path}/more')
+
+
+def test_check_names_every_bad_item_and_exits_1(world, tmp_path, capsys):
+    photos = write_photos(tmp_path / 'photos')
+    (photos / 'p1.jpg').write_bytes((photos / 'p1.jpg').read_bytes()[:200])
+    (photos / 'p3.txt').write_text('  ')
+    prepare.main(['pair', str(photos), '--out', f'{tmp_path}/tars'])
+    look = ['--tokenizer', f'{world}/t.model', '--n_token', '4', '--image_size', '28', '--seq_len', '64']
+    assert prepare.main(['check', f'{tmp_path}/tars', *look]) == 1
+    out = capsys.readouterr().out
+    assert out.count('bad: ') == 2 and '000000001: ' in out and '000000003: no caption' in out
+    assert '2 bad; {"samples": 3' in out
+    tar = tmp_path / 'tars/000000.tar'
+    tar.write_bytes(tar.read_bytes()[:2500])
+    assert prepare.main(['index', f'{tmp_path}/tars']) == 1 and 'damaged or truncated' in capsys.readouterr().out
+    assert prepare.main(['check', f'{tmp_path}/tars', *look]) == 1 and 'damaged or truncated' in capsys.readouterr().out
+
+
+def test_show_marks_exactly_the_answers(world, tmp_path, capsys):
+    turns = [{'from': ('human', 'gpt')[i % 2], 'value': v}
+             for i, v in enumerate(['<image>\nthe red', 'star', 'the', 'cat'])]
+    write_photos(tmp_path / 'photos')
+    (tmp_path / 'l.json').write_text(json.dumps([{'image': 'p0.jpg', 'conversations': turns}, {'id': 'no turns'}]))
+    look = ['--tokenizer', f'{world}/t.model', '--n_token', '4', '--image_size', '28',
+            '--image_root', f'{tmp_path}/photos']
+    assert prepare.main(['check', f'{tmp_path}/l.json', *look]) == 1
+    assert "entry 1: no 'conversations'" in capsys.readouterr().out
+    tokenizer = data.load_tokenizer(f'{world}/t.model')
+    for split in (False, True):
+        source = prepare.open_source(f'{tmp_path}/l.json', tokenizer, 64, f'{tmp_path}/photos', 4, 28,
+                                     split_turns=split)
+        lines = [line.strip() for line in prepare.describe(source[0], tokenizer)[1:]]
+        head = 'no loss | <image> x 4 <sep> '
+        want = [head + '"the red" <sep>', 'loss    | "star" <sep>', (head if split else 'no loss | ') + '"the" <sep>',
+                'loss    | "cat" <sep>']
+        assert [line for line in lines if '| <pad>' not in line] == want
+
+
+def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'check', f'{tmp_path}/gone', '--tokenizer', f'{world}/t.model'])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(prepare.__file__, run_name='__main__')
+    assert e.value.code == f'prepare.py: {tmp_path}/gone: no such file'
+    with pytest.raises(ValueError, match='Vocabulary size too high'):
+        prepare.train_tokenizer(TEXTS[:3], str(tmp_path / 'x.model'), 50_000)
+    assert not os.listdir(tmp_path)
