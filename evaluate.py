@@ -417,7 +417,7 @@ def write_answers(model, tokenizer, task, opt):
 def choice_ids(example, task, tokenizer):
     """The continuations to compare. In chat: up to and with the first token that tells the choices apart."""
     if not task.chat:
-        return [tokenizer.encode(' ' + choice) for choice in example.choices]
+        return [tokenizer.encode_next(choice) for choice in example.choices]
     ids = [tokenizer.encode(choice) for choice in example.choices]
     first = next((k for k, column in enumerate(zip(*ids)) if len(set(column)) > 1), None)
     if first is None:
