@@ -5,6 +5,7 @@ data.py.
 The state of the data is one integer, the number of samples consumed: sample n is a pure function of (seed, n), so
 that a run resumes exactly with any number of processes, micro-batches and workers.
 """
+import atexit
 import hashlib
 import multiprocessing
 import signal
@@ -316,7 +317,9 @@ class Loader:
         self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
                                                         generator=generator, pin_memory=pin_memory,
                                                         **(workers if n_worker else {})))
-        self.n_left = len(order)
+        self.n_left, self.n_worker = len(order), n_worker
+        if n_worker:
+            atexit.register(self.close)      # before multiprocessing's own, which would wait for workers that ignore SIGTERM
 
     def __len__(self):
         return self.n_left
@@ -325,7 +328,11 @@ class Loader:
         return self
 
     def __next__(self):
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            self.close()
+            raise
         self.n_left -= 1
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
             raise BadSample(batch)
@@ -354,10 +361,14 @@ class Loader:
         return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
 
     def close(self):
-        """Stop the workers."""
+        """Stop the workers; done at exit too."""
+        if self.n_worker:
+            atexit.unregister(self.close)
+            self.batches._shutdown_workers()                             # its __del__ waits while a traceback refers to it
+            self.n_worker = 0
         self.batches = iter(())
 
 
 def _init_worker(_):
-    for s in (signal.SIGINT, signal.SIGTERM):  # the main process decides; without it a worker ends by itself
+    for s in (signal.SIGINT, signal.SIGTERM):  # the main process decides; a worker without one ends by itself in 5 s
         signal.signal(s, signal.SIG_IGN)

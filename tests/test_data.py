@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import tarfile
 from fractions import Fraction
@@ -17,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 import mixture
+from conftest import child_env
 from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
 
 X = -100
@@ -614,6 +616,13 @@ def test_without_fork_the_loader_says_so_and_works(monkeypatch, capsys):
     monkeypatch.setattr(mixture.multiprocessing, 'get_all_start_methods', lambda: ['spawn'])
     assert len(list(loader(numbers_mix(), n_worker=2))) == 24
     assert 'no fork' in capsys.readouterr().out
+
+
+def test_a_process_ends_although_its_workers_ignore_signals():
+    code = f"import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(data.__file__)]!r}\nfrom test_data import loader, numbers_mix\n" \
+           f"x = loader(numbers_mix(), n_worker=2, stop=10**6)\nnext(x)\nprint('ready', flush=True)\nsys.exit('one line')"
+    run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (1, 'ready\n', 'one line\n')
 
 
 def test_real_sources_survive_damage_in_workers(tmp_path, tok):
