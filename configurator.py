@@ -33,16 +33,21 @@ def config_keys(path):
     for node in ast.parse('\n'.join(lines[marks[0]:marks[1]])).body:
         try:
             (target,) = node.targets
-            value = ast.literal_eval(node.value)
-        except (AttributeError, ValueError) as e:
+            key, value = target.id, ast.literal_eval(node.value)
+        except (AttributeError, ValueError, TypeError) as e:
             raise ValueError(f"{path}:{marks[0] + node.lineno}: a config block holds `name = literal` lines only") from e
+        if type(value) not in (bool, int, float, str, tuple):
+            raise ValueError(f"{path}:{marks[0] + node.lineno}: {key} is a {type(value).__name__}: expected bool, int, "
+                             "float, str or tuple")
+        if key in keys:
+            raise ValueError(f"{path}:{marks[0] + node.lineno}: {key} is there twice")
         comments = []
         for line in lines[marks[0] + node.lineno - 1:marks[1]]:             # the comment, and the comment lines below it
             code, _, comment = line.partition('  # ') if not comments else ('', '', line.strip().removeprefix('#'))
             if comments and not line.lstrip().startswith('#'):
                 break
             comments.append(comment.strip())
-        keys[target.id] = (value, ' '.join(comments).strip())
+        keys[key] = (value, ' '.join(comments).strip())
     return keys
 
 
@@ -61,7 +66,7 @@ def convert(key, given, default, source):
         else:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 value = given
     if kind is float and type(value) is int:
         value = float(value)
@@ -99,13 +104,14 @@ def _run_file(path, keys, values, script):
         there = sorted(p for p in os.listdir(folder) if p.endswith('.py')) if os.path.isdir(folder) else []
         near = difflib.get_close_matches(os.path.basename(path), there, n=1)
         sys.exit(f"config file {path} not found" + (f"; did you mean {os.path.join(folder, near[0])}?" if near else ''))
-    except (OSError, SyntaxError, UnicodeDecodeError) as e:
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
         sys.exit(f"config file {path}: {e}")
     scope = dict(values, stage=stage_of(script, values), __file__=path)
     before = dict(scope)
     try:
         exec(code, scope)
-    except (NameError, TypeError, ValueError, KeyError, AttributeError, ImportError, ZeroDivisionError) as e:
+    except (NameError, TypeError, ValueError, LookupError, AttributeError, ImportError, ArithmeticError, AssertionError,
+            OSError, RuntimeError, SyntaxError, MemoryError) as e:
         sys.exit(f"config file {path}: {type(e).__name__}: {e}")
     changed = {}
     for key, value in scope.items():
