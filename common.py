@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from data import find, load_tokenizer
 from kernels import IGNORE_INDEX
-from model import VLM, Decoder, ModelConfig, Projector
+from model import VLM, Decoder, ModelConfig, Projector, first_line, read_pt
 from vision import encoder_from_config, load_encoder
 
 SCHEMA = 1                      # of meta.json; raised when an old checkpoint could be misread
@@ -157,7 +156,11 @@ def accumulation(global_batch_size, micro_batch_size, world_size):
         fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * world_size) == 0]
         near = min(fit, key=lambda m: abs(m - micro_batch_size), default=None)
         can = [w for w in range(1, global_batch_size + 1) if global_batch_size % (w * micro_batch_size) == 0]
-        hint = f"--micro_batch_size={near} would" if near else f"a number of processes among {can[:8]} would"
+        if not near and not can:                                # neither this batch nor this number of processes divides
+            can = [w for w in range(1, global_batch_size + 1) if global_batch_size % w == 0]
+            hint = f"--micro_batch_size=1 with a number of processes among {can[:8]} would"
+        else:
+            hint = f"--micro_batch_size={near} would" if near else f"a number of processes among {can[:8]} would"
         sys.exit(f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
                  f"{world_size} processes; {hint}")
     return n
@@ -194,6 +197,8 @@ def load_moments(optimizer, saved):
             if name not in saved:
                 fresh.append(name)
                 continue
+            if not isinstance(saved[name], dict) or saved[name].keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
+                raise ValueError(f"optimizer state of {name}: expected step, exp_avg and exp_avg_sq")
             if saved[name]['exp_avg'].shape != p.shape:
                 raise ValueError(f"optimizer state of {name} is {tuple(saved[name]['exp_avg'].shape)}, "
                                  f"expected {tuple(p.shape)}")
@@ -386,7 +391,7 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
             shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"saving {final} failed ({str(e).splitlines()[0]}); the checkpoints before it are untouched") from e
+        raise OSError(f"saving {final} failed ({first_line(e)}); the checkpoints before it are untouched") from e
     for name in (*names[1:], 'ckpt_last'):
         link = os.path.join(out_dir, f'.link_{name}')
         if os.path.lexists(link):
@@ -462,10 +467,16 @@ def read_meta(folder):
             meta = json.load(f)
     except FileNotFoundError as e:
         raise ValueError(f"{folder}: no meta.json there; expected a checkpoint folder such as out/1b/text/ckpt_080") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except NotADirectoryError as e:
+        raise ValueError(f"{folder} is a file: expected a checkpoint folder such as out/1b/text/ckpt_080") from e
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not readable as JSON ({e}); the checkpoint is damaged") from e
-    if meta.get('schema') != SCHEMA:
-        raise ValueError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA}")
+    schema = meta.get('schema') if isinstance(meta, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema}, this code reads schema {SCHEMA}")
+    for key in ('model', 'config', 'tokenizer_path', 'image_id'):
+        if key not in meta:
+            raise ValueError(f"{path}: has no '{key}'; the checkpoint is damaged")
     return meta
 
 
@@ -498,10 +509,9 @@ def load_optimizer(optimizer, folder):
     path = os.path.join(folder, 'optim.pt')
     if not os.path.exists(path):
         return None
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as e:
-        raise ValueError(f"{path}: not readable ({str(e).splitlines()[0]})") from e
+    saved = read_pt(path)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: holds a {type(saved).__name__}, expected moments by parameter name")
     return load_moments(optimizer, saved)
 
 
@@ -648,7 +658,10 @@ class Logger:
         """Append one dict with a 'step'; show it."""
         if not self.on:
             return
-        self.file.write(json.dumps(line) + '\n')
+        try:
+            self.file.write(json.dumps(line) + '\n')
+        except OSError as e:
+            sys.exit(f"{self.file.name}: cannot be written ({e}) at step {line['step']}; the checkpoints are untouched")
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
         if self.tracker is not None:
             self.tracker.log(numbers, step=line['step'])

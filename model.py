@@ -411,10 +411,11 @@ def read_pt(path):
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, UnpicklingError) as e:
-        raise ValueError(f"{path}: not readable ({_first_line(e)})") from e
+        raise ValueError(f"{path}: not readable ({first_line(e)})") from e
 
 
-def _first_line(error):
+def first_line(error):
+    """The first line of an exception's message, for messages of one line."""
     return (str(error) or type(error).__name__).strip().split('\n')[0]
 
 
@@ -422,7 +423,7 @@ def _read_safetensors(path):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: not readable ({_first_line(e)})") from e
+        raise ValueError(f"{path}: not readable ({first_line(e)})") from e
 
 
 def _read_json(path):
@@ -430,7 +431,7 @@ def _read_json(path):
         with open(path, encoding='utf-8') as f:
             found = json.load(f)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({_first_line(e)})") from e
+        raise ValueError(f"{path}: not readable as JSON ({first_line(e)})") from e
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
     return found
