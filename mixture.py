@@ -167,7 +167,7 @@ def permute(i, n, key):
 class _Leaf:
     """A source in shuffled order: shards permuted per epoch, rows permuted within SHARDS_TOGETHER consecutive ones."""
     def __init__(self, source, seed, start):
-        self.source, self.name, self.seed, self.start = source, source.name, seed, start
+        self.source, self.name, self.seed, self.start, self.lenient = source, source.name, seed, start, False
         self.per_row, self.n_row = source.items_per_row, int(sum(source.group_sizes))
         self.first = np.cumsum([0, *source.group_sizes]).tolist()        # first row of each shard
         self.plan = lru_cache(maxsize=2)(self._plan)
@@ -212,7 +212,6 @@ class Mixture:
         if len(shares) != len(sources) or min(shares, default=-1) < 0 or not sum(shares):
             raise ValueError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
         self.branches, self.shares, self.leaves = list(sources), [], {}
-        self.max_bad_samples = max_bad_samples
         for i, branch in enumerate(sources):
             rest = sum(shares[i:])
             self.shares.append(shares[i] / rest if rest else Fraction(0))
@@ -220,7 +219,8 @@ class Mixture:
                 if leaf.name in self.leaves or leaf.n_row == 0:
                     why = 'is empty' if leaf.n_row == 0 else 'occurs twice'
                     raise ValueError(f"Mixture: source {leaf.name!r} {why}")
-                if leaf.source.damaged and not max_bad_samples:
+                leaf.lenient |= max_bad_samples > 0                      # a Mixture's sources keep what it allows them
+                if leaf.source.damaged and not leaf.lenient:
                     raise ValueError(leaf.source.damaged[0])
                 leaf.start = (start or {}).get(leaf.name, leaf.start)
                 self.leaves[leaf.name] = leaf
@@ -257,7 +257,7 @@ class Mixture:
             try:
                 sample = leaf.source[index]
             except BadSample as e:
-                if not self.max_bad_samples:
+                if not leaf.lenient:
                     raise
                 bad.append(str(e))
                 if len(bad) > 100:

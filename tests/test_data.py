@@ -539,6 +539,8 @@ def test_bad_items_stop_or_are_replaced_in_the_same_source():
     assert sum(bool(s.bad) for s in samples) == 10 and ids_of(lenient, 40) == [s.id for s in samples]
     batch = collate(samples[:8], 0)
     assert batch.bad == [m for s in samples[:8] for m in s.bad] and batch.bad
+    nested = Mixture([sources[0], Mixture(sources[1:], [1], seed=1, max_bad_samples=5)], [0.5, 0.5], seed=1)
+    assert ids_of(nested, 40) == ids_of(lenient, 40)                     # a Mixture inside keeps what it allows
     with pytest.raises(BadSample, match='c: 100 items in a row are bad'):
         Mixture([Numbers('c', [20], bad=range(20))], [1], seed=1, max_bad_samples=5)[0]
 
