@@ -5,13 +5,11 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
 
 A scene is a grid of 4 x 4 cells of 14 px, so that one image token sees one cell. Three to five cells hold an object (5
 shapes x 6 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
-worded the same in text, instruction and benchmark files: what text teaches (look up one attribute by another) is what
-images need. Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the
-text but in no training image. All bytes follow from the seed, and from the Python version, whose own documentation is
-the English.
+worded the same in text, instructions and benchmarks: text teaches what images need, lookup of attributes.
+Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the text but in no
+training image. All bytes follow from the seed, and from the Python version, whose own documentation is the English.
 """
 import argparse
-import ast
 import functools
 import io
 import itertools
@@ -24,6 +22,8 @@ import sys
 import tarfile
 import time
 import zlib
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +47,7 @@ PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 HELD_OUT = (('purple', 'ring'), ('green', 'star'), ('yellow', 'cross'))     # never in a training image, scored apart
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 CELLS = tuple(row + column for row in 'abcd' for column in '1234')
-SIZE, CELL = 56, 14                                         # pixels
-INK = (25, 25, 25)                                                          # of words
+SIZE, CELL = 56, 14                                                         # pixels
 RELATIONS = {                                                               # facts: every word has one of each
     'the {} eats': 'corn rice bread fish grass honey nuts soup'.split(),
     'the {} lives in the': 'barn lake forest castle garden desert cave tower'.split(),
@@ -149,14 +148,6 @@ def make_scene(draw, split, pairs=SEEN, held_out=0, word=None):
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
-def _inside(shape, u, v):
-    """Whether points of the unit square lie in a shape that touches all four sides."""
-    x, y = np.abs(u - 0.5), np.abs(v - 0.5)
-    r = np.hypot(x, y)
-    return {'square': x >= 0, 'cross': (x < 0.17) | (y < 0.17), 'ring': (r <= 0.5) & (r > 0.27),
-            'triangle': v >= 2 * x, 'star': np.sqrt(x) + np.sqrt(y) <= 0.82}[shape]      # the star has four points
-
-
 @functools.cache
 def masks():
     """All that a cell can hold: ({(name, size, dx, dy): row}, (rows, 14, 14) float32 coverage 0..1); row 0 is empty."""
@@ -166,9 +157,13 @@ def masks():
             index[name, len(tile), dx, dy] = len(tiles)
             tiles.append(np.zeros((CELL, CELL), np.float32))
             tiles[-1][dy:dy + len(tile), dx:dx + tile.shape[1]] = tile
-    for shape, size in itertools.product(SHAPES, (10, 11, 12)):
-        v, u = (np.mgrid[:8 * size, :8 * size] + 0.5) / (8 * size)           # 8 x 8 samples a pixel
-        put(shape, _inside(shape, u, v).reshape(size, 8, size, 8).mean((1, 3)), range(1, 14 - size))
+    for size in (10, 11, 12):
+        v, u = (np.mgrid[:8 * size, :8 * size] + 0.5) / (8 * size)          # the unit square, 8 x 8 samples a pixel
+        x, y = np.abs(u - 0.5), np.abs(v - 0.5)
+        inside = dict(star=np.sqrt(x) + np.sqrt(y) <= 0.82, ring=np.abs(np.hypot(x, y) - 0.385) <= 0.115, square=x >= 0,
+                      triangle=v >= 2 * x, cross=(x < 0.17) | (y < 0.17))   # each touches all four sides
+        for shape in SHAPES:
+            put(shape, inside[shape].reshape(size, 8, size, 8).mean((1, 3)), range(1, 14 - size))
     for word in WORDS:
         rows = [[int(bit) for letter in word for bit in f'{int(FONT[letter][row]):03b}0'][:-1] for row in range(5)]
         put(word, np.repeat(rows, (3, 2, 2, 2, 2), axis=0), (1, 2))         # 11 x 11 px
@@ -177,15 +172,14 @@ def masks():
 
 def render(scenes):
     """Scenes to images (N, 56, 56, 3) uint8."""
-    if len(scenes) > 64:  # small blocks stay in the cache: 4x faster
+    if len(scenes) > 64:                                                    # small blocks stay in the cache
         return np.concatenate([render(scenes[i:i + 64]) for i in range(0, len(scenes), 64)])
     index, tiles = masks()
-    rows = np.zeros((len(scenes), 16), np.int64)
-    paint = np.zeros((len(scenes), 16, 3), np.float32)
+    rows, paint = np.zeros((len(scenes), 16), np.int64), np.zeros((len(scenes), 16, 3), np.float32)
     for i, scene in enumerate(scenes):
         for thing in scene.objects + scene.words:
             rows[i, thing.cell] = index[thing.shape, thing.size, thing.dx, thing.dy]
-            paint[i, thing.cell] = np.array(COLOURS.get(thing.colour, INK)) + thing.shade
+            paint[i, thing.cell] = np.array(COLOURS.get(thing.colour, (25, 25, 25))) + thing.shade
     mask = tiles[rows].reshape(-1, 4, 4, CELL, CELL, 1)                     # (N, row, column, y, x, 1)
     grey = np.array([scene.grey for scene in scenes], np.float32).reshape(-1, 1, 1, 1, 1, 1)
     image = mask * paint.reshape(-1, 4, 4, 1, 1, 3) + (1 - mask) * grey
@@ -194,11 +188,7 @@ def render(scenes):
 
 def encode_image(pixels, kind):
     """(56, 56, 3) uint8 to the bytes of a 'png' or of a 'jpg' good enough to keep the words legible."""
-    out = io.BytesIO()
-    if kind == 'png':
-        Image.fromarray(pixels).save(out, 'PNG')
-    else:
-        Image.fromarray(pixels).save(out, 'JPEG', quality=95, subsampling=0)
+    Image.fromarray(pixels).save(out := io.BytesIO(), {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95, subsampling=0)
     return out.getvalue()
 
 
@@ -239,12 +229,11 @@ def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
         return question, str(len(objects)), ['3', '4', '5']
     if kind == 'read':
         return (question, scene.words[0].shape, list(WORDS)) if scene.words else None
-    if kind == 'at' and draw.uniform() < 0.25:
-        cell = draw.pick(sorted(set(range(16)) - {thing.cell for thing in scene.things}))
-        return question.format(CELLS[cell]), 'nothing', ['nothing'] + [thing.name for thing in objects]
     thing = draw.pick(about)
     if kind == 'at':
-        return question.format(CELLS[thing.cell]), thing.name, ['nothing'] + [thing.name for thing in objects]
+        empty = sorted(set(range(16)) - {thing.cell for thing in scene.things})
+        cell, answer = (draw.pick(empty), 'nothing') if draw.uniform() < 0.25 else (thing.cell, thing.name)
+        return question.format(CELLS[cell]), answer, ['nothing'] + [thing.name for thing in objects]
     if kind == 'where':
         return question.format(thing.name), CELLS[thing.cell], [CELLS[thing.cell] for thing in scene.things]
     x, y = thing.cell % 4 * CELL, thing.cell // 4 * CELL
@@ -253,13 +242,12 @@ def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
 
 
 def distinct(kinds, n, scene, draw, **options):
-    """Up to n questions about a scene, none twice, of kinds taken in the given order: [(kind, question, answer)]."""
+    """Up to n questions about a scene, none twice, of kinds taken in the given order: [(question, answer)]."""
     found = {}
     for kind in kinds:
-        got = ask(kind, scene, draw, **options) if len(found) < n else None
-        if got:
-            found.setdefault(got[0], (kind, *got[:2]))
-    return list(found.values())
+        if len(found) < n and (got := ask(kind, scene, draw, **options)):
+            found.setdefault(*got[:2])
+    return list(found.items())
 
 
 def scene_document(draw, split='train'):
@@ -270,15 +258,14 @@ def scene_document(draw, split='train'):
     scene = make_scene(draw, split, pairs=PAIRS)
     text = listing(scene.things)
     if draw.uniform() < 0.5:
-        chance = draw.uniform()
-        order = [2, 1, 0] if chance < 0.5 else draw.sample(range(3)) if chance < 0.85 else [0, 1, 2]
+        order = [2, 1, 0] if (chance := draw.uniform()) < 0.5 else draw.sample(range(3)) if chance < 0.85 else [0, 1, 2]
         for _ in range(2 + draw.below(2)):
             fields = [(CELLS[thing.cell], thing.colour, thing.shape) for thing in draw.sample(scene.things)]
-            text += ' so ' + ' '.join(f'{field[order[0]]} {field[order[1]]} {field[order[2]]} .' for field in fields)
+            text += ' so ' + ' '.join(' '.join(field[i] for i in order) + ' .' for field in fields)
         return text
     kinds = draw.sample(KINDS + KINDS + ('read', 'box'))
     asked = distinct(kinds, 7, scene, draw, pairs=PAIRS, nominal=True)
-    return ' '.join([text] + [f'{question} {answer} .' for _, question, answer in asked])
+    return ' '.join([text] + [f'{question} {answer} .' for question, answer in asked])
 
 
 @functools.cache
@@ -289,36 +276,16 @@ def facts():
             for relation, answers in RELATIONS.items() for word in WORDS]
 
 
-def english(limit=1_000_000):
-    """Real English, at most `limit` characters, [str]: the language reference and the standard library's docstrings."""
-    from pydoc_data.topics import topics
-    texts, folder = [topics[name] for name in sorted(topics)], os.path.dirname(ast.__file__)
-    for name in sorted(os.listdir(folder)):
-        if sum(map(len, texts)) >= limit:
-            break
-        if name.endswith('.py'):
-            with open(os.path.join(folder, name), encoding='utf-8') as file:
-                tree = ast.parse(file.read())
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-            texts += [text for text in found if text and len(text) > 80]
-    total = list(itertools.accumulate(map(len, texts)))
-    return [text for text, end in zip(texts, total) if end <= limit]
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 def write_file(path, data):
-    """Write bytes, str or something for JSON, making the folder."""
+    """Write bytes, a str, a dict as JSON, or a list as one JSON object a line; makes the folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not isinstance(data, (bytes, str)):
+    if isinstance(data, list):
+        data = ''.join(json.dumps(row) + '\n' for row in data)
+    elif isinstance(data, dict):
         data = json.dumps(data)
     with open(path, 'wb') as file:
         file.write(data.encode() if isinstance(data, str) else data)
-
-
-def write_lines(path, rows):
-    """Write one JSON object a line."""
-    write_file(path, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def write_tar(path, members):
@@ -332,10 +299,7 @@ def write_tar(path, members):
 
 
 def train_tokenizer(path, documents, vocab_size):
-    """
-    Train a sentencepiece BPE model on one thread: numbers, cells and the world's words become one piece each, bytes
-    spell everything else. BPE, because sentencepiece's unigram model shreds such words.
-    """
+    """Train sentencepiece BPE (its unigram model shreds these words) on one thread; each coordinate is one piece."""
     edges = [cell * CELL + offset for cell in range(4) for offset in (1, 2, 3, 11, 12, 13)]
     numbers = [f'{round(edge / SIZE, 2):.2f}' for edge in edges]
     model = io.BytesIO()
@@ -348,9 +312,7 @@ def train_tokenizer(path, documents, vocab_size):
 
 
 def write_text(folder, tokenizer, n_row, row_len, seed, split='train', scene_share=0.8, shard=4096):
-    """
-    OpenLM shards of rows of row_len + 1 ids: a scene document first in `scene_share` of the rows, then facts.
-    """
+    """OpenLM shards of rows of row_len + 1 ids: in `scene_share` of the rows first a scene document, then facts."""
     draw, fact_ids = Draws(*seed), [tokenizer.encode(f'{text} {answer} .') for text, answer, _ in facts()]
     for start in range(0, n_row, shard):
         members = []
@@ -365,13 +327,6 @@ def write_text(folder, tokenizer, n_row, row_len, seed, split='train', scene_sha
         write_tar(f'{folder}/{start // shard:05d}.tar', members)
 
 
-def write_english(folder, tokenizer, texts, shard=1 << 19):
-    """The English as .bin files of uint16 ids, documents ended by end-of-text."""
-    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
-    for start in range(0, len(ids), shard):
-        write_file(f'{folder}/{start // shard:05d}.bin', np.array(ids[start:start + shard], '<u2').tobytes())
-
-
 def write_captions(folder, n, split, seed, shard=1000):
     """WebDataset shards: an image, its caption as .txt and .json; the caption is the listing that the text uses."""
     draw = Draws(*seed)
@@ -379,9 +334,8 @@ def write_captions(folder, n, split, seed, shard=1000):
         scenes, members = [make_scene(draw, split) for _ in range(start, min(start + shard, n))], []
         for i, (scene, pixels) in enumerate(zip(scenes, render(scenes)), start):
             kind, caption = 'png' if i % 4 == 3 else 'jpg', listing(scene.things)
-            meta = dict(key=f'{i:08d}', caption=caption, width=SIZE, height=SIZE)
             members += [(f'{i:08d}.{kind}', encode_image(pixels, kind)), (f'{i:08d}.txt', caption.encode()),
-                        (f'{i:08d}.json', json.dumps(meta).encode())]
+                        (f'{i:08d}.json', json.dumps(dict(key=f'{i:08d}', caption=caption)).encode())]
         write_tar(f'{folder}/{start // shard:05d}.tar', members)
 
 
@@ -399,7 +353,7 @@ def write_instruct(folder, n, seed, n_question=6):
         kinds = ['read', 'box'] + draw.sample(KINDS + ('presence',))
         asked = draw.sample(distinct(kinds, 3 if text_only else n_question, scene, draw, nominal=text_only))
         row['conversations'] = []
-        for k, (_, question, answer) in enumerate(asked):
+        for k, (question, answer) in enumerate(asked):
             opening = '' if k else listing(scene.things) + ' ' if text_only else '<image>\n'
             row['conversations'] += [{'from': 'human', 'value': opening + question}, {'from': 'gpt', 'value': answer}]
         rows.append(row)
@@ -407,20 +361,13 @@ def write_instruct(folder, n, seed, n_question=6):
 
 
 # --- benchmarks: official files; question_type and blind_answers are extra keys that evaluate.py reports ------------
-def write_images(folder, stem, scenes):
-    """The JPEG of scene i as folder/stem with i filled in."""
-    for i, pixels in enumerate(render(scenes)):
-        write_file(f'{folder}/{stem.format(i)}', encode_image(pixels, 'jpg'))
-
-
 def write_vqa(folder, scenes, draw, about=None, per_scene=3):
     """VQAv2's two files: as many questions of each kind (about some pairs only), each with ten annotators who agree."""
     questions, annotations = [], []
     for i, scene in enumerate(scenes):
         for k in range(per_scene):
             kind = KINDS[(i + 2 * k) % 6]
-            got = ask(kind, scene, draw, pairs=PAIRS if about else SEEN, about=about)
-            if got:
+            if got := ask(kind, scene, draw, pairs=PAIRS if about else SEEN, about=about):
                 ids, (question, answer, blind) = dict(image_id=i, question_id=i * 1000 + k), got
                 questions.append(dict(ids, question=question))
                 annotations.append(dict(
@@ -433,27 +380,22 @@ def write_vqa(folder, scenes, draw, about=None, per_scene=3):
 
 
 def write_pope(folder, scenes, draw):
-    """
-    POPE's three JSON-lines files, half of each 'yes'. The absent objects share an attribute with the scene ('random'),
-    or both, on different objects: half of them in 'popular', all in 'adversarial'.
-    """
-    for split, binding in (('random', 0.0), ('popular', 0.5), ('adversarial', 1.0)):
+    """POPE's three JSON-lines files, half of each 'yes'; absent objects share one attribute with the scene, or both."""
+    for split, binding in (('random', 0.0), ('popular', 0.5), ('adversarial', 1.0)):    # share of 'both'
         lines = []
         for i, scene in enumerate(scenes):
             for want in ('yes', 'binding' if draw.uniform() < binding else 'no'):
                 question, label, blind = ask('presence', scene, draw, want=want)
                 lines.append(dict(question_id=len(lines) + 1, image=f'COCO_val2014_{i:012d}.jpg', text=question,
                                   label=label, blind_answers=blind))
-        write_lines(f'{folder}/coco_pope_{split}.json', lines)
+        write_file(f'{folder}/coco_pope_{split}.json', lines)
 
 
 def write_textvqa(folder, scenes, draw):
     """TextVQA's file: which word is in the image?"""
-    rows = []
-    for i, scene in enumerate(scenes):
-        question, answer, blind = ask('read', scene, draw)
-        rows.append(dict(question_id=i, image_id=f'{i:016x}', question=question, answers=[answer] * 10, set_name='val',
-                         image_width=SIZE, image_height=SIZE, blind_answers=blind))
+    rows = [dict(question_id=i, image_id=f'{i:016x}', question=question, answers=[answer] * 10, set_name='val',
+                 image_width=SIZE, image_height=SIZE, blind_answers=blind)
+            for i, (question, answer, blind) in enumerate(ask('read', scene, draw) for scene in scenes)]
     write_file(f'{folder}/TextVQA_0.5.1_val.json', dict(dataset_type='val', dataset_name='textvqa', data=rows))
 
 
@@ -461,57 +403,53 @@ def write_refcoco(folder, scenes, draw):
     """RefCOCO's instances.json and refs(unc).p (plain lists and dicts): one expression a scene, 'red star'."""
     images, annotations, refs = [], [], []
     for i, scene in enumerate(scenes):
-        name = f'COCO_train2014_{i:012d}.jpg'
-        images.append(dict(id=i, file_name=name, width=SIZE, height=SIZE))
+        images.append(dict(id=i, file_name=f'COCO_train2014_{i:012d}.jpg', width=SIZE, height=SIZE))
+        about = draw.below(len(scene.objects))
         for k, thing in enumerate(scene.objects):
-            x1, y1, x2, y2 = thing.box
-            annotations.append(dict(id=i * 10 + k, image_id=i, category_id=SHAPES.index(thing.shape) + 1, iscrowd=0,
-                                    bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1)))
-        k = draw.below(len(scene.objects))
-        thing = scene.objects[k]
-        sentence = dict(sent_id=i, sent=thing.name, raw=thing.name, tokens=thing.name.split())
-        refs.append(dict(ref_id=i, ann_id=i * 10 + k, image_id=i, category_id=SHAPES.index(thing.shape) + 1,
-                         split='val', sent_ids=[i], sentences=[sentence], file_name=f'{name[:-4]}_{i}.jpg'))
+            ids, (x, y, _, _) = dict(image_id=i, category_id=SHAPES.index(thing.shape) + 1), thing.box
+            box = [x, y, thing.size, thing.size]
+            annotations.append(dict(ids, id=i * 10 + k, bbox=box, area=thing.size ** 2, iscrowd=0))
+            if k == about:
+                sentence = dict(sent_id=i, sent=thing.name, raw=thing.name, tokens=thing.name.split())
+                refs.append(dict(ids, ref_id=i, ann_id=i * 10 + k, split='val', sent_ids=[i], sentences=[sentence],
+                                 file_name=f'COCO_train2014_{i:012d}_{i}.jpg'))
     categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(SHAPES, 1)]
     write_file(f'{folder}/instances.json', dict(info={}, images=images, annotations=annotations, categories=categories))
     write_file(f'{folder}/refs(unc).p', pickle.dumps(refs, protocol=2))
 
 
 def write_text_choices(folder, split, n, draw):
-    """
-    Text with four choices: reading.jsonl, questions about listings of unseen scenes, wrong choices from the same scene
-    first; facts.jsonl, the constant facts, a quarter of which is kept for the split 'choice'.
-    """
+    """Four choices: reading.jsonl on listings of unseen scenes, facts.jsonl, a quarter of the facts for 'choice'."""
     pools, lines = dict(colour=tuple(COLOURS), shape=SHAPES, where=CELLS, at=tuple(map(' '.join, PAIRS))), []
     while len(lines) < n:
         scene, kind = make_scene(draw, split, pairs=PAIRS), ('colour', 'shape', 'where', 'at')[len(lines) % 4]
         got = ask(kind, scene, draw, pairs=PAIRS)
         if got and got[1] in pools[kind]:
-            named = [answer for answer in got[2] if answer in pools[kind] and answer != got[1]]
+            named = [answer for answer in got[2] if answer in pools[kind] and answer != got[1]]     # in the same scene
             others = [answer for answer in pools[kind] if answer not in got[2]]
             choices = draw.sample([got[1]] + (draw.sample(named) + draw.sample(others))[:3])
             lines.append(dict(query=f'{listing(scene.things)} {got[0]}', choices=choices, gold=choices.index(got[1]),
                               question_type=kind, blind_answers=[choice for choice in choices if choice in got[2]]))
-    write_lines(f'{folder}/reading.jsonl', lines)
+    write_file(f'{folder}/reading.jsonl', lines)
     lines = []
     for i, (text, gold, answers) in enumerate(facts()):
         if (i % 4 == 0) == (split == 'choice'):
             choices = draw.sample([gold] + draw.sample([answer for answer in answers if answer != gold], 3))
             lines.append(dict(query=text, choices=choices, gold=choices.index(gold)))
-    write_lines(f'{folder}/facts.jsonl', lines)
+    write_file(f'{folder}/facts.jsonl', lines)
 
 
 def write_benchmarks(folder, split, n, seed):
     """The benchmark folders of one split, about n images each; held-out pairs only in vqav2_heldout."""
     draw = Draws(*seed)
-    scenes = [make_scene(draw, split) for _ in range(n)]                    # of VQAv2 and POPE, as COCO's are
-    worded = [make_scene(draw, split, word=True) for _ in range(n)]
-    boxed = [make_scene(draw, split) for _ in range(n)]
-    held_out = [make_scene(draw, split, held_out=1) for _ in range(n)]
-    write_images(f'{folder}/val2014', 'COCO_val2014_{:012d}.jpg', scenes)
-    write_images(f'{folder}/vqav2_heldout/val2014', 'COCO_val2014_{:012d}.jpg', held_out)
-    write_images(f'{folder}/textvqa/train_images', '{:016x}.jpg', worded)
-    write_images(f'{folder}/refcoco/train2014', 'COCO_train2014_{:012d}.jpg', boxed)
+    scenes, boxed, worded, held_out = ([make_scene(draw, split, **options) for _ in range(n)]
+                                       for options in ({}, {}, dict(word=True), dict(held_out=1)))
+    coco = 'val2014/COCO_val2014_{:012d}.jpg'                               # VQAv2 and POPE share a folder
+    refcoco = 'refcoco/' + coco.replace('val', 'train')
+    for path, group in ((coco, scenes), (f'vqav2_heldout/{coco}', held_out), (refcoco, boxed),
+                        ('textvqa/train_images/{:016x}.jpg', worded)):
+        for i, pixels in enumerate(render(group)):
+            write_file(f'{folder}/{path.format(i)}', encode_image(pixels, 'jpg'))
     write_vqa(f'{folder}/vqav2', scenes, draw)
     write_vqa(f'{folder}/vqav2_heldout', held_out, draw, about=HELD_OUT, per_scene=1)
     write_pope(f'{folder}/pope', scenes[:n // 2], draw)
@@ -520,35 +458,31 @@ def write_benchmarks(folder, split, n, seed):
     write_text_choices(f'{folder}/text', split, n, draw)
 
 
-def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000, n_test=400, n_english=1_000_000,
+def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000, n_test=400, n_topic=100,
                vocab_size=768, seed=7):
     """
     Write the world into the folder `out`, built beside it and renamed when complete; does nothing when it is there.
-    n_row of row_len + 1 ids, n_caption and n_instruct images, n_test scenes a benchmark, n_english characters
     Raises ValueError when `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
     settings = dict(n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct, n_test=n_test,
-                    n_english=n_english, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
+                    n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
     if os.path.exists(out):
-        found = None
-        if os.path.isfile(f'{out}/world.json'):
-            with open(f'{out}/world.json') as file:
-                found = json.load(file)
-        if found != settings:
-            raise ValueError(f"{out}: exists and holds {found or 'no tiny world'}, asked for {settings}; "
-                             "remove it or give another --out")
+        found = Path(out, 'world.json').read_text() if os.path.isfile(f'{out}/world.json') else 'no tiny world'
+        if found != json.dumps(settings):
+            raise ValueError(f"{out}: holds {found}, expected {settings}; remove it or give another --out")
         return print(f'{out}: already there')
-    start, part = time.time(), f'{out}.part'
+    start, part = time.time(), os.path.normpath(out) + '.part'
     shutil.rmtree(part, ignore_errors=True)
-    texts, draw = english(n_english), Draws(seed, 0)
+    texts, draw = [topics[name] for name in sorted(topics)][:n_topic], Draws(seed, 0)     # English about Python
     sample = [scene_document(draw) for _ in range(3000)] + 60 * [f'{text} {answer} .' for text, answer, _ in facts()]
     sample += [line for text in texts for line in text[:2000].split('\n')][:5000]
     train_tokenizer(f'{part}/tokenizer.model', sample, vocab_size)
     tokenizer = load_tokenizer(f'{part}/tokenizer.model')
     write_text(f'{part}/text', tokenizer, n_row, row_len, seed=(seed, 1))
     write_text(f'{part}/text_val', tokenizer, 256, row_len, seed=(seed, 2), split='choice')
-    write_english(f'{part}/english', tokenizer, texts)
+    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+    write_file(f'{part}/english/00000.bin', np.array(ids, '<u2').tobytes())
     write_captions(f'{part}/captions', n_caption, 'train', seed=(seed, 3))
     write_captions(f'{part}/captions_val', 256, 'choice', seed=(seed, 4))
     write_instruct(f'{part}/instruct', n_instruct, seed=(seed, 5))
@@ -559,34 +493,23 @@ def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000
     print(f'{out}: {n_row} rows of text, {n_caption} captions, {n_instruct} conversations, {time.time() - start:.0f} s')
 
 
-# --- encoder ----------------------------------------------------------------------------------------------------------
-class Phrases(torch.nn.Module):
-    """
-    The text tower: a phrase such as 'a red star at b2' is the sum of its words' vectors. names lists what a cell can hold:
-    the pairs, the words, 'nothing'; a pair never seen still has a phrase.
-    """
-    def __init__(self, width):
-        super().__init__()
-        self.names = [*PAIRS, *(('word', word) for word in WORDS), ('nothing', '')]
-        words = sorted({word for name in self.names for word in name}) + list(CELLS)
-        self.register_buffer('name_ids', torch.tensor([[words.index(word) for word in name] for name in self.names]))
-        self.register_buffer('cell_ids', torch.tensor([words.index(cell) for cell in CELLS]))
-        self.table = torch.nn.Embedding(len(words), width)
-
-    def forward(self, names=None):
-        """The vectors (16, names, width) of the phrases of some names (None = all) at every cell."""
-        ids = self.name_ids if names is None else self.name_ids[names]
-        return self.table(ids).sum(1) + self.table(self.cell_ids)[:, None]  # 'a', 'at' would add the same to each
+# --- encoder --------------------------------------------------------------------------------------------------------
+NAMES = (*PAIRS, *(('word', word) for word in WORDS), ('nothing', ''))      # all that a cell can show
 
 
-def encoder_batch(draw, n, split='train', held_out=0, jpeg=False):
-    """Images (n, 3, 56, 56) uint8 and which of Phrases.names each cell shows, (n, 16) int64."""
-    scenes = [make_scene(draw, split, held_out=held_out) for _ in range(n)]
-    names = [*PAIRS, *(('word', word) for word in WORDS)]
-    shown = torch.full((n, 16), len(names))                                 # 'nothing'
+def phrases():
+    """The word ids (16, 63, 3) int64 of every phrase, 'red star b2', by cell and name; the last is the highest."""
+    words = sorted({word for name in NAMES for word in name}) + list(CELLS)
+    return torch.tensor([[[words.index(word) for word in (*name, cell)] for name in NAMES] for cell in CELLS])
+
+
+def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
+    """Images (n, 3, 56, 56) uint8, and which of NAMES each cell shows, (n, 16) int64."""
+    scenes = [make_scene(draw, split, held_out=held_out, word=word) for _ in range(n)]
+    shown = torch.full((n, 16), len(NAMES) - 1)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
-            shown[i, thing.cell] = names.index((thing.colour, thing.shape))
+            shown[i, thing.cell] = NAMES.index((thing.colour, thing.shape))
     images = render(scenes)
     if jpeg:
         images = np.stack([np.asarray(Image.open(io.BytesIO(encode_image(pixels, 'jpg')))) for pixels in images])
@@ -594,17 +517,18 @@ def encoder_batch(draw, n, split='train', held_out=0, jpeg=False):
 
 
 @torch.no_grad()
-def score_encoder(encoder, phrases, n=500, seed=0):
+def score_encoder(encoder, table, n=500, seed=0):
     """
-    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all 63 x 16 phrases is nearest
-    to each patch? {what: share of right answers}, and the length of a feature over sqrt(width).
+    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all 63 x 16 phrases is
+    nearest to each patch? {what: share of right answers}, and the length of a feature over sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
-    x, vectors = encoder(images), F.normalize(phrases(), dim=-1)            # (n, 16, C), (16, names, C)
+    ids = phrases()
+    x, vectors = encoder(images), F.normalize(table(ids).sum(2), dim=-1)    # (n, 16, C), (16, names, C)
     best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, 16) into cells x names
-    cell, best = best // len(phrases.names), best % len(phrases.names)
-    same = phrases.name_ids[best] == phrases.name_ids[shown]                # (n, 16, 2): colour and shape, or 'word' and word
-    pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(phrases.names) - 1)
+    cell, best = best // len(NAMES), best % len(NAMES)
+    same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, 16, 2): colour and shape
+    pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(NAMES) - 1)
     unseen = torch.isin(shown, torch.tensor([PAIRS.index(name) for name in HELD_OUT]))
     scores = dict(colour=same[pair][:, 0], shape=same[pair][:, 1], held_out_pair=same[unseen].all(-1),
                   word=same[word].all(-1), nothing=same[~pair & ~word].all(-1), position=cell == torch.arange(16))
@@ -612,66 +536,65 @@ def score_encoder(encoder, phrases, n=500, seed=0):
             'norm': x.norm(dim=-1).mean().item() / x.shape[-1] ** 0.5}
 
 
-def train_encoder(out, *, n_step=400, batch_size=96, lr=3e-3, width=96, seed=7, n_thread=2):
+def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96, seed=7, n_thread=2):
     """
     Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`, whole or not at all.
-    The sigmoid loss joins regions and phrases: each patch after block 2, the features that a VLM uses, to the phrase of what
-    it shows and where ('a red star at b2', 'nothing at c3'), among all phrases. After block 3 and the final norm the mean
-    patch meets its caption, the usual loss. Returns score_encoder's numbers. Raises ValueError when `out` exists.
+    The sigmoid loss joins regions and phrases: each patch after block 2, which is what a VLM uses, and the phrase of
+    what it shows and where ('a red star at b2', 'nothing at c3'), n_cell cells and all their phrases in a step. After
+    block 3 and the final norm the mean patch meets its caption, the usual loss. Every image has a word.
+    Returns score_encoder's numbers. Raises ValueError when `out` exists.
     """
     if os.path.exists(out):
         raise ValueError(f"{out}: already exists; remove it or give another --out")
     torch.set_num_threads(n_thread)
     torch.manual_seed(seed)
     start, draw = time.time(), Draws(seed, 8)
-    config = SigLIPConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, num_attention_heads=width // 32,
-                          patch_size=CELL, image_size=SIZE)
-    encoder, phrases = SigLIP(config, layer=-2, keep_all=True), Phrases(width)
-    scales = torch.nn.Parameter(torch.tensor([[math.log(10.0), -10.0], [math.log(10.0), -10.0]]))     # t and b of both losses
-    parameters = [*encoder.parameters(), *phrases.parameters(), scales]
+    config = SigLIPConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, patch_size=CELL,
+                          num_attention_heads=width // 32, image_size=SIZE)
+    ids, encoder = phrases(), SigLIP(config, layer=-2, keep_all=True)
+    table = torch.nn.Embedding(int(ids.max()) + 1, width)
+    scales = torch.nn.Parameter(torch.tensor([[math.log(10.0), -10.0]] * 2))        # log t and b of both losses
+    parameters = [*encoder.parameters(), *table.parameters(), scales]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=1e-4)
-    seen = torch.tensor([i for i, name in enumerate(phrases.names) if name not in HELD_OUT])
-    column = torch.full((len(phrases.names),), -1).scatter(0, seen, torch.arange(len(seen)))
+    seen = torch.tensor([i for i, name in enumerate(NAMES) if name not in HELD_OUT])
+    column = torch.full((len(NAMES),), -1).scatter(0, seen, torch.arange(len(seen)))
     for step in range(n_step):
         optimizer.param_groups[0]['lr'] = main_lr(step, peak=lr, final=0.0, warmup=n_step // 20, total=n_step)
-        images, shown = encoder_batch(draw, batch_size)
-        x, vectors = encoder(images), phrases(seen)                         # (B, 16, C), (16, K, C)
-        target = torch.arange(16) * len(seen) + column[shown]               # (B, 16) into 16 x K phrases
-        labels = torch.full((target.numel(), 16 * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
-        region = siglip_loss(x.flatten(0, 1), vectors.flatten(0, 1), *scales[0], labels)
-        captions = (vectors.flatten(0, 1)[target] * (shown < len(phrases.names) - 1)[..., None]).sum(1)    # (B, C)
-        pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)                         # (B, C)
-        length = (x.norm(dim=-1) / width ** 0.5 - 1).square().mean()        # keeps features near length sqrt(width)
+        images, shown = encoder_batch(draw, batch_size, word=True)
+        x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, 16, C), (16, K, C)
+        cells = torch.tensor(draw.sample(range(16), n_cell))
+        target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
+        labels = torch.full((target.numel(), n_cell * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
+        region = siglip_loss(x[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
+        captions = (vectors[torch.arange(16), column[shown]] * (shown < len(NAMES) - 1)[..., None]).sum(1)
+        pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)    # (B, C), as are the captions
+        length = (x.norm(dim=-1) / width ** 0.5 - 1).square().mean()        # keeps features near sqrt(width) long
         loss = region + 0.1 * siglip_loss(pooled, captions, *scales[1]) + length
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == n_step - 1:
-            print(f'step {step + 1}/{n_step} loss {loss.item():.3f} region {region.item():.3f} {time.time() - start:.0f} s', flush=True)
-    scores = score_encoder(encoder.eval(), phrases)
-    shutil.rmtree(f'{out}.part', ignore_errors=True)
-    encoder.save_pretrained(f'{out}.part')
-    os.rename(f'{out}.part', out)
+        if (step + 1) % 100 == 0:
+            print(f'step {step + 1}/{n_step} loss {loss.item():.3f} ({time.time() - start:.0f} s)', flush=True)
+    scores = score_encoder(encoder.eval(), table)
+    part = os.path.normpath(out) + '.part'
+    shutil.rmtree(part, ignore_errors=True)
+    encoder.save_pretrained(part)
+    os.rename(part, out)
     print(f'{out}: ' + ', '.join(f'{what} {value:.3f}' for what, value in scores.items()))
     return scores
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True)
-    command = commands.add_parser('data', help='write text, captions, instructions and benchmarks')
-    command.add_argument('--out', default='data/tiny', help='folder to make')
-    command.add_argument('--seed', type=int, default=7)
-    command = commands.add_parser('encoder', help='pre-train the small SigLIP')
-    command.add_argument('--out', default='data/tiny/encoder', help='folder to make')
-    command.add_argument('--seed', type=int, default=7)
-    command.add_argument('--n_thread', type=int, default=2, help="torch's threads; the weights depend on them in the last bits")
+    parser.add_argument('command', choices=('data', 'encoder'))
+    parser.add_argument('--out', default='', help="folder to make; '' = data/tiny, data/tiny/encoder")
+    parser.add_argument('--seed', type=int, default=7)
     args = parser.parse_args()
     try:
         if args.command == 'data':
-            write_data(args.out.rstrip('/'), seed=args.seed)
+            write_data(args.out or 'data/tiny', seed=args.seed)
         else:
-            train_encoder(args.out.rstrip('/'), seed=args.seed, n_thread=args.n_thread)
+            train_encoder(args.out or 'data/tiny/encoder', seed=args.seed)
     except ValueError as error:
         sys.exit(str(error))
