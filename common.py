@@ -6,6 +6,7 @@ Arrows: imports model, vision and data; the stage scripts import this. Nothing h
 import base64
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import find, load_tokenizer
@@ -134,6 +136,13 @@ def setup_process(device='auto', dtype='', n_thread=0):
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device('cpu'), dtype)
+
+
+def distributed(model):
+    """DistributedDataParallel that leaves the buffers (constants) alone in forward; torch 2.13 renamed how to say so."""
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
+    return DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                   **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
 
 
 class StopSignal:
@@ -391,7 +400,7 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
             shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"saving {final} failed ({first_line(e)}); the checkpoints before it are untouched") from e
+        raise OSError(f"saving {final} failed ({first_line(e)}; is the disk full?); the checkpoints before it are untouched") from e
     for name in (*names[1:], 'ckpt_last'):
         link = os.path.join(out_dir, f'.link_{name}')
         if os.path.lexists(link):

@@ -11,7 +11,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import main_lr
@@ -177,7 +176,7 @@ except ValueError as e:
     sys.exit(str(e))
 network = model
 if process.world_size > 1:
-    network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = common.distributed(model)
 schedule = dict(peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps)
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from pickle import UnpicklingError
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import cooldown_lr, main_lr, remaining_lr
@@ -211,6 +210,8 @@ try:
     if image_ratio > 0:
         images = caption_mixture(captions) if instruct_share < 1 else None
         if instruct_share > 0:
+            if not os.path.exists(data_path(instruct)):
+                sys.exit(f"instructions {data_path(instruct)} not found; {data_hint}")
             chat = InstructSource(data_path(instruct), data_path(instruct_images), codec, seq_len, encoder.n_token,
                                   encoder.image_size, resize)
             images = Mixture([chat] if images is None else [images, chat],
@@ -323,7 +324,7 @@ except ValueError as e:
     sys.exit(str(e))
 network = model
 if process.world_size > 1:
-    network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = common.distributed(model)
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
