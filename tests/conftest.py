@@ -230,19 +230,39 @@ def meta_of(folder):
     return json.loads((Path(folder) / 'meta.json').read_text())
 
 
+# a hook that writes the ids of each micro-batch, a line each, to $IDS.rank
+RECORD = """
+import json, mixture, os
+plain = mixture.Loader.__next__
+def recorded(self):
+    batch = plain(self)
+    with open(f"{os.environ['IDS']}.{os.environ.get('RANK', 0)}", 'a') as f:
+        f.write(json.dumps(batch.ids) + chr(10))
+    return batch
+mixture.Loader.__next__ = recorded
+"""
+
+
+def recorded_ids(path, world_size=1):
+    """The ids of a recorded run's samples in the order of the data: micro-batches of all ranks interleaved."""
+    ranks = [Path(f'{path}.{r}').read_text().splitlines() for r in range(world_size)]
+    return [i for lines in zip(*ranks, strict=True) for line in lines for i in json.loads(line)]
+
+
 @pytest.fixture(scope='session')
 def stage_1(world, scripts):
-    """A text run of 20 steps with ckpt_020 ... ckpt_100."""
+    """A text run of 20 steps with ckpt_020 ... ckpt_100; its ids are recorded in world/ids_text."""
     out = world / 'out' / 'tiny' / 'text'
-    scripts('pretrain.py', 'config/text.py', world / 'tiny.py', f'--out_dir={out}', '--keep_optimizer=all')
+    scripts('pretrain.py', 'config/text.py', world / 'tiny.py', f'--out_dir={out}', '--keep_optimizer=all', hook=RECORD,
+            env={'IDS': str(world / 'ids_text')})
     return out
 
 
 @pytest.fixture(scope='session')
 def stage_2(world, scripts, stage_1):
-    """ckpt_080 cooled down over 12 steps with a quarter of captions."""
+    """ckpt_080 cooled down over 12 steps with a quarter of captions; its ids are recorded in world/ids_mix."""
     out = world / 'out' / 'tiny' / 'mix'
-    scripts('pretrain.py', *mix(world, stage_1), f'--out_dir={out}')
+    scripts('pretrain.py', *mix(world, stage_1), f'--out_dir={out}', hook=RECORD, env={'IDS': str(world / 'ids_mix')})
     return out
 
 

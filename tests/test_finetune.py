@@ -1,0 +1,150 @@
+"""finetune.py as processes on the tiny data set of conftest.py: masks, averages, epochs, text rows, kills, bases."""
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import RECORD, meta_of, recorded_ids, same_weights, steps
+from safetensors.torch import load_file
+from test_pretrain import KILL
+
+from common import load_vlm, main_lr
+
+
+def chat(world, base, *more):
+    return ['finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={base}', *more]
+
+
+def tensors(folder, part):
+    return {k: v for k, v in load_file(folder / 'model.safetensors').items() if k.startswith(part + '.')}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def tuned(world, scripts, stage_2):
+    """Two epochs of the 30 conversations, uninterrupted: rows grouped by length in windows of 3 steps."""
+    out = world / 'out' / 'tuned'
+    scripts(*chat(world, stage_2 / 'ckpt_100', '--max_steps=0', '--n_epoch=2', '--length_window=3', f'--out_dir={out}'),
+            hook=RECORD, env={'IDS': str(world / 'ids_tuned')})
+    return out
+
+
+def test_epochs_under_one_cosine(world, stage_2, tuned):
+    lines = steps(tuned)
+    assert len(lines) == 8                                               # round(2 x 30 / 8)
+    assert [line['lr'] for line in lines] == [main_lr(i, peak=3e-3, final=0.0, warmup=0, total=8) for i in range(8)]
+    assert lines[-1]['loss'] < lines[0]['loss']
+    ids = recorded_ids(world / 'ids_tuned')
+    assert len(ids) == 64 and len(set(ids)) == 30 and max(ids.count(i) for i in ids) <= 3
+    meta = meta_of(tuned / 'ckpt_100')
+    assert meta['stage'] == 'finetune' and meta['epochs'] == {'instruct': 64 / 30} and meta['config']['n_epoch'] == 2
+    assert meta['base']['stage'] == 'mix' and meta['cursor'] == meta_of(stage_2 / 'ckpt_100')['cursor']
+    assert equal(tensors(tuned / 'ckpt_100', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
+    for part in ('decoder', 'projector'):
+        assert not equal(tensors(tuned / 'ckpt_100', part), tensors(stage_2 / 'ckpt_100', part))
+
+
+def test_killed_and_resumed_gives_the_same_bits_without_its_base(world, scripts, stage_2, tuned, tmp_path):
+    shutil.copytree(stage_2 / 'ckpt_100', tmp_path / 'base')
+    args = chat(world, tmp_path / 'base', '--max_steps=0', '--n_epoch=2', '--length_window=3', '--save_every=2',
+                f'--out_dir={tmp_path / "run"}')
+    for i, place in enumerate(('common.optimizer_step:4', 'torn torch.save:1', 'os.symlink:1')):
+        run = scripts.start(*args, f'--n_worker={i % 2}', hook=KILL, env={'KILL': place})
+        assert run.wait() == -signal.SIGKILL, f"{place}: {run.out}{run.err}"
+    shutil.rmtree(tmp_path / 'base')                                     # a run that goes on needs its own folder only
+    scripts(*args)
+    assert same_weights(tuned / 'ckpt_100', tmp_path / 'run' / 'ckpt_100')
+    assert [a['loss'] for a in steps(tmp_path / 'run')] == [b['loss'] for b in steps(tuned)]
+    assert 'finished: 8 of 8 steps' in scripts(*args).out
+    line = scripts.refuses(*args, '--lr=1e-4')
+    assert 'lr=0.003' in line and '0.0001' in line
+
+
+def test_split_turns_answer_average_and_two_processes(world, scripts, stage_2, tmp_path):
+    base, lines = stage_2 / 'ckpt_100', {}
+    for name, more in (('turns', ()), ('split', ('--split_turns=true',)), ('answer', ('--loss_average=answer',)),
+                       ('both', ('--split_turns=true', '--loss_average=answer'))):
+        scripts(*chat(world, base, *more, '--stop_after=2', f'--out_dir={tmp_path / name}'), hook=RECORD,
+                env={'IDS': str(tmp_path / f'ids_{name}')})
+        lines[name] = [line['sources']['instruct'] | line for line in steps(tmp_path / name)]
+    for i in range(2):
+        a, b = lines['turns'][i], lines['split'][i]
+        # a row a question: the same targets, the image's positions once more for each further question, encoded once
+        assert a['n_kept'] == b['n_kept'] and a['n_image'] == b['n_image'] and a['n_sample'] == b['n_sample']
+        assert b['n_image_position'] > a['n_image_position'] == 4 * a['n_image']
+    # the first loss is logged per token in both averages; then the models part
+    assert lines['turns'][0]['loss'] == pytest.approx(lines['answer'][0]['loss'], rel=1e-6)
+    assert lines['turns'][1]['loss'] != lines['answer'][1]['loss']
+    assert lines['split'][0]['loss'] != lines['turns'][0]['loss']        # what a second question sees has changed
+    scripts(*chat(world, base, '--split_turns=true', '--loss_average=answer', '--stop_after=2', '--micro_batch_size=2',
+                  f'--out_dir={tmp_path / "two"}'), world_size=2, hook=RECORD, env={'IDS': str(tmp_path / 'ids_two')})
+    assert recorded_ids(tmp_path / 'ids_two', 2) == recorded_ids(tmp_path / 'ids_both')
+    for a, b in zip(steps(tmp_path / 'two'), lines['both'], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['n_kept'] == b['n_kept']
+
+
+def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(world, scripts, stage_1, stage_2, tmp_path):
+    run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--train_encoder=true', '--encoder_lr=1e-3',
+                        '--system_prompt=a photo', f'--out_dir={tmp_path / "a"}', '--stop_after=3'), hook=RECORD,
+                  env={'IDS': str(tmp_path / 'ids')})
+    assert 'no projector' in run.out
+    line = steps(tmp_path / 'a')[-1]
+    assert {k: v['n_sample'] for k, v in line['sources'].items()} == {'text': 12, 'instruct': 12}
+    assert {k: v['share'] for k, v in line['sources'].items()} == {'text': 0.5, 'instruct': 0.5}
+    # stage 1 used 64 rows of text; its next windows come now, in its order
+    words = [i for i in recorded_ids(tmp_path / 'ids') if i.count(':') == 2]
+    assert words == recorded_ids(world / 'ids_text')[128:140]
+    assert not equal(tensors(tmp_path / 'a' / 'ckpt_last', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
+    scripts(*chat(world, stage_1 / 'ckpt_080', '--encoder_path=patch', '--image_size=28', '--save_encoder=false',
+                  f'--out_dir={tmp_path / "b"}', '--stop_after=1'))
+    model, _, meta = load_vlm(str(tmp_path / 'b' / 'ckpt_last'))
+    assert model.encoder.n_token == 4 and meta['base']['stage'] == 'text'
+
+
+def test_sigterm_and_bad_conversations(world, scripts, stage_2, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(world / 'data', data)
+    (data / 'instruct' / 'images' / '7.jpg').write_bytes(b'\xff\xd8 not a photo')
+    args = chat(world, stage_2 / 'ckpt_100', f'--data_dir={data}')
+    line = scripts.refuses(*args, f'--out_dir={tmp_path / "a"}')
+    assert 'llava.json: entry 7' in line and '7.jpg' in line, line
+    hook = """
+import common, os, signal
+plain, n = common.optimizer_step, [0]
+def signalled(*args):
+    n[0] += 1
+    if n[0] == 5 and os.environ['RANK'] == '0':
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(*args)
+common.optimizer_step = signalled
+"""
+    scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=1', '--micro_batch_size=2', world_size=2, hook=hook)
+    assert os.readlink(tmp_path / 'b' / 'ckpt_last') == 'ckpt_step_5' and len(steps(tmp_path / 'b')) == 5
+    bad = meta_of(tmp_path / 'b' / 'ckpt_last')['bad_samples']
+    assert len(bad) == 1 and bad[0] in line
+
+
+def test_refusals_and_dry_run(world, scripts, stage_2, tmp_path):
+    base, out = stage_2 / 'ckpt_100', f'--out_dir={tmp_path / "out"}'
+    hint = 'make it with: python tinyworld.py data'
+    for argv, *parts in (
+            (chat(world, base, out, '--data_dir=/nowhere'), '/nowhere/instruct/llava.json', hint),
+            (chat(world, 'out/tiny_no/ckpt80_img10/ckpt_100', out, '--scale=tiny'), 'out/tiny_no/ckpt80_img10/ckpt_100',
+             'python pretrain.py config/ckpt80_img10.py config/tiny.py'),
+            (chat(world, base, out, '--micro_batch_size=5'), 'micro_batch_size=5'),
+            (chat(world, base, out, '--loss_average=mean'), "loss_average='mean'"),
+            (chat(world, base, out, '--text_share=1'), 'text_share=1.0'),
+            (chat(world, base, out, '--seq_len=4'), 'seq_len=4'),
+            (chat(world, base, out, '--n_epoch=0', '--max_steps=0'), 'n_epoch=0'),
+            (chat(world, base, out, '--train_encoder=true', '--save_encoder=false'), 'save_encoder')):
+        line = scripts.refuses(*argv)
+        assert all(part in line for part in parts), line
+    out = scripts(*chat(world, base, f'--out_dir={tmp_path / "out"}', '--dry_run=true')).out
+    assert '2.13 passes over 30 conversations' in out
+    out = scripts('finetune.py', 'config/finetune.py', '--data_dir=/nowhere', '--dry_run=true').out
+    assert 'MISSING out/1b/ckpt80_img10/ckpt_100' in out and 'MISSING /nowhere/instruct/' in out
+    assert not (tmp_path / 'out').exists()

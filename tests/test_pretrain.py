@@ -1,0 +1,433 @@
+"""
+pretrain.py as processes on one tiny data set: what stages 1 and 2 compute and leave, on any number of processes and
+workers, through kills, bad input and full disks. The runs come from conftest.py.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECORD, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
+from safetensors.torch import load_file, save_file
+
+from common import cooldown_lr, load_vlm, main_lr, remaining_lr
+from model import Projector, save_openlm
+
+MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20)                   # stage_1's schedule
+
+# dies by SIGKILL when the named function is called for the n-th time; 'torn' leaves a part of its file behind first
+KILL = """
+import importlib, os, signal
+where, count = os.environ['KILL'].split(':')
+module, name = where.removeprefix('torn ').rsplit('.', 1)
+module, left = importlib.import_module(module), [int(count)]
+plain = getattr(module, name)
+def deadly(*args, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        if where.startswith('torn'):
+            open(args[1], 'wb').write(b'x' * 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*args, **options)
+setattr(module, name, deadly)
+"""
+# makes a step last at least $SLOW seconds
+SLOW = """
+import common, os, time
+plain = common.optimizer_step
+def slow(*args):
+    time.sleep(float(os.environ['SLOW']))
+    return plain(*args)
+common.optimizer_step = slow
+"""
+
+
+def text(world, *more):
+    return ['pretrain.py', 'config/text.py', world / 'tiny.py', *more]
+
+
+def tensors(folder, part):
+    return {k: v for k, v in load_file(folder / 'model.safetensors').items() if k.startswith(part + '.')}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for_lines(out, n, run, timeout=120):
+    end = time.monotonic() + timeout
+    while not (out / 'log.jsonl').exists() or len((out / 'log.jsonl').read_text().splitlines()) < n:
+        assert time.monotonic() < end, f"no {n} lines in {out}/log.jsonl:\n{run.out}\n{run.err}"
+        time.sleep(0.01)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+def test_stage_1_leaves_its_ladder_log_and_resumable_checkpoints(stage_1):
+    assert sorted(os.listdir(stage_1)) == ['ckpt_020', 'ckpt_040', 'ckpt_060', 'ckpt_080', 'ckpt_100', 'ckpt_last', 'log.jsonl']
+    assert os.readlink(stage_1 / 'ckpt_last') == 'ckpt_100'
+    lines = steps(stage_1)
+    assert len(lines) == 20 and lines[-1]['loss'] < lines[0]['loss'] - 1
+    for i, line in enumerate(lines):
+        assert line['lr'] == main_lr(i, **MAIN) and line['tokens'] == (i + 1) * 8 * 48 and line['n_kept'] == 8 * 48
+        assert line['sources']['text']['n_sample'] == 8 * (i + 1) and line['sources']['text']['share'] == 1
+        assert {'z_loss', 'grad_norm', 'tokens_per_s', 'mfu', 'mem_gib', 'data_wait_s'} <= line.keys()
+    meta = meta_of(stage_1 / 'ckpt_080')
+    assert (meta['step'], meta['samples'], meta['stage'], meta['cursor']) == (16, 128, 'text', {'text': 64})
+    assert meta['schedule']['lr'] == main_lr(16, **MAIN) and meta['schedule']['main'] == MAIN
+    moments = torch.load(stage_1 / 'ckpt_080' / 'optim.pt', weights_only=True)
+    assert {k.split('.')[0] for k in moments} == {'decoder'} and all(m['step'] == 16 for m in moments.values())
+    assert (stage_1 / 'ckpt_080' / 'tokenizer.model').exists()
+
+
+def test_stage_2_goes_on_where_stage_1_stopped(world, stage_1, stage_2):
+    lines = steps(stage_2)
+    start = main_lr(16, **MAIN)
+    assert [line['lr'] for line in lines] == [cooldown_lr(i, start=start, final=1e-5, total=12) for i in range(12)]
+    # the text cursor: no window of stage 1's first 16 steps comes again, and the next ones come in stage 1's own order
+    before, after = recorded_ids(world / 'ids_text'), recorded_ids(world / 'ids_mix')
+    words = [i for i in after if ':' in i and i.count(':') == 2]
+    assert not set(before[:128]) & set(words) and len(set(words)) == len(words) == 72
+    assert before[128:] == words[:32]
+    # exact image ratio, at every step and over the run
+    for i, line in enumerate(lines):
+        counts = line['sources']
+        assert counts['captions/*.tar']['n_sample'] == counts['captions/*.tar']['n_image'] == 2 * (i + 1)
+        assert counts['text']['n_sample'] == 6 * (i + 1)
+    meta = meta_of(stage_2 / 'ckpt_100')
+    assert meta['cursor']['text'] == 64 + 36 and meta['moments'] == 'loaded' and meta['stage'] == 'mix'
+    # moments by name: the decoder's step count goes on, the projector has its own
+    moments = torch.load(stage_2 / 'ckpt_100' / 'optim.pt', weights_only=True)
+    assert {m['step'].item() for k, m in moments.items() if k.startswith('decoder.')} == {28}
+    assert {m['step'].item() for k, m in moments.items() if k.startswith('projector.')} == {12}
+    assert not any(k.startswith('encoder.') for k in moments)
+    # the encoder is frozen: the bits of the folder it came from
+    saved = {k: v for k, v in load_vlm(str(stage_2 / 'ckpt_100'))[0].encoder.state_dict().items()}
+    assert equal({f'encoder.{k}': v for k, v in saved.items()}, tensors(stage_2 / 'ckpt_100', 'encoder'))
+    from vision import load_encoder
+    assert equal(saved, load_encoder(str(world / 'data' / 'encoder')).state_dict())
+
+
+def test_other_ratio_and_instructions_leave_the_kth_text_and_caption_alone(world, scripts, stage_1, stage_2, tmp_path):
+    out = tmp_path / 'half'
+    scripts('pretrain.py', *mix(world, stage_1, ratio=0.5), '--instruct_share=0.5', '--loss_weight=token', '--train_encoder=true',
+            '--encoder_lr=1e-3', '--keep_percent=()', f'--out_dir={out}', hook=RECORD, env={'IDS': str(tmp_path / 'ids')})
+    here, there = recorded_ids(tmp_path / 'ids'), recorded_ids(world / 'ids_mix')
+    for kind in (lambda i: i.count(':') == 2, lambda i: i.startswith('0.tar:') and i.count(':') == 1):
+        a, b = [i for i in here if kind(i)], [i for i in there if kind(i)]
+        assert min(len(a), len(b)) >= 24 and all(x == y for x, y in zip(a, b))
+    line = steps(out)[-1]
+    assert {k: v['n_sample'] for k, v in line['sources'].items()} == {'text': 48, 'captions/*.tar': 24, 'instruct': 24}
+    # loss_weight='token': a source's share is its share of targets; 'source' (stage_2's): its share of sequences
+    total = sum(v['n_kept_now'] for v in line['sources'].values())
+    assert all(v['share'] == pytest.approx(v['n_kept_now'] / total) for v in line['sources'].values())
+    assert {k: v['share'] for k, v in steps(stage_2)[-1]['sources'].items()} == {'text': 0.75, 'captions/*.tar': 0.25}
+    # a trained encoder: other bits, its moments saved; without a percent the end is a step checkpoint
+    assert os.readlink(out / 'ckpt_last') == 'ckpt_step_12'
+    assert not equal(tensors(out / 'ckpt_last', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
+    assert any(k.startswith('encoder.') for k in torch.load(out / 'ckpt_last' / 'optim.pt', weights_only=True))
+
+
+def test_rewarm_and_remaining_schedules(world, scripts, stage_1, tmp_path):
+    scripts('pretrain.py', *mix(world, stage_1), '--schedule=rewarm', '--rewarm_steps=3', '--stop_after=5', f'--out_dir={tmp_path / "a"}')
+    expected = [main_lr(i, peak=0.3 * 5e-3, final=1e-5, warmup=3, total=12) for i in range(5)]
+    assert [line['lr'] for line in steps(tmp_path / 'a')] == expected
+    assert meta_of(tmp_path / 'a' / 'ckpt_last')['moments'] == 'fresh'
+    scripts('pretrain.py', *mix(world, stage_1), '--cooldown_shape=remaining', '--stop_after=3', f'--out_dir={tmp_path / "b"}')
+    expected = [remaining_lr(i, main=MAIN, at=16, total=12) for i in range(3)]
+    assert [line['lr'] for line in steps(tmp_path / 'b')] == expected and expected[0] == main_lr(16, **MAIN)
+    # from a checkpoint of stage 2: its own lr, not the main schedule's at that step number
+    scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "b" / "ckpt_last"}', '--stop_after=1', f'--out_dir={tmp_path / "c"}')
+    assert steps(tmp_path / 'c')[0]['lr'] == remaining_lr(3, main=MAIN, at=16, total=12)
+
+
+# --- the same run, anyhow ---------------------------------------------------------------------------------------------
+
+def test_workers_validation_and_saving_change_no_bit(world, scripts, stage_1, tmp_path):
+    scripts(*text(world, f'--out_dir={tmp_path}', '--n_worker=2', '--eval_every=6', '--eval_rows=8', '--val_text=val/*.tar',
+                  '--save_every=3', '--keep_optimizer=last'))
+    assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'ckpt_100')
+    held_out = [line for line in read_log(tmp_path) if 'val_text_loss' in line]
+    assert [line['step'] for line in held_out] == [6, 12, 18, 20] and not any('loss' in line for line in held_out)
+    assert held_out[-1]['val_text_loss'] < held_out[0]['val_text_loss'] < steps(tmp_path)[0]['loss']
+    # retention: two step checkpoints, and one optimizer state in all
+    assert {n for n in os.listdir(tmp_path) if n.startswith('ckpt_step')} == {'ckpt_step_15', 'ckpt_step_18'}
+    assert [n for n in os.listdir(tmp_path) if n != 'ckpt_last' and (tmp_path / n / 'optim.pt').exists()] == ['ckpt_100']
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1, stage_2, tmp_path):
+    rng = random.Random(3)
+    args = ['pretrain.py', *mix(world, stage_1), '--save_every=1', '--eval_every=4', '--eval_rows=4', '--keep_steps=2',
+            '--val_captions=val_captions/*.tar', f'--out_dir={tmp_path}']
+    places = [f'common.optimizer_step:{rng.randint(2, 3)}',             # between checkpoints
+              'torn common.save_file:2', 'torn torch.save:1',           # in the middle of a file
+              'shutil.copyfile:2', 'os.rename:1', 'os.symlink:1',       # before the rename, between rename and link
+              'shutil.rmtree:4',                                        # while old ones are removed
+              f'common.count:{rng.randint(1, 3)}']
+    for i, place in enumerate(places):
+        run = scripts.start(*args, f'--n_worker={i % 2}', hook=KILL, env={'KILL': place})
+        assert run.wait() == -signal.SIGKILL, f"{place}: {run.out}{run.err}"
+        if (tmp_path / 'ckpt_last').exists():
+            load_vlm(str(tmp_path / 'ckpt_last'))                        # whole, or absent
+    run = scripts.start(*args, hook=SLOW, env={'SLOW': '0.03'})          # and once from outside, at whatever it is doing
+    time.sleep(rng.uniform(0.4, 1.2))
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    scripts(*args)
+    assert same_weights(stage_2 / 'ckpt_100', tmp_path / 'ckpt_100')
+    assert same_weights(stage_2 / 'ckpt_100', tmp_path / 'ckpt_100', 'optim.pt')
+    same = ('step', 'loss', 'lr', 'grad_norm', 'n_kept', 'sources')
+    assert [[a[k] for k in same] for a in steps(tmp_path)] == [[b[k] for k in same] for b in steps(stage_2)]
+    assert [line['step'] for line in read_log(tmp_path) if 'val_caption_loss' in line] == [4, 8, 12]
+    assert not [n for n in os.listdir(tmp_path) if n.startswith('.')]
+    # once more: finished, nothing touched
+    stamp = (tmp_path / 'log.jsonl').stat().st_mtime_ns
+    assert 'finished: 12 of 12 steps' in scripts(*args).out
+    assert (tmp_path / 'log.jsonl').stat().st_mtime_ns == stamp
+
+
+def test_stop_after_then_other_place_workers_and_logging(world, scripts, stage_1, tmp_path):
+    args = text(world, '--keep_optimizer=all')
+    scripts(*args, f'--out_dir={tmp_path / "a"}', '--stop_after=7')
+    assert os.readlink(tmp_path / 'a' / 'ckpt_last') == 'ckpt_step_7' and len(steps(tmp_path / 'a')) == 7
+    with open(tmp_path / 'a' / 'log.jsonl', 'a') as f:
+        f.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')              # beyond the checkpoint, and torn
+    os.rename(tmp_path / 'a', tmp_path / 'b')
+    shutil.copytree(tmp_path / 'b', tmp_path / 'c', symlinks=True)
+    out = scripts(*args, f'--out_dir={tmp_path / "b"}', '--n_worker=1', '--log_every=1', '--save_every=5', '--keep_steps=1').out
+    assert 'resuming' in out and 'at step 7 of 20' in out
+    assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'b' / 'ckpt_100') and len(steps(tmp_path / 'b')) == 20
+    # another micro-batch and number of processes may resume too: the same data, rounding aside
+    scripts(*args, f'--out_dir={tmp_path / "c"}', '--micro_batch_size=2', world_size=2)
+    for a, b in zip(steps(tmp_path / 'c'), steps(stage_1), strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['tokens'] == b['tokens']
+    # anything else may not differ
+    for key, given, old in (('lr', '0.1', '0.005'), ('seed', '8', '7'), ('text', "(('val/*.tar',1.0),)", 'text/*.tar'),
+                            ('global_batch_size', '16', '8')):
+        line = scripts.refuses(*args, f'--out_dir={tmp_path / "b"}', f'--{key}={given}')
+        assert key in line and old in line and given.split("'")[1 % len(given.split("'"))][:3] in line, line
+    assert "resume='never'" in scripts.refuses(*args, f'--out_dir={tmp_path / "b"}', '--resume=never')
+
+
+@pytest.mark.parametrize('ratio', [0.25, 0])
+def test_1_2_and_4_processes_train_on_the_same_samples(world, scripts, stage_1, tmp_path, ratio):
+    ids, logs = {}, {}
+    for n in (1, 2, 4):
+        scripts('pretrain.py', *mix(world, stage_1, ratio), '--max_steps=20', '--micro_batch_size=2', f'--out_dir={tmp_path / str(n)}',
+                world_size=n, hook=RECORD, env={'IDS': str(tmp_path / f'ids{n}')})
+        ids[n], logs[n] = recorded_ids(tmp_path / f'ids{n}', n), steps(tmp_path / str(n))
+    assert len(ids[1]) == 160 and ids[1] == ids[2] == ids[4]
+    counts = ('n_sample', 'n_kept', 'n_text', 'n_image', 'n_image_position', 'n_pad')
+    for n in (2, 4):
+        for a, b in zip(logs[1], logs[n], strict=True):
+            assert b['loss'] == pytest.approx(a['loss'], rel=1e-5) and b['lr'] == a['lr'] and b['n_kept'] == a['n_kept']
+            assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
+            for name in a['sources']:
+                assert [a['sources'][name][k] for k in counts] == [b['sources'][name][k] for k in counts]
+    torch.manual_seed(7 + 1)
+    fresh = {f'projector.{k}': v for k, v in Projector(24, 32).state_dict().items()}
+    for n in (1, 2, 4):                                                  # at ratio 0 the projector neither decays nor moves
+        assert equal(tensors(tmp_path / str(n) / 'ckpt_100', 'projector'), fresh) == (ratio == 0)
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(world, scripts, stage_1, tmp_path):
+    args = ['pretrain.py', *mix(world, stage_1), '--n_worker=1']
+    ranks = scripts.start_ranks(2, *args, f'--out_dir={tmp_path / "a"}', hook=SLOW, env={'SLOW': '0.1'})
+    wait_for_lines(tmp_path / 'a', 2, ranks[0])
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert [run.wait() for run in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    n = len(steps(tmp_path / 'a'))
+    assert 2 <= n < 12 and os.readlink(tmp_path / 'a' / 'ckpt_last') == f'ckpt_step_{n}', ranks[0].out
+    assert f'SIGTERM: stopping after step {n}' in ranks[0].out and meta_of(tmp_path / 'a' / 'ckpt_last')['step'] == n
+    scripts(*args, f'--out_dir={tmp_path / "a"}', world_size=2)
+    scripts(*args, f'--out_dir={tmp_path / "b"}', world_size=2)
+    assert same_weights(tmp_path / 'a' / 'ckpt_100', tmp_path / 'b' / 'ckpt_100') and len(steps(tmp_path / 'a')) == 12
+
+
+def test_sigterm_in_the_last_step_does_not_part_the_ranks(world, scripts, tmp_path):
+    hook = SLOW.replace('time.sleep(', 'os.environ.setdefault("N", "0"); os.environ["N"] += "1"; '
+                        'os.environ["RANK"] == "1" and len(os.environ["N"]) == 4 and os.kill(os.getpid(), 15); time.sleep(')
+    args = text(world, '--max_steps=3', '--keep_percent=(100,)', f'--out_dir={tmp_path}')
+    scripts(*args, world_size=2, hook=hook, env={'SLOW': '0'})
+    assert len(steps(tmp_path)) == 3 and sorted(os.listdir(tmp_path)) == ['ckpt_100', 'ckpt_last', 'log.jsonl']
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+def test_what_is_missing_or_does_not_fit_is_one_line(world, scripts, stage_1, stage_2, tmp_path):
+    out, data = f'--out_dir={tmp_path / "out"}', world / 'data'
+    hint = 'make it with: python tinyworld.py data'
+    stage2 = ['pretrain.py', *mix(world, stage_1), out]
+    for argv, *parts in (
+            (text(world, out, '--data_dir=/nowhere'), '/nowhere/tokenizer.model', hint),
+            (text(world, out, "--text=(('none/*.tar',1.0),)"), f'{data}/none/*.tar', hint),
+            ([*stage2, "--captions=(('none/*.tar',1.0),)"], f'{data}/none/*.tar', hint),
+            ([*stage2, '--encoder_path=gone'], f'{data}/gone', hint),
+            ([*stage2, '--instruct_share=0.5', '--instruct=none.json'], f'{data}/none.json', hint),
+            ([*stage2, '--scale=tiny', '--init_from=out/{scale}_no/text/ckpt_080'], 'out/tiny_no/text/ckpt_080',
+             'python pretrain.py config/text.py config/tiny.py'),
+            ([*stage2, f'--init_from={tmp_path}'], str(tmp_path)),
+            (text(world, out, '--micro_batch_size=3'), 'micro_batch_size=3', '--micro_batch_size=2 would'),
+            (text(world, out, '--vocab_size=300'), 'needs 323 rows', 'vocab_size=300'),
+            (text(world, out, '--schedule=warm'), "schedule='warm'", 'cooldown'),
+            (text(world, out, '--schedule=cooldown'), '--init_from'),
+            (text(world, out, '--image_ratio=2'), 'image_ratio=2.0', 'between 0 and 1'),
+            (text(world, out, '--n_head=5'), 'n_head=5'),
+            (text(world, out, '--max_step=5'), "did you mean 'max_steps'"),
+            ([*stage2, '--seq_len=5'], 'seq_len=5', 'at least 6'),
+            ([*stage2, '--n_layer=3'], 'n_layer=2', '3'),
+            ([*stage2, '--n_head=4'], 'n_head=2', '4'),
+            ([*stage2, '--image_ratio=0.25', '--train_encoder=true', '--save_encoder=false'], 'save_encoder'),
+            (text(world, out, '--device=tpu'), "device='tpu'"),
+            (text(world, out, '--dtype=float16'), "dtype='float16'")):
+        line = scripts.refuses(*argv)
+        assert all(part in line for part in parts), line
+    assert not (tmp_path / 'out').exists()
+
+
+def test_broken_checkpoints_and_tokenizers_are_named(world, scripts, stage_1, tmp_path):
+    def changed(name, change):
+        shutil.copytree(stage_1 / 'ckpt_080', tmp_path / name)
+        change(tmp_path / name)
+        return scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / name}', f'--out_dir={tmp_path / "out"}')
+
+    def rewrite(file, f):
+        return lambda folder: (folder / file).write_bytes(f((folder / file).read_bytes()))
+    assert 'schema 99' in changed('a', rewrite('meta.json', lambda b: b.replace(b'"schema": 1', b'"schema": 99')))
+    assert 'b/meta.json' in changed('b', rewrite('meta.json', lambda b: b[:100]))
+    assert 'c/model.safetensors' in changed('c', rewrite('model.safetensors', lambda b: b[:-4000]))
+    assert 'd/optim.pt' in changed('d', rewrite('optim.pt', lambda b: b[:-4000]))
+    assert 'e/optim.pt' in changed('e', rewrite('optim.pt', lambda b: b'garbage'))
+    assert 'another tokenizer' in changed('f', rewrite('meta.json', lambda b: b.replace(b'"tokenizer_sha256": "', b'"tokenizer_sha256": "0')))
+    # a missing optim.pt is legal for a new run (fresh moments, warmed up), not for going on
+    shutil.copytree(stage_1, tmp_path / 'g', symlinks=True)
+    os.remove(tmp_path / 'g' / 'ckpt_080' / 'optim.pt')
+    os.remove(tmp_path / 'g' / 'ckpt_last')
+    (tmp_path / 'g' / 'ckpt_last').symlink_to('ckpt_080')
+    assert 'optim.pt is gone' in scripts.refuses(*text(world, '--keep_optimizer=all', f'--out_dir={tmp_path / "g"}'))
+    run = scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "g" / "ckpt_080"}', '--moments_warmup_steps=4',
+                  f'--out_dir={tmp_path / "h"}', '--stop_after=1')
+    assert 'no AdamW moments' in run.out and steps(tmp_path / 'h')[0]['lr'] == main_lr(16, **MAIN) / 4
+    # ckpt_last to nowhere: starting over would overwrite the log
+    (tmp_path / 'i').mkdir()
+    (tmp_path / 'i' / 'ckpt_last').symlink_to('ckpt_060')
+    assert 'ckpt_060, which is gone' in scripts.refuses(*text(world, f'--out_dir={tmp_path / "i"}'))
+
+
+def test_bad_samples_stop_the_run_or_are_counted_replaced_and_listed(world, scripts, stage_1, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(world / 'data', data)
+    write_captions(data / 'captions' / '0.tar', 60)
+    whole = (data / 'captions' / '0.tar').read_bytes()
+    at = whole.index(b'\xff\xd8\xff', len(whole) // 2)                   # one JPEG's header
+    (data / 'captions' / '0.tar').write_bytes(whole[:at] + b'\0' * 40 + whole[at + 40:])
+    args = ['pretrain.py', *mix(world, stage_1, 0.75), f'--data_dir={data}', '--max_steps=10']  # 60 captions: every one comes
+    line = scripts.refuses(*args, f'--out_dir={tmp_path / "a"}')
+    assert '0.tar: 0' in line and 'max_bad_samples=0' in line, line
+    scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=2', '--n_worker=1', '--stop_after=9', world_size=2)
+    scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=2', world_size=2)
+    bad = meta_of(tmp_path / 'b' / 'ckpt_100')['bad_samples']
+    assert len(bad) == 1 and bad[0] in line and steps(tmp_path / 'b')[-1]['sources']['captions/*.tar']['n_sample'] == 60
+    # more than allowed: the tar loses its tail
+    (data / 'captions' / '0.tar').write_bytes(whole[:at] + b'\0' * 40 + whole[at + 40:-9000])
+    assert 'truncated' in scripts.refuses(*args, f'--out_dir={tmp_path / "c"}')
+    line = scripts.refuses(*args, f'--out_dir={tmp_path / "c"}', '--max_bad_samples=1')
+    assert '2 bad samples are more than max_bad_samples=1' in line and '0.tar' in line, line
+    # ids that the tokenizer does not have
+    write_tar(data / 'text' / '0.tar', [('0.json', json.dumps([400] * 97).encode())])
+    assert 'id 400 is beyond' in scripts.refuses(*text(world, f'--data_dir={data}', f'--out_dir={tmp_path / "d"}'))
+
+
+def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, scripts, stage_1, tmp_path):
+    shutil.copytree(stage_1 / 'ckpt_080', tmp_path / 'base')
+    state = load_file(tmp_path / 'base' / 'model.safetensors')
+    state['decoder.norm.weight'][3] = float('nan')
+    save_file(state, tmp_path / 'base' / 'model.safetensors')
+    line = scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "base"}', '--save_every=1',
+                           f'--out_dir={tmp_path / "a"}')
+    assert 'step 1: not finite' in line and 'rank 0' in line and '0.tar:' in line, line
+    assert os.listdir(tmp_path / 'a') == ['log.jsonl'] and not read_log(tmp_path / 'a')
+    # one rank's batch, in the middle of a run: the step before it is saved, the step itself changes nothing
+    hook = """
+import model, os, torch
+plain, n = model.VLM.forward, [0]
+def poisoned(self, *args, **options):
+    loss, weight = plain(self, *args, **options)
+    n[0] += 1
+    if n[0] == 4 and os.environ['RANK'] == '1':
+        self.row_loss[0, 2] = loss = loss * float('nan')
+    return loss, weight
+model.VLM.forward = poisoned
+"""
+    runs = scripts.start_ranks(2, 'pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "b"}', '--save_every=2', hook=hook)
+    assert [run.wait() for run in runs] == [1, 1]
+    assert 'step 4: not finite: loss on ranks [1]; rank 1, samples' in runs[1].err and not runs[0].err, runs[0].err
+    assert runs[1].err.split('samples ')[1].split(';')[0].count(',') == 0               # the row is known
+    assert os.readlink(tmp_path / 'b' / 'ckpt_last') == 'ckpt_step_2' and len(steps(tmp_path / 'b')) == 3
+
+
+def test_a_full_disk_costs_one_line_and_no_checkpoint(world, scripts, stage_1, tmp_path):
+    args = text(world, f'--out_dir={tmp_path}', '--keep_optimizer=all', '--save_every=3')
+    scripts(*args, '--stop_after=5')
+    size = (tmp_path / 'ckpt_last' / 'model.safetensors').stat().st_size
+    for limit in (size // 2, size + size // 2):                          # inside model.safetensors, inside optim.pt
+        line = scripts.refuses(*args, limit=limit)
+        assert 'ckpt_step_6 failed' in line and 'the checkpoints before it are untouched' in line, line
+        assert sorted(os.listdir(tmp_path)) == ['ckpt_020', 'ckpt_last', 'ckpt_step_3', 'ckpt_step_5', 'log.jsonl']
+        load_vlm(str(tmp_path / 'ckpt_last'))
+    scripts(*args)
+    assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'ckpt_100')
+
+
+# --- the other ways in and out ----------------------------------------------------------------------------------------
+
+def test_openlm_weights_start_stage_2(world, scripts, stage_1, tmp_path):
+    model, _, _ = load_vlm(str(stage_1 / 'ckpt_080'))
+    save_openlm(model.decoder, str(tmp_path / 'open.pt'))
+    args = ['pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "open.pt"}', f'--out_dir={tmp_path / "out"}',
+            '--moments_warmup_steps=2', '--stop_after=2']
+    assert '--start_lr' in scripts.refuses(*args)
+    assert 'n_layer' in scripts.refuses(*args, '--start_lr=1e-3', '--n_layer=1')
+    scripts(*args, '--start_lr=1e-3')
+    lines = steps(tmp_path / 'out')
+    assert lines[0]['lr'] == 0.5e-3 and lines[1]['lr'] == cooldown_lr(1, start=1e-3, final=1e-5, total=12)
+    assert lines[0]['loss'] < 4                                          # a fresh decoder begins above 5.7
+    (tmp_path / 'open.pt').write_bytes(b'garbage')
+    assert 'open.pt' in scripts.refuses(*args, '--start_lr=1e-3', f'--out_dir={tmp_path / "other"}')
+
+
+def test_a_checkpoint_without_its_encoder_finds_it_and_knows_it(world, scripts, stage_1, stage_2, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(world / 'data', data)
+    args = ['pretrain.py', *mix(world, stage_1), f'--data_dir={data}', '--save_encoder=false']
+    scripts(*args, f'--out_dir={tmp_path / "a"}', '--stop_after=5')
+    assert not tensors(tmp_path / 'a' / 'ckpt_last', 'encoder')
+    model, _, _ = load_vlm(str(tmp_path / 'a' / 'ckpt_last'))
+    assert equal({f'encoder.{k}': v for k, v in model.encoder.state_dict().items()}, tensors(stage_2 / 'ckpt_100', 'encoder'))
+    scripts(*args, f'--out_dir={tmp_path / "a"}')
+    for part in ('decoder', 'projector'):
+        assert equal(tensors(tmp_path / 'a' / 'ckpt_100', part), tensors(stage_2 / 'ckpt_100', part))
+    scripts(*args, f'--out_dir={tmp_path / "p"}', '--encoder_path=patch', '--image_size=28', '--stop_after=1')
+    assert load_vlm(str(tmp_path / 'p' / 'ckpt_last'))[0].encoder.n_token == 4
+    # another encoder under the same path
+    torch.manual_seed(12)
+    from vision import SigLIP, SigLIPConfig
+    SigLIP(SigLIPConfig(24, 48, 2, 2, 14, 28)).save_pretrained(data / 'encoder')
+    with pytest.raises(ValueError, match='other weights than it was trained with'):
+        load_vlm(str(tmp_path / 'a' / 'ckpt_last'))
+    (tmp_path / 'a' / 'ckpt_last').unlink()
+    (tmp_path / 'a' / 'ckpt_last').symlink_to('ckpt_step_5')
+    assert 'another encoder' in scripts.refuses(*args, f'--out_dir={tmp_path / "a"}')
+
+
+def test_dry_run_with_and_without_data(world, scripts, stage_1, tmp_path):
+    out = scripts('pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "x"}', '--dry_run=true').out
+    assert '12 steps of 384 tokens' in out and 'MISSING' not in out and 'text: 3,456 positions (75.0%)' in out
+    out = scripts('pretrain.py', 'config/ckpt80_img10.py', '--data_dir=/nowhere', '--dry_run=true').out
+    assert 'MISSING /nowhere/tokenizer.json' in out and 'MISSING /nowhere/text/*.tar' in out and '1,439,893,504' in out
+    assert not (tmp_path / 'x').exists() and not Path('out/1b').exists()
