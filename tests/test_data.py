@@ -103,6 +103,10 @@ def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
     assert t.eot_id == 0 and (t.image_id, t.sep_id, t.pad_id, t.vocab_size) == (n, n + 1, n + 2, n + 3)
     text = 'a <|endoftext|> in the <|padding|> text'
     assert min(t.encode(text)) > 1 and t.decode(t.encode(text)) == text
+    parts = json.loads((tmp_path / 'tokenizer.json').read_text())
+    parts['added_tokens'][0]['special'] = False                          # then the engine itself would find it in the text
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(parts))
+    assert 0 not in load_tokenizer(str(tmp_path)).encode(text)
     assert t.single('a') is not None and t.single('zqzqzq') is None
 
 
