@@ -9,29 +9,34 @@ Numbers with their conditions, on whatever device is there.
 step takes pretrain.py's keys. Its batches are synthetic in pretrain.py's layout, so it needs no data: the loader's own cost
 is in every log.jsonl as data_wait_s. kernels and tune need an NVIDIA GPU and say so without one.
 """
+import functools
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import common
+import kernels
 from configurator import configure
 from model import VLM, Decoder, ModelConfig, Projector
 from vision import SigLIP, SigLIPConfig, load_encoder
+
+try:
+    import triton
+except ImportError:
+    triton = None
 
 
 def conditions(device):
     """One line: device, versions, commit, date."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    try:
-        import triton
-        version = triton.__version__
-    except ImportError:
-        version = 'absent'
+    version = triton.__version__ if triton else 'absent'
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, triton {version}, python "
             f"{platform.python_version()}, commit {common.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
 
@@ -138,7 +143,190 @@ def step(argv):
         print(f"  outside torch's operators (Python, autograd, the profiler itself): {1 - inside / wall:.1%} of the step")
 
 
-COMMANDS = {'step': step}
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+def loss_cases(N=8192, C=2048, V=50432, shares=(0.29, 0.91, 1.0)):
+    """What the loss is timed at: the kept shares of caption rows, of the main recipe (10 % images) and of plain text."""
+    return [dict(N=N, C=C, V=V, share=share) for share in shares]
+
+
+def loss_candidates(case, device, dtype):
+    """Inputs and implementations of one loss case: (leaves, {name: f(leaves) -> summed nats}, useful FLOPs)."""
+    generator = torch.Generator(device).manual_seed(0)
+    N, C, V = case['N'], case['C'], case['V']
+    x = torch.randn(N, C, generator=generator, device=device, dtype=dtype).requires_grad_()
+    w = (torch.randn(V, C, generator=generator, device=device) * C ** -0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator, device=device)
+    targets[torch.rand(N, generator=generator, device=device) >= case['share']] = kernels.IGNORE_INDEX
+    rows = (targets != kernels.IGNORE_INDEX).nonzero().squeeze(1)
+
+    def eager(x, w):
+        return F.cross_entropy((x @ w.T).float(), targets, reduction='sum')
+
+    @torch.compile
+    def compact(x, w):
+        return F.cross_entropy((x[rows] @ w.T).float(), targets[rows], reduction='sum')
+
+    def ours(impl):
+        return lambda x, w: kernels.linear_cross_entropy(x, w, targets, rows=rows, impl=impl)[0].sum()
+    names = {'eager': eager, 'compact + torch.compile': compact}
+    names.update({f"ours, impl='{impl}'": ours(impl) for impl in ('torch', 'triton', 'triton-keep', 'auto')})
+    return (x, w), names, 6 * len(rows) * C * V
+
+
+def attention_cases(B=8, H=16, D=128):
+    """What attention is timed at: plain causal, the image prefix of a caption row, documents in a text row."""
+    return [dict(B=B, H=H, D=D, T=2048, mask='causal'), dict(B=B, H=H, D=D, T=1024, mask='prefix'),
+            dict(B=B, H=H, D=D, T=2048, mask='documents')]
+
+
+def attention_candidates(case, device, dtype):
+    """Inputs and implementations of one attention case: (leaves, {name: f(leaves) -> o}, useful FLOPs)."""
+    generator = torch.Generator(device).manual_seed(0)
+    B, H, D, T = case['B'], case['H'], case['D'], case['T']
+    q, k, v = (torch.randn(B, H, T, D, generator=generator, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    n_prefix = T * 729 // 1024
+    if case['mask'] == 'causal':
+        mask = kernels.Intervals.causal(B, T, device)
+    elif case['mask'] == 'prefix':
+        mask = kernels.Intervals.prefix(torch.full((B,), n_prefix, device=device), T)
+    else:
+        segment = torch.rand(B, T, generator=generator, device=device).lt(4 / T).cumsum(1)    # about five documents a row
+        mask = kernels.Intervals.documents(segment)
+    key = torch.arange(T, device=device)
+    seen = (key >= mask.lo[..., None]) & (key < mask.hi[..., None])                       # (B,T,T)
+    names = {f"ours, impl='{impl}'": lambda q, k, v, impl=impl: kernels.attention(q, k, v, mask, impl=impl)
+             for impl in ('triton', 'auto')}
+    names['SDPA, boolean mask'] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen[:, None])
+    if case['mask'] == 'causal':
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            names[f'SDPA, {backend.name.lower()}'] = functools.partial(sdpa_with, backend)
+    if case['mask'] == 'prefix':
+        names['SDPA in two calls'] = lambda q, k, v: kernels.attention(q, k, v, mask, impl='torch-split')
+    if device.type == 'cuda':
+        lo, hi = mask.lo, mask.hi
+        block_mask = create_block_mask(lambda b, h, i, j: (j >= lo[b, i]) & (j < hi[b, i]), B, None, T, T, device=device)
+        flex = torch.compile(flex_attention)
+        names['FlexAttention'] = lambda q, k, v: flex(q, k, v, block_mask=block_mask)
+    return (q, k, v), names, 4 * H * D * int(seen.sum()) * 3.5
+
+
+def sdpa_with(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def gradients(f, leaves, dtype=None):
+    """The output and the leaves' gradients of f at random output gradients, float32 or in another dtype throughout."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
+    out = f(*leaves)
+    generator = torch.Generator(out.device).manual_seed(1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator, device=out.device,
+                                                                        dtype=torch.float32).to(out.dtype))]
+
+
+def compare(title, leaves, names, flops, truth, peak):
+    """Time forward and backward of each implementation, with its memory and its error against `truth`; print a table."""
+    print(f"\n{title}\n{'':<28} {'fwd ms':>8} {'fwd+bwd':>8} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>7} {'error':>8}")
+    cuda = leaves[0].is_cuda
+    for name, f in names.items():
+        try:
+            error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(gradients(f, leaves), truth))
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated() if cuda else 0
+            gradients(f, leaves)
+            extra = ((torch.cuda.max_memory_allocated() if cuda else 0) - held) / 2 ** 30
+            forward, both = timed(lambda: f(*leaves), cuda), timed(lambda: gradients(f, leaves), cuda)
+            rate = flops / both / 1e9
+            print(f'{name:<28} {forward:8.3f} {both:8.3f} {rate:8.1f} {rate * 1e12 / peak:8.1%} {extra:7.2f} {error:8.1e}')
+        except (RuntimeError, ValueError) as e:
+            print(f'{name:<28} not run: {str(e).splitlines()[0][:80]}')
+
+
+def timed(f, cuda):
+    """Median milliseconds of a call."""
+    if cuda:
+        from triton.testing import do_bench
+        return do_bench(f, return_mode='median')
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        f()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def bench_kernels(argv):
+    """Our kernels against PyTorch's, in one run, each checked against float32 eager before it is timed."""
+    if not torch.cuda.is_available():
+        print('bench.py kernels: torch sees no GPU here, so there is nothing to time (the tests check the arithmetic)')
+        return
+    device = torch.device('cuda')
+    print(conditions(device))
+    name = torch.cuda.get_device_name(device)
+    peak = next((v for k, v in common.PEAK_FLOPS.items() if k in name), float('nan'))
+    for case in loss_cases():
+        leaves, names, flops = loss_candidates(case, device, torch.bfloat16)
+        truth = gradients(names['eager'], leaves, torch.float32)
+        compare(f"masked loss, {case}", leaves, names, flops, truth, peak)
+    for case in attention_cases():
+        leaves, names, flops = attention_candidates(case, device, torch.bfloat16)
+        truth = gradients(names['SDPA, boolean mask'], leaves, torch.float32)
+        compare(f"attention, {case}", leaves, names, flops, truth, peak)
+
+
+TUNE = {                                        # block sizes, num_warps, num_stages to try for each kernel
+    'forward': [(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)],
+    'dkdv': [(m, n, w, s) for m in (32, 64) for n in (64, 128) for w in (4, 8) for s in (1, 2)],
+    'dq': [(m, n, w, s) for m in (64, 128) for n in (32, 64) for w in (4, 8) for s in (1, 2)],
+    'lse': [(m, v, c, 8, 8, s) for m in (64, 128) for v in (128, 256) for c in (32, 64) for s in (3, 4)],
+    'dz': [(m, v, c, 8, 8, s) for m in (64, 128) for v in (128, 256) for c in (32, 64) for s in (3, 4)],
+    'kept_lse': [(v, w, 1) for v in (1024, 2048, 4096, 8192) for w in (4, 8)],
+    'kept_dz': [(v, w, 1) for v in (1024, 2048, 4096, 8192) for w in (4, 8)],
+}
+
+
+def tune(argv):
+    """Try TUNE's configs on this GPU, one kernel at a time, and print the entries of kernels.CONFIG that were fastest."""
+    if not torch.cuda.is_available():
+        print('bench.py tune: torch sees no GPU here, so there is nothing to tune')
+        return
+    device = torch.device('cuda')
+    arch = kernels._arch(device)
+    print(conditions(device))
+    for kernel, candidates in TUNE.items():
+        for width in (64, 128) if kernel in ('forward', 'dkdv', 'dq') else (0,):
+            best = []
+            for long in (False, True):                                       # up to kernels.SHORT positions or rows, beyond
+                length = kernels.SHORT if not long else 4 * kernels.SHORT
+                if width:
+                    case = dict(B=8, H=2048 // width, D=width, T=length, mask='documents')
+                    leaves, names, _ = attention_candidates(case, device, torch.bfloat16)
+                    f = names["ours, impl='triton'"]
+                else:
+                    case = dict(N=length, C=2048, V=50432, share=1.0)
+                    leaves, names, _ = loss_candidates(case, device, torch.bfloat16)
+                    f = names[f"ours, impl='triton{'-keep' if kernel.startswith('kept') else ''}'"]
+                best.append(fastest(kernel, (kernel, arch, width), long, candidates, lambda: gradients(f, leaves)))
+            print(f'    {(kernel, arch, width)}: {tuple(best)},', flush=True)
+
+
+def fastest(kernel, key, long, candidates, f):
+    """The config of kernels.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
+    before, times = kernels.CONFIG[key], {}
+    for config in (before[long], *candidates):
+        kernels.CONFIG[key] = (config, config)
+        try:
+            times[config] = timed(f, True)
+        except (RuntimeError, ValueError, triton.OutOfResources, triton.CompilationError):
+            continue
+    kernels.CONFIG[key] = before
+    return min(times, key=times.get)
+
+
+COMMANDS = {'step': step, 'kernels': bench_kernels, 'tune': tune}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

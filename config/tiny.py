@@ -1,41 +1,47 @@
 # the tiny world on a 2-core laptop; after a recipe: python pretrain.py config/ckpt80_img10.py config/tiny.py
 scale = 'tiny'
 n_thread = 2
-if stage != 'evaluate':
+if stage == 'evaluate':
+    eval_dir = 'data/tiny/eval'
+    short_suffix = ''                   # its questions are worded alike everywhere
+    box_prompt = 'box of the {sent}?'
+    pope_words = ('yes', 'no')
+    max_new_tokens = 32
+    batch_size = 64
+else:
     data_dir = 'data/tiny'
     data_hint = 'make the tiny world with: python tinyworld.py data && python tinyworld.py encoder'
     encoder_path = 'encoder'
     n_worker = 0                        # two cores: the loader shares them anyway
-    log_every = 50
     save_every = 200
+    log_every = 100
 if stage in ('text', 'mix'):
     tokenizer = 'tokenizer.model'
     text = (('text/*.tar', 0.95), ('english/*.bin', 0.05))
-    n_layer, n_head, n_embd = 4, 4, 128
+    val_text = 'text_val/*.tar'
+    val_captions = 'captions_val/*.tar'
+    n_layer, n_head, n_embd, n_ffn = 4, 3, 96, 256
     vocab_size = 832
-    n_ffn = 384
     seq_len = 96
     global_batch_size = micro_batch_size = 16
     lr = 1.5e-3
     weight_decay = 0.03
+    eval_every = 200
+    eval_rows = 128
 if stage == 'text':
-    max_steps = 1400
-    warmup_steps = 70
+    max_steps = 2200
+    warmup_steps = 110
 if stage == 'mix':
-    max_steps = 200
+    max_steps = 240                     # 15 % of stage 1; the paper's is 0.65 %: the projector starts from nothing here, too
+    projector_lr = 1.5e-3
+    rewarm_steps = 24
 if stage == 'finetune':
-    seq_len = 256
     instruct = 'instruct/llava.json'
     instruct_images = 'instruct'
+    seq_len = 128
     global_batch_size = micro_batch_size = 32
-    max_steps = 900
+    n_epoch = 4
     lr = 1.5e-3
     final_lr = 1e-5
-    split_turns = True
-    loss_average = 'answer'
-if stage == 'evaluate':
-    eval_dir = 'data/tiny/eval'
-    short_suffix = ''
-    box_prompt = 'box of the {sent}?'
-    pope_words = ('yes', 'no')
-    max_new_tokens = 32
+    split_turns = True                  # several questions in a row leak into each other at this size
+    loss_average = 'answer'             # boxes are long answers
