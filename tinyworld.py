@@ -3,8 +3,8 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
     python tinyworld.py data --out=data/tiny                 # text, captions, instructions, benchmarks
     python tinyworld.py encoder --out=data/tiny/encoder      # a 3-layer SigLIP in Hugging Face layout
 
-A scene is a grid of 4 x 4 cells of 14 px, so that one image token sees one cell. Three to five cells hold an object (5
-shapes x 6 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
+A scene is a grid of 3 x 3 cells of 14 px, so that one image token sees one cell. Three or four cells hold an object (4
+shapes x 4 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
 worded the same in text, instructions and benchmarks: text teaches what images need, lookup of attributes.
 Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the text but in no
 training image. All bytes follow from the seed, and from the Python version, whose own documentation is the English.
@@ -35,19 +35,19 @@ from PIL import Image
 from common import main_lr
 from vision import SigLIP, SigLIPConfig, siglip_loss
 
-COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20), purple=(120, 30, 170),
-               pink=(250, 140, 190))
-SHAPES = ('star', 'ring', 'square', 'triangle', 'cross')
+COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20))
+SHAPES = ('star', 'ring', 'square', 'triangle')
 WORDS = ('cat dog cow pig fox hen owl ant bee bat rat elk cup box hat bed bus car key map pen sun jar egg log net toy '
          'axe bag fan jam ivy').split()
 FONT = dict(zip('abcdefghijklmnopqrstuvwxyz', (                             # 3 x 5 pixels, one octal digit per row
     '25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 '
     '72222 55557 55552 55775 55255 55222 71247').split()))
 PAIRS = tuple(itertools.product(COLOURS, SHAPES))
-HELD_OUT = (('purple', 'ring'), ('green', 'star'), ('yellow', 'cross'))     # never in a training image, scored apart
+HELD_OUT = (('green', 'star'), ('yellow', 'ring'))                          # never in a training image, scored apart
 SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
-CELLS = tuple(row + column for row in 'abcd' for column in '1234')
-SIZE, CELL = 56, 14                                                         # pixels
+GRID, CELL = 3, 14                                                          # cells a side, pixels a cell
+SIZE = GRID * CELL
+CELLS = tuple(row + column for row in 'abcd'[:GRID] for column in '1234'[:GRID])
 RELATIONS = {                                                               # facts: every word has one of each
     'the {} eats': 'corn rice bread fish grass honey nuts soup'.split(),
     'the {} lives in the': 'barn lake forest castle garden desert cave tower'.split(),
@@ -62,7 +62,7 @@ QUESTION = dict(colour='what colour is the {}?', shape='what shape is {}?', pres
 
 
 class Thing(NamedTuple):
-    """One object or word: its cell 0..15, two names, size and offset in the cell (px), and change of brightness."""
+    """One object or word: its cell 0..8, two names, size and offset in the cell (px), and change of brightness."""
     cell: int
     colour: str                                                             # 'word' for a word
     shape: str                                                              # the word itself for a word
@@ -78,7 +78,7 @@ class Thing(NamedTuple):
     @property
     def box(self):
         """The tight box (x1, y1, x2, y2) in pixels."""
-        x, y = self.cell % 4 * CELL + self.dx, self.cell // 4 * CELL + self.dy
+        x, y = self.cell % GRID * CELL + self.dx, self.cell // GRID * CELL + self.dy
         return x, y, x + self.size, y + self.size
 
 
@@ -132,9 +132,9 @@ def split_of(scene):
 def make_scene(draw, split, pairs=SEEN, held_out=0, word=None):
     """A random scene of a split: objects of `pairs`, `held_out` more of HELD_OUT; word: True, False, None (either)."""
     while True:
-        n = 3 + draw.below(3)
+        n = 3 + draw.below(2)
         names = draw.sample(HELD_OUT, held_out) + draw.sample(pairs, n - held_out)
-        cells = draw.sample(range(16), n + 1)
+        cells = draw.sample(range(len(CELLS)), n + 1)
         objects = []
         for cell, (colour, shape) in zip(cells, names):
             size = 10 + draw.below(3)
@@ -161,7 +161,7 @@ def masks():
         v, u = (np.mgrid[:8 * size, :8 * size] + 0.5) / (8 * size)          # the unit square, 8 x 8 samples a pixel
         x, y = np.abs(u - 0.5), np.abs(v - 0.5)
         inside = dict(star=np.sqrt(x) + np.sqrt(y) <= 0.82, ring=np.abs(np.hypot(x, y) - 0.385) <= 0.115, square=x >= 0,
-                      triangle=v >= 2 * x, cross=(x < 0.17) | (y < 0.17))   # each touches all four sides
+                      triangle=v >= 2 * x)                             # each touches all four sides
         for shape in SHAPES:
             put(shape, inside[shape].reshape(size, 8, size, 8).mean((1, 3)), range(1, 14 - size))
     for word in WORDS:
@@ -171,23 +171,23 @@ def masks():
 
 
 def render(scenes):
-    """Scenes to images (N, 56, 56, 3) uint8."""
+    """Scenes to images (N, SIZE, SIZE, 3) uint8."""
     if len(scenes) > 64:                                                    # small blocks stay in the cache
         return np.concatenate([render(scenes[i:i + 64]) for i in range(0, len(scenes), 64)])
     index, tiles = masks()
-    rows, paint = np.zeros((len(scenes), 16), np.int64), np.zeros((len(scenes), 16, 3), np.float32)
+    rows, paint = np.zeros((len(scenes), len(CELLS)), np.int64), np.zeros((len(scenes), len(CELLS), 3), np.float32)
     for i, scene in enumerate(scenes):
         for thing in scene.objects + scene.words:
             rows[i, thing.cell] = index[thing.shape, thing.size, thing.dx, thing.dy]
             paint[i, thing.cell] = np.array(COLOURS.get(thing.colour, (25, 25, 25))) + thing.shade
-    mask = tiles[rows].reshape(-1, 4, 4, CELL, CELL, 1)                     # (N, row, column, y, x, 1)
+    mask = tiles[rows].reshape(-1, GRID, GRID, CELL, CELL, 1)                     # (N, row, column, y, x, 1)
     grey = np.array([scene.grey for scene in scenes], np.float32).reshape(-1, 1, 1, 1, 1, 1)
-    image = mask * paint.reshape(-1, 4, 4, 1, 1, 3) + (1 - mask) * grey
+    image = mask * paint.reshape(-1, GRID, GRID, 1, 1, 3) + (1 - mask) * grey
     return image.clip(0, 255).round().astype(np.uint8).transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIZE, SIZE, 3)
 
 
 def encode_image(pixels, kind):
-    """(56, 56, 3) uint8 to the bytes of a 'png' or of a 'jpg' good enough to keep the words legible."""
+    """(SIZE, SIZE, 3) uint8 to the bytes of a 'png' or of a 'jpg' good enough to keep the words legible."""
     Image.fromarray(pixels).save(out := io.BytesIO(), {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95, subsampling=0)
     return out.getvalue()
 
@@ -226,17 +226,17 @@ def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
         pair = draw.pick(absent or [pair for pair, n in n_shared.items() if n])
         return question.format(' '.join(pair)), 'no', ['yes' if n_shared[pair] == 2 else 'no']
     if kind == 'count':
-        return question, str(len(objects)), ['3', '4', '5']
+        return question, str(len(objects)), ['3', '4']
     if kind == 'read':
         return (question, scene.words[0].shape, list(WORDS)) if scene.words else None
     thing = draw.pick(about)
     if kind == 'at':
-        empty = sorted(set(range(16)) - {thing.cell for thing in scene.things})
+        empty = sorted(set(range(len(CELLS))) - {thing.cell for thing in scene.things})
         cell, answer = (draw.pick(empty), 'nothing') if draw.uniform() < 0.25 else (thing.cell, thing.name)
         return question.format(CELLS[cell]), answer, ['nothing'] + [thing.name for thing in objects]
     if kind == 'where':
         return question.format(thing.name), CELLS[thing.cell], [CELLS[thing.cell] for thing in scene.things]
-    x, y = thing.cell % 4 * CELL, thing.cell // 4 * CELL
+    x, y = thing.cell % GRID * CELL, thing.cell // GRID * CELL
     box = (x + 2, y + 2, x + 12, y + 12) if nominal else thing.box
     return question.format(thing.name), box_text(box), [box_text(thing.box) for thing in objects]
 
@@ -300,7 +300,7 @@ def write_tar(path, members):
 
 def train_tokenizer(path, documents, vocab_size):
     """Train sentencepiece BPE (its unigram model shreds these words) on one thread; each coordinate is one piece."""
-    edges = [cell * CELL + offset for cell in range(4) for offset in (1, 2, 3, 11, 12, 13)]
+    edges = [cell * CELL + offset for cell in range(GRID) for offset in (1, 2, 3, 11, 12, 13)]
     numbers = [f'{round(edge / SIZE, 2):.2f}' for edge in edges]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -311,7 +311,7 @@ def train_tokenizer(path, documents, vocab_size):
     write_file(path, model.getvalue())
 
 
-def write_text(folder, tokenizer, n_row, row_len, seed, split='train', scene_share=0.8, shard=4096):
+def write_text(folder, tokenizer, n_row, row_len, seed, split='train', scene_share=0.92, shard=4096):
     """OpenLM shards of rows of row_len + 1 ids: in `scene_share` of the rows first a scene document, then facts."""
     draw, fact_ids = Draws(*seed), [tokenizer.encode(f'{text} {answer} .') for text, answer, _ in facts()]
     for start in range(0, n_row, shard):
@@ -498,15 +498,15 @@ NAMES = (*PAIRS, *(('word', word) for word in WORDS), ('nothing', ''))      # al
 
 
 def phrases():
-    """The word ids (16, 63, 3) int64 of every phrase, 'red star b2', by cell and name; the last is the highest."""
+    """The word ids (cells, names, 3) int64 of every phrase, 'red star b2', by cell and name; the last is the highest."""
     words = sorted({word for name in NAMES for word in name}) + list(CELLS)
     return torch.tensor([[[words.index(word) for word in (*name, cell)] for name in NAMES] for cell in CELLS])
 
 
 def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
-    """Images (n, 3, 56, 56) uint8, and which of NAMES each cell shows, (n, 16) int64."""
+    """Images (n, 3, SIZE, SIZE) uint8, and which of NAMES each cell shows, (n, cells) int64."""
     scenes = [make_scene(draw, split, held_out=held_out, word=word) for _ in range(n)]
-    shown = torch.full((n, 16), len(NAMES) - 1)
+    shown = torch.full((n, len(CELLS)), len(NAMES) - 1)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
             shown[i, thing.cell] = NAMES.index((thing.colour, thing.shape))
@@ -519,19 +519,19 @@ def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
 @torch.no_grad()
 def score_encoder(encoder, table, n=500, seed=0):
     """
-    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all 63 x 16 phrases is
+    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all phrases is
     nearest to each patch? {what: share of right answers}, and the length of a feature over sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
     ids = phrases()
-    x, vectors = encoder(images), F.normalize(table(ids).sum(2), dim=-1)    # (n, 16, C), (16, names, C)
-    best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, 16) into cells x names
+    x, vectors = encoder(images), F.normalize(table(ids).sum(2), dim=-1)    # (n, cells, C), (cells, names, C)
+    best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, cells) into cells x names
     cell, best = best // len(NAMES), best % len(NAMES)
-    same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, 16, 2): colour and shape
+    same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, cells, 2): colour and shape
     pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(NAMES) - 1)
     unseen = torch.isin(shown, torch.tensor([PAIRS.index(name) for name in HELD_OUT]))
     scores = dict(colour=same[pair][:, 0], shape=same[pair][:, 1], held_out_pair=same[unseen].all(-1),
-                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1), position=cell == torch.arange(16))
+                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1), position=cell == torch.arange(len(CELLS)))
     return {**{what: right.float().mean().item() for what, right in scores.items()},
             'norm': x.norm(dim=-1).mean().item() / x.shape[-1] ** 0.5}
 
@@ -561,12 +561,12 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
     for step in range(n_step):
         optimizer.param_groups[0]['lr'] = main_lr(step, peak=lr, final=0.0, warmup=n_step // 20, total=n_step)
         images, shown = encoder_batch(draw, batch_size, word=True)
-        x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, 16, C), (16, K, C)
-        cells = torch.tensor(draw.sample(range(16), n_cell))
+        x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, cells, C), (cells, K, C)
+        cells = torch.tensor(draw.sample(range(len(CELLS)), n_cell))
         target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
         labels = torch.full((target.numel(), n_cell * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
         region = siglip_loss(x[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
-        captions = (vectors[torch.arange(16), column[shown]] * (shown < len(NAMES) - 1)[..., None]).sum(1)
+        captions = (vectors[torch.arange(len(CELLS)), column[shown]] * (shown < len(NAMES) - 1)[..., None]).sum(1)
         pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)    # (B, C), as are the captions
         length = (x.norm(dim=-1) / width ** 0.5 - 1).square().mean()        # keeps features near sqrt(width) long
         loss = region + 0.1 * siglip_loss(pooled, captions, *scales[1]) + length

@@ -145,7 +145,7 @@ def test_training_files_are_read_by_the_sources(world):
         assert len(json.loads(gzip.decompress(tar.extractfile('00000000.json.gz').read()))) == 97
     english = TextSource([str(world / 'english')], tokenizer, 96, row_len=96)
     assert 'assert' in tokenizer.decode(english[0].tokens.tolist()).lower()
-    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, 16, tw.SIZE)
+    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, len(tw.CELLS), tw.SIZE)
     assert len(pairs) == SMALL['n_caption'] and not pairs.damaged
     kinds = {'png': 0, 'jpg': 0}
     for i in range(len(pairs)):
@@ -154,7 +154,7 @@ def test_training_files_are_read_by_the_sources(world):
         for name in tar.getnames():
             kinds[name[-3:]] = kinds.get(name[-3:], 0) + 1
     assert kinds['png'] == 6 and kinds['jpg'] == 18
-    chats = InstructSource(str(world / 'instruct/llava.json'), str(world / 'instruct'), tokenizer, 96, 16, tw.SIZE)
+    chats = InstructSource(str(world / 'instruct/llava.json'), str(world / 'instruct'), tokenizer, 96, len(tw.CELLS), tw.SIZE)
     assert len(chats) == SMALL['n_instruct']
     lengths = [int((chats[i].tokens != tokenizer.pad_id).sum()) for i in range(len(chats))]
     assert max(lengths) < 96, 'a conversation is cut at 96 tokens'
@@ -193,7 +193,7 @@ def test_the_encoder_learns_is_reproducible_and_loads_at_both_layers(tmp_path):
     assert scores['colour'] > 0.8 and scores['position'] > 0.9 and scores['nothing'] > 0.9, scores
     images, _ = tw.encoder_batch(tw.Draws(4), 3, 'choice')
     middle, last = SigLIP.from_pretrained(str(tmp_path / 'a')), SigLIP.from_pretrained(str(tmp_path / 'a'), -1, True)
-    assert middle(images).shape == last(images).shape == (3, 16, 96)
+    assert middle(images).shape == last(images).shape == (3, len(tw.CELLS), 96)
     assert 0.8 < middle(images).norm(dim=-1).mean() / 96 ** 0.5 < 1.2, 'features near unit variance'
     for name in 'bc':
         tw.train_encoder(str(tmp_path / name), n_step=2, batch_size=4, n_thread=1)
