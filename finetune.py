@@ -27,7 +27,7 @@ data_dir = 'data'                       # relative data paths below start here
 data_hint = 'README.md, "Your own data", says what goes there'                   # shown when data is missing
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
-text = (('text/*.tar', 1.0),)           # stage-1 text for text_share, in data_dir
+text = (('text', 1.0),)                 # stage-1 text for text_share, in data_dir
 text_share = 0.0                        # share of sequences that are stage-1 text rows; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir, for a base without images; 'patch' = no encoder

@@ -31,8 +31,8 @@ out_dir = ''                            # '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
 data_hint = 'README.md, "Your own data", says what goes there'                   # shown when data is missing
 tokenizer = 'tokenizer.json'            # in data_dir: HF tokenizer.json, or sentencepiece .model
-text = (('text/*.tar', 1.0),)           # ((glob of .bin or .tar shards, weight), ...), in data_dir
-captions = (('captions/*.tar', 1.0),)   # ((glob of WebDataset tars, weight), ...), in data_dir
+text = (('text', 1.0),)                 # ((folder or glob of .bin or .tar shards, weight), ...), in data_dir
+captions = (('captions', 1.0),)         # ((folder or glob of WebDataset tars, weight), ...), in data_dir
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON for instruct_share, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
 val_text = ''                           # glob of shards for val_text_loss, in data_dir; '' = none

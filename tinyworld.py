@@ -342,7 +342,7 @@ def write_captions(folder, n, split, seed, shard=1000):
 def write_instruct(folder, n, seed, n_question=6):
     """LLaVA JSON and its images: conversations of distinct short questions; one row in 20 is about text alone."""
     draw, rows = Draws(*seed), []
-    scenes = [make_scene(draw, 'train') for _ in range(n)]
+    scenes = [make_scene(draw, 'train', word=True if i % 4 else None) for i in range(n)]
     for i, (scene, pixels) in enumerate(zip(scenes, render(scenes))):
         row, text_only = dict(id=f'{i:06d}'), i % 20 == 19
         if text_only:

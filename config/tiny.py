@@ -17,9 +17,9 @@ else:
     log_every = 100
 if stage in ('text', 'mix'):
     tokenizer = 'tokenizer.model'
-    text = (('text/*.tar', 0.95), ('english/*.bin', 0.05))
-    val_text = 'text_val/*.tar'
-    val_captions = 'captions_val/*.tar'
+    text = (('text', 0.95), ('english', 0.05))
+    val_text = 'text_val'
+    val_captions = 'captions_val'
     n_layer, n_head, n_embd, n_ffn = 4, 3, 96, 256
     vocab_size = 832
     seq_len = 96
