@@ -9,6 +9,7 @@ references everywhere; CKPT80_KERNELS=debug checks targets on the GPU, too. Impo
 """
 import contextlib
 import functools
+import operator
 import os
 from dataclasses import dataclass
 from typing import Optional, Tuple
@@ -48,6 +49,7 @@ POLICY = {
     'loss, logits fit': ({8: 'triton-keep', 9: 'triton-keep'}, '3 cuBLAS products, 16-bit logits, one pass over them'),
     'loss, logits too large': ({8: 'triton', 9: 'triton'}, '4 products, logits never in memory'),
 }
+NO_TABLE = 'POLICY has no entry for this GPU'
 
 # kernel, architecture, head dim (0: any): two configs, up to SHORT positions (rows) and beyond. Each is block sizes,
 # then num_warps, num_stages. Compiled for both architectures by tests/test_kernels_aot.py: none spills, all fit in
@@ -120,7 +122,8 @@ def _say(line):
         print(f'kernels: {line}', flush=True)
 
 
-# traced once by torch.compile as a constant: a compiled model decides and prints like an eager one
+# torch.compile runs this while tracing and takes the answer as a constant: a compiled model decides and prints the same;
+# operator.index makes a constant of a size that the tracer holds as a symbol
 @torch.compiler.assume_constant_result
 def _choose(op, situation, impl, device, dtype, width, obstacle=''):
     """The implementation to run; `obstacle`: what the caller found against Triton."""
@@ -129,11 +132,14 @@ def _choose(op, situation, impl, device, dtype, width, obstacle=''):
     table, why = POLICY[f'{op}, {situation}']
     obstacle = obstacle or _why_not(op, device, dtype, width)
     if impl == 'auto':
-        impl = table.get(torch.cuda.get_device_capability(device)[0], 'torch') if SWITCH != 'off' else 'torch'
+        major = torch.cuda.get_device_capability(device)[0]
+        impl = table.get(major, 'torch')
+        if SWITCH == 'off' or major not in table:
+            impl, why = 'torch', 'CKPT80_KERNELS=off' if SWITCH == 'off' else NO_TABLE
         if impl.startswith('triton'):
             obstacle = obstacle or _self_check(op, device, dtype, width)
         if not (impl.startswith('triton') and obstacle):
-            _say(f'{op}, {situation}: {impl} ({why if SWITCH != "off" else "CKPT80_KERNELS=off"})')
+            _say(f'{op}, {situation}: {impl} ({why})')
     if impl.startswith('triton') and obstacle:
         _say(f'{op}, {situation}: torch instead of {impl} ({obstacle})')
         return 'torch'
@@ -167,38 +173,42 @@ def _launch_on(x):
 #     lse_i = log sum_v exp z_iv
 #     nll_i = lse_i - z_{i,t_i}
 # and with upstream gradients a_i of nll_i and b_i of lse_i (b comes from a z-loss):
-#     dz_iv = (a_i + b_i) exp(z_iv - lse_i) - a_i [v = t_i],    dx = dz W,    dW = dz^T x
+#     dz_iv = (a_i + b_i) p_iv - a_i [v = t_i],    p_iv = exp(z_iv - lse_i),    dx = dz W,    dW = dz^T x
+# A confident row has p near 1 at its target, and nll and dz are small differences of large numbers there. So nothing
+# subtracts the rounded lse: with top the largest logit,
+#     nll = (top - z_t) + log sum_v exp(z_v - top),    p = exp((z - z_t) - nll)
 # nll and lse per row keep token weights, the z-loss and the mean in plain PyTorch. Rows without loss are dropped before
 # the first product: at 29 % kept rows that alone is worth 3.45x, and their gradients are 0 by construction, not by
 # masking.
 
 # --- reference
 def _nll_torch(x, weight, targets, keep):
-    """nll, lse (n,) of n kept rows, in chunks of rows; also the log-probabilities (n, V) if `keep`."""
+    """nll, lse (n,) of n kept rows, in chunks of rows; and for the backward the log-probabilities (n, V) if `keep`,
+    else the logits z_t (n,) of the targets."""
     n, V = len(x), len(weight)
     step = max(n, 1) if keep else max(1, CHUNK_BYTES // (4 * V))
-    nll, lse, saved = [], [], None
+    nll, zt = [], []
     for i in range(0, max(n, 1), step):
         logits = _matmul32(x[i:i + step], weight.t())                        # (step, V)
         at = targets[i:i + step].clamp(min=0)[:, None]
         logp = torch.log_softmax(logits, 1)
         nll.append(-logp.gather(1, at)[:, 0])
-        lse.append(logits.gather(1, at)[:, 0] + nll[-1])
-        saved = logp if keep else None
-    return torch.cat(nll), torch.cat(lse), saved
+        zt.append(logits.gather(1, at)[:, 0])
+    nll, zt = torch.cat(nll), torch.cat(zt)
+    return nll, zt + nll, logp if keep else zt
 
 
-def _nll_torch_backward(a, b, x, weight, targets, lse, saved):
+def _nll_torch_backward(a, b, x, weight, targets, nll, saved, keep):
     """dx (n, C), dW (V, C) in float32 (float64); `saved` as _nll_torch returned it."""
     n, V = len(x), len(weight)
-    step = max(n, 1) if saved is not None else max(1, CHUNK_BYTES // (4 * V))
+    step = max(n, 1) if keep else max(1, CHUNK_BYTES // (4 * V))
     dx, dw = [], None
     for i in range(0, max(n, 1), step):
         rows = slice(i, i + step)
-        if saved is not None:
+        if keep:
             dz = saved.exp()                                                 # not in place: backward may run twice
         else:
-            dz = _matmul32(x[rows], weight.t()).sub_(lse[rows, None]).exp_()
+            dz = _matmul32(x[rows], weight.t()).sub_(saved[rows, None]).sub_(nll[rows, None]).exp_()
         at, a_i = targets[rows].clamp(min=0)[:, None], a[rows, None]
         dz.mul_(a_i + b[rows, None])
         dz.scatter_(1, at, dz.gather(1, at) - a_i)
@@ -210,7 +220,7 @@ def _nll_torch_backward(a, b, x, weight, targets, lse, saved):
 
 
 # --- kernels
-# Two ways, by memory. Recompute: one GEMM-shaped kernel reduces each tile of logits to a log-sum-exp per row; the
+# Two ways, by memory. Recompute: one GEMM-shaped kernel reduces each tile of logits to a maximum and a sum; the
 # tiles' results are combined by a second small reduction, so there are no locks and no atomics, and two runs are bit-
 # equal. The backward computes the logits of one chunk of the vocabulary again, turns them into 16-bit dz, and leaves
 # both products to cuBLAS. Keep: cuBLAS writes 16-bit logits, and only the passes over them are ours. Gradients are
@@ -239,23 +249,25 @@ if triton is not None:
         return first + pid % (GROUP * n_tile_col) % size, pid % (GROUP * n_tile_col) // size
 
     @triton.jit
-    def _lse_kernel(X, W, T, PART, ZT, n, n_vocab, width, sx, sw,
+    def _lse_kernel(X, W, T, TOP, SUM, ZT, n, n_vocab, width, sx, sw,
                     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
-        """log-sum-exp of each row over this tile's columns -> PART (column tiles, n); the target's logit -> ZT (n,)."""
+        """Over this tile's columns, each row's largest logit -> TOP and sum of exp(z - top) -> SUM (column tiles, n);
+        the target's logit -> ZT (n,)."""
         tile_row, tile_col = _grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(n_vocab, BLOCK_V), GROUP)
         z = _logits_tile(X, W, tile_row, tile_col, n, n_vocab, width, sx, sw, BLOCK_M, BLOCK_V, BLOCK_C)
         row, col = tile_row * BLOCK_M + tl.arange(0, BLOCK_M), tile_col * BLOCK_V + tl.arange(0, BLOCK_V)
         z = tl.where((col < n_vocab)[None, :], z, float('-inf'))
         top = tl.max(z, 1)
-        part = top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
-        tl.store(PART + tl.cast(tile_col, tl.int64) * n + row, part, mask=row < n)
+        part = tl.cast(tile_col, tl.int64) * n + row
+        tl.store(TOP + part, top, mask=row < n)
+        tl.store(SUM + part, tl.sum(tl.exp(z - top[:, None]), 1), mask=row < n)
         t = tl.load(T + row, mask=row < n, other=-1)
         zt = tl.sum(tl.where(t[:, None] == col[None, :], z, 0.0), 1)
         mine = (t >= tile_col * BLOCK_V) & (t < (tile_col + 1) * BLOCK_V) & (t < n_vocab)
         tl.store(ZT + row, zt, mask=mine)                 # one tile owns each target
 
     @triton.jit
-    def _dz_kernel(X, W, T, LSE, A, B, DZ, n, n_vocab, width, col0, sx, sw, sdz,
+    def _dz_kernel(X, W, T, ZT, NLL, A, B, DZ, n, n_vocab, width, col0, sx, sw, sdz,
                    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
         """dz (n, n_vocab) in 16 bits for a chunk of the vocabulary: W holds its n_vocab rows, from column col0 on."""
         tile_row, tile_col = _grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(n_vocab, BLOCK_V), GROUP)
@@ -263,9 +275,10 @@ if triton is not None:
         m, col = tl.arange(0, BLOCK_M), tile_col * BLOCK_V + tl.arange(0, BLOCK_V)
         row = tile_row * BLOCK_M + m
         a, b = tl.load(A + row, mask=row < n, other=0.0), tl.load(B + row, mask=row < n, other=0.0)
-        t, lse = tl.load(T + row, mask=row < n, other=-1), tl.load(LSE + row, mask=row < n, other=0.0)
+        t = tl.load(T + row, mask=row < n, other=-1)
+        zt, nll = tl.load(ZT + row, mask=row < n, other=0.0), tl.load(NLL + row, mask=row < n, other=0.0)
         onehot = t[:, None] == (col0 + col)[None, :]
-        dz = (a + b)[:, None] * tl.exp(z - lse[:, None]) - tl.where(onehot, a[:, None], 0.0)
+        dz = (a + b)[:, None] * tl.exp(z - zt[:, None] - nll[:, None]) - tl.where(onehot, a[:, None], 0.0)
         to = DZ + tl.cast(tile_row, tl.int64) * BLOCK_M * sdz + m[:, None] * sdz + col[None, :]
         tl.store(to, dz.to(DZ.dtype.element_ty), mask=(row < n)[:, None] & (col < n_vocab)[None, :])
 
@@ -281,24 +294,25 @@ if triton is not None:
             total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
             top = new
         t = tl.load(T + row)
-        lse = top + tl.log(total)
-        tl.store(LSE + row, lse)
-        tl.store(NLL + row, lse - tl.load(Z + row * sz + t, mask=t >= 0, other=0.0).to(tl.float32))
+        zt = tl.load(Z + row * sz + t, mask=t >= 0, other=0.0).to(tl.float32)
+        tl.store(LSE + row, top + tl.log(total))
+        tl.store(NLL + row, top - zt + tl.log(total))
 
     @triton.jit
-    def _kept_dz_kernel(Z, T, LSE, A, B, DZ, n_vocab, col0, sz, sdz, BLOCK_V: tl.constexpr):
+    def _kept_dz_kernel(Z, T, NLL, A, B, DZ, n_vocab, col0, sz, sdz, BLOCK_V: tl.constexpr):
         """dz of one row in a chunk of n_vocab columns that starts at col0, from kept logits."""
         row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         z = tl.load(Z + row * sz + col0 + col, mask=col < n_vocab, other=float('-inf')).to(tl.float32)
-        a, b, t, lse = tl.load(A + row), tl.load(B + row), tl.load(T + row), tl.load(LSE + row)
-        dz = (a + b) * tl.exp(z - lse) - tl.where(t == col0 + col, a, 0.0)
+        a, b, t, nll = tl.load(A + row), tl.load(B + row), tl.load(T + row), tl.load(NLL + row)
+        zt = tl.load(Z + row * sz + t, mask=t >= 0, other=float('inf')).to(tl.float32)
+        dz = (a + b) * tl.exp(z - zt - nll) - tl.where(t == col0 + col, a, 0.0)
         tl.store(DZ + row * sdz + col, dz.to(DZ.dtype.element_ty), mask=col < n_vocab)
 
 
 def _nll_triton(x, weight, targets, keep):
-    """As _nll_torch; keeps 16-bit logits."""
+    """As _nll_torch; keeps the 16-bit logits themselves."""
     n, V = len(x), len(weight)
-    lse, nll = x.new_zeros(n, dtype=torch.float32), x.new_zeros(n, dtype=torch.float32)
+    nll, lse, zt = (x.new_zeros(n, dtype=torch.float32) for _ in range(3))
     if keep:
         z = x @ weight.t()                                                   # (n, V)
         if n:
@@ -307,15 +321,16 @@ def _nll_triton(x, weight, targets, keep):
     if n:
         config = _config('lse', x.device, 0, n)
         n_tile = triton.cdiv(V, config['BLOCK_V'])
-        part = lse.new_empty(n_tile, n)
+        top, total = nll.new_empty(n_tile, n), nll.new_empty(n_tile, n)
         _lse_kernel[(triton.cdiv(n, config['BLOCK_M']) * n_tile,)](
-            x, weight, targets, part, nll, n, V, x.shape[1], x.stride(0), weight.stride(0), **config)
-        lse = torch.logsumexp(part, 0)
-        nll = lse - nll
-    return nll, lse, None
+            x, weight, targets, top, total, zt, n, V, x.shape[1], x.stride(0), weight.stride(0), **config)
+        best = top.amax(0)
+        log_total = (total * (top - best).exp()).sum(0).log()
+        nll, lse = best - zt + log_total, best + log_total
+    return nll, lse, zt
 
 
-def _nll_triton_backward(a, b, x, weight, targets, lse, saved):
+def _nll_triton_backward(a, b, x, weight, targets, nll, saved, keep):
     """As _nll_torch_backward."""
     (n, C), V = x.shape, len(weight)
     dx, dw = x.new_zeros(n, C, dtype=torch.float32), weight.new_zeros(V, C, dtype=torch.float32)
@@ -325,14 +340,15 @@ def _nll_triton_backward(a, b, x, weight, targets, lse, saved):
     dz = x.new_empty(n, step)
     for col0 in range(0, V, step):
         rows, n_col = weight[col0:col0 + step], min(step, V - col0)
-        if saved is not None:
+        if keep:
             config = _config('kept_dz', x.device, 0, n)
             _kept_dz_kernel[(n, triton.cdiv(n_col, config['BLOCK_V']))](
-                saved, targets, lse, a, b, dz, n_col, col0, saved.stride(0), dz.stride(0), **config)
+                saved, targets, nll, a, b, dz, n_col, col0, saved.stride(0), dz.stride(0), **config)
         else:
             config = _config('dz', x.device, 0, n)
             _dz_kernel[(triton.cdiv(n, config['BLOCK_M']) * triton.cdiv(n_col, config['BLOCK_V']),)](
-                x, rows, targets, lse, a, b, dz, n, n_col, C, col0, x.stride(0), rows.stride(0), dz.stride(0), **config)
+                x, rows, targets, saved, nll, a, b, dz, n, n_col, C, col0, x.stride(0), rows.stride(0), dz.stride(0),
+                **config)
         dx += _matmul32(dz[:, :n_col], rows)
         dw[col0:col0 + step] = _matmul32(dz[:, :n_col].t(), x)               # each row of dW is written once
     return dx, dw
@@ -365,13 +381,15 @@ def _linear_nll(x: Tensor, weight: Tensor, targets: Tensor, rows: Optional[Tenso
         nll, lse, saved = forward(xk, w, t, impl.endswith('keep'))
         live = t != IGNORE_INDEX                          # `rows` may name an ignored row
         nll, lse = (_scatter(len(x), rows, torch.where(live, y, 0), y.dtype) for y in (nll, lse))
-    return nll, lse, nll.new_empty(0) if saved is None else saved
+        if not impl.endswith('keep'):                     # z_t = inf there makes p = 0 in the backward
+            saved = _scatter(len(x), rows, torch.where(live, saved, float('inf')), saved.dtype)
+    return nll, lse, saved
 
 
 @_linear_nll.register_fake
 def _(x, weight, targets, rows, impl):
     nll = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    saved = nll.new_empty(0)
+    saved = torch.empty_like(nll)
     if impl.endswith('keep'):
         saved = (x if impl.startswith('triton') else nll).new_empty(len(rows), len(weight))
     return nll, torch.empty_like(nll), saved
@@ -379,31 +397,33 @@ def _(x, weight, targets, rows, impl):
 
 @torch.library.custom_op('ckpt80::linear_nll_backward', mutates_args=())
 def _linear_nll_backward(g_nll: Tensor, g_lse: Tensor, x: Tensor, weight: Tensor, targets: Tensor,
-                         rows: Optional[Tensor], lse: Tensor, saved: Tensor, impl: str) -> Tuple[Tensor, Tensor]:
+                         rows: Optional[Tensor], nll: Tensor, saved: Tensor, impl: str) -> Tuple[Tensor, Tensor]:
     with _launch_on(x):
         xk, w, t, rows = _kept(x, weight, targets, rows, impl)
         a, b = (torch.where(t != IGNORE_INDEX, g.index_select(0, rows), 0) for g in (g_nll, g_lse))
         backward = _nll_triton_backward if impl.startswith('triton') else _nll_torch_backward
-        dx, dw = backward(a, b, xk, w, t, lse.index_select(0, rows), saved if impl.endswith('keep') else None)
+        keep = impl.endswith('keep')
+        nll, saved = nll.index_select(0, rows), saved if keep else saved.index_select(0, rows)
+        dx, dw = backward(a, b, xk, w, t, nll, saved, keep)
         return _scatter(len(x), rows, dx, x.dtype), dw.to(weight.dtype)
 
 
 @_linear_nll_backward.register_fake
-def _(g_nll, g_lse, x, weight, targets, rows, lse, saved, impl):
+def _(g_nll, g_lse, x, weight, targets, rows, nll, saved, impl):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _linear_nll_setup(ctx, inputs, output):
     x, weight, targets, rows, ctx.impl = inputs
-    ctx.save_for_backward(x, weight, targets, rows, output[1], output[2])
+    ctx.save_for_backward(x, weight, targets, rows, output[0], output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)                      # else a missing gradient of `saved` becomes zeros of its size
 
 
 def _linear_nll_autograd(ctx, g_nll, g_lse, _):
-    x, weight, targets, rows, lse, saved = ctx.saved_tensors
-    g_nll, g_lse = (torch.zeros_like(lse) if g is None else g for g in (g_nll, g_lse))
-    dx, dw = _linear_nll_backward(g_nll, g_lse, x, weight, targets, rows, lse, saved, ctx.impl)
+    nll = ctx.saved_tensors[4]
+    g_nll, g_lse = (torch.zeros_like(nll) if g is None else g for g in (g_nll, g_lse))
+    dx, dw = _linear_nll_backward(g_nll, g_lse, *ctx.saved_tensors, ctx.impl)
     return dx, dw, None, None, None
 
 
@@ -445,7 +465,8 @@ def linear_cross_entropy(x, weight, targets, *, rows=None, impl='auto'):
     n_logit = None if rows is None else rows.shape[0] * weight.shape[0]
     budget = KEEP_LOGITS_BYTES['cuda' if x.is_cuda else 'cpu']
     fit = n_logit is not None and n_logit * (x.element_size() if x.is_cuda else 4) <= budget
-    impl = _choose('loss', 'logits fit' if fit else 'logits too large', impl, x.device, x.dtype, x.shape[1])
+    impl = _choose('loss', 'logits fit' if fit else 'logits too large', impl, x.device, x.dtype,
+                   operator.index(x.shape[1]))
     if impl == 'torch' and n_logit is not None and n_logit * 4 <= budget:
         impl = 'torch-keep'
     if impl == 'triton-keep' and rows is None:
@@ -785,7 +806,7 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
     if 0 in (B, H, Tq, k.shape[2]) or B * H > 65535:
         obstacle = f'shapes {tuple(q.shape)}, {tuple(k.shape)}'
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
-    impl = _choose('attention', situation, impl, q.device, dtype, D, obstacle)
+    impl = _choose('attention', situation, impl, q.device, dtype, operator.index(D), obstacle)
     scale = D ** -0.5 if scale is None else scale
     if impl == 'torch-split':
         if mask is None or mask.n_prefix is None or not square:

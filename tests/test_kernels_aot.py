@@ -18,7 +18,7 @@ SM_86_LIMIT = 99 * 1024                                   # sm_86 and sm_89 run 
 STREAMS = {'forward', 'dkdv', 'dq', 'lse', 'dz'}          # kernels that load tiles in a loop around a product
 OVERSIZE = (128, 128, 8, 3)                               # of dq at head dim 128: must be refused on sm_80
 INT32 = {'LO', 'HI', 'QLO', 'QHI'}
-FLOAT32 = {'LSE', 'DELTA', 'PART', 'ZT', 'A', 'B', 'NLL'}
+FLOAT32 = {'LSE', 'DELTA', 'TOP', 'SUM', 'ZT', 'A', 'B', 'NLL'}
 
 
 def compile_one(kernel, cc, width, config, dtype):
