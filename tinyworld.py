@@ -161,7 +161,7 @@ def masks():
         v, u = (np.mgrid[:8 * size, :8 * size] + 0.5) / (8 * size)          # the unit square, 8 x 8 samples a pixel
         x, y = np.abs(u - 0.5), np.abs(v - 0.5)
         inside = dict(star=np.sqrt(x) + np.sqrt(y) <= 0.82, ring=np.abs(np.hypot(x, y) - 0.385) <= 0.115, square=x >= 0,
-                      triangle=v >= 2 * x)                             # each touches all four sides
+                      triangle=v >= 2 * x)                                  # each touches all four sides
         for shape in SHAPES:
             put(shape, inside[shape].reshape(size, 8, size, 8).mean((1, 3)), range(1, 14 - size))
     for word in WORDS:
@@ -498,7 +498,7 @@ NAMES = (*PAIRS, *(('word', word) for word in WORDS), ('nothing', ''))      # al
 
 
 def phrases():
-    """The word ids (cells, names, 3) int64 of every phrase, 'red star b2', by cell and name; the last is the highest."""
+    """The word ids (cells, names, 3) int64 of all phrases, 'red star b2', by cell and name; the last is the highest."""
     words = sorted({word for name in NAMES for word in name}) + list(CELLS)
     return torch.tensor([[[words.index(word) for word in (*name, cell)] for name in NAMES] for cell in CELLS])
 
@@ -519,8 +519,8 @@ def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
 @torch.no_grad()
 def score_encoder(encoder, table, n=500, seed=0):
     """
-    Phrase retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all phrases is
-    nearest to each patch? {what: share of right answers}, and the length of a feature over sqrt(width).
+    Retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all phrases is nearest to a patch?
+    {what: share of right answers}, and the length of a feature over sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
     ids = phrases()
@@ -531,7 +531,8 @@ def score_encoder(encoder, table, n=500, seed=0):
     pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(NAMES) - 1)
     unseen = torch.isin(shown, torch.tensor([PAIRS.index(name) for name in HELD_OUT]))
     scores = dict(colour=same[pair][:, 0], shape=same[pair][:, 1], held_out_pair=same[unseen].all(-1),
-                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1), position=cell == torch.arange(len(CELLS)))
+                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1),
+                  position=cell == torch.arange(len(CELLS)))
     return {**{what: right.float().mean().item() for what, right in scores.items()},
             'norm': x.norm(dim=-1).mean().item() / x.shape[-1] ** 0.5}
 
