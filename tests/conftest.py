@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'                  # read where @triton.jit executes, that is when kernels is imported
+    os.environ['TRITON_INTERPRET'] = '1'              # read where @triton.jit executes, that is when kernels is imported
 torch.set_num_threads(1)
 
 
@@ -61,6 +61,12 @@ class Run:
         return Path(self.stderr).read_text()
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
 class Scripts:
     """Starts stage scripts through process_server.py; see there."""
     def __init__(self, folder):
@@ -79,12 +85,10 @@ class Scripts:
 
     def start_ranks(self, world_size, *argv, env=(), hook=''):
         """What torchrun starts: one process a rank."""
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
         shared = dict(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port), **dict(env))
-        return [self.start(*argv, env=dict(shared, RANK=str(r), LOCAL_RANK=str(r)), hook=hook) for r in range(world_size)]
+                      MASTER_PORT=str(free_port()), **dict(env))
+        return [self.start(*argv, env=dict(shared, RANK=str(r), LOCAL_RANK=str(r)), hook=hook)
+                for r in range(world_size)]
 
     def __call__(self, *argv, code=0, world_size=1, **options):
         """Run to the end; returns the Run of rank 0 after checking every exit code."""
@@ -114,7 +118,7 @@ def scripts(tmp_path_factory):
 
 # --- one tiny data set in the real formats ----------------------------------------------------------------------------
 
-N_ROW, ROW = 80, 97                                                      # rows a text shard, ids a row: two windows of 48
+N_ROW, ROW = 80, 97                                              # rows a text shard, ids a row: two windows of 48
 COLOURS = {'red': (220, 30, 30), 'green': (30, 160, 50), 'blue': (40, 70, 220), 'white': (240, 240, 240)}
 
 
@@ -163,8 +167,8 @@ def write_instructions(folder, n):
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
     """
-    A folder with data/ (text and caption tars, LLaVA JSON, a 2-layer SigLIP of 4 tokens, a tokenizer), eval/ and tiny.py,
-    the scale file that points there. Models of width 32; runs of a second.
+    A folder with data/ (text and caption tars, LLaVA JSON, a 2-layer SigLIP of 4 tokens, a tokenizer) and tiny.py, the
+    scale file that points there. Models of width 32; runs of a second.
     """
     import sentencepiece
     from vision import SigLIP, SigLIPConfig
@@ -177,8 +181,8 @@ def world(tmp_path_factory):
     words += list(COLOURS)
     lines = [' '.join(rng.choice(words) for _ in range(12)) + f' , {i}' for i in range(400)]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines + ['0 1 2 3 4 5 6 7 8 9 ? . ,'] * 9), vocab_size=320,
-                                             model_writer=model, model_type='bpe', byte_fallback=True, num_threads=1,
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines + ['0 1 2 3 4 5 6 7 8 9 ? . ,'] * 9),
+                                             vocab_size=320, model_writer=model, model_type='bpe', byte_fallback=True, num_threads=1,
                                              minloglevel=2)
     (data / 'tokenizer.model').write_bytes(model.getvalue())
     codec = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -268,5 +272,5 @@ def stage_2(world, scripts, stage_1):
 
 def mix(world, stage_1, ratio=0.25):
     """The arguments of stage_2."""
-    return ['config/ckpt80_img10.py', world / 'tiny.py', f'--init_from={stage_1 / "ckpt_080"}', f'--image_ratio={ratio}',
-            '--max_steps=12']
+    return ['config/ckpt80_img10.py', world / 'tiny.py', f'--init_from={stage_1 / "ckpt_080"}',
+            f'--image_ratio={ratio}', '--max_steps=12']

@@ -87,7 +87,8 @@ def test_split_turns_answer_average_and_two_processes(world, scripts, stage_2, t
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['n_kept'] == b['n_kept']
 
 
-def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(world, scripts, stage_1, stage_2, tmp_path):
+def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(world, scripts, stage_1, stage_2,
+                                                                             tmp_path):
     run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--train_encoder=true', '--encoder_lr=1e-3',
                         '--system_prompt=a photo', f'--out_dir={tmp_path / "a"}', '--stop_after=3'), hook=RECORD,
                   env={'IDS': str(tmp_path / 'ids')})
@@ -122,7 +123,8 @@ def signalled(*args):
     return plain(*args)
 common.optimizer_step = signalled
 """
-    scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=1', '--micro_batch_size=2', world_size=2, hook=hook)
+    scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=1', '--micro_batch_size=2', world_size=2,
+            hook=hook)
     assert os.readlink(tmp_path / 'b' / 'ckpt_last') == 'ckpt_step_5' and len(steps(tmp_path / 'b')) == 5
     bad = meta_of(tmp_path / 'b' / 'ckpt_last')['bad_samples']
     assert len(bad) == 1 and bad[0] in line

@@ -69,7 +69,8 @@ def wait_for_lines(out, n, run, timeout=120):
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 def test_stage_1_leaves_its_ladder_log_and_resumable_checkpoints(stage_1):
-    assert sorted(os.listdir(stage_1)) == ['ckpt_020', 'ckpt_040', 'ckpt_060', 'ckpt_080', 'ckpt_100', 'ckpt_last', 'log.jsonl']
+    assert sorted(os.listdir(stage_1)) == ['ckpt_020', 'ckpt_040', 'ckpt_060', 'ckpt_080', 'ckpt_100', 'ckpt_last',
+                                           'log.jsonl']
     assert os.readlink(stage_1 / 'ckpt_last') == 'ckpt_100'
     lines = steps(stage_1)
     assert len(lines) == 20 and lines[-1]['loss'] < lines[0]['loss'] - 1
@@ -97,7 +98,7 @@ def test_stage_2_goes_on_where_stage_1_stopped(world, stage_1, stage_2):
     # exact image ratio, at every step and over the run
     for i, line in enumerate(lines):
         counts = line['sources']
-        assert counts['captions/*.tar']['n_sample'] == counts['captions/*.tar']['n_image'] == 2 * (i + 1)
+        assert counts['captions']['n_sample'] == counts['captions']['n_image'] == 2 * (i + 1)
         assert counts['text']['n_sample'] == 6 * (i + 1)
     meta = meta_of(stage_2 / 'ckpt_100')
     assert meta['cursor']['text'] == 64 + 36 and meta['moments'] == 'loaded' and meta['stage'] == 'mix'
@@ -115,18 +116,20 @@ def test_stage_2_goes_on_where_stage_1_stopped(world, stage_1, stage_2):
 
 def test_other_ratio_and_instructions_leave_the_kth_text_and_caption_alone(world, scripts, stage_1, stage_2, tmp_path):
     out = tmp_path / 'half'
-    scripts('pretrain.py', *mix(world, stage_1, ratio=0.5), '--instruct_share=0.5', '--loss_weight=token', '--train_encoder=true',
-            '--encoder_lr=1e-3', '--keep_percent=()', f'--out_dir={out}', hook=RECORD, env={'IDS': str(tmp_path / 'ids')})
+    scripts('pretrain.py', *mix(world, stage_1, ratio=0.5), '--instruct_share=0.5', '--loss_weight=token',
+            '--train_encoder=true',
+            '--encoder_lr=1e-3', '--keep_percent=()', f'--out_dir={out}', hook=RECORD,
+            env={'IDS': str(tmp_path / 'ids')})
     here, there = recorded_ids(tmp_path / 'ids'), recorded_ids(world / 'ids_mix')
     for kind in (lambda i: i.count(':') == 2, lambda i: i.startswith('0.tar:') and i.count(':') == 1):
         a, b = [i for i in here if kind(i)], [i for i in there if kind(i)]
         assert min(len(a), len(b)) >= 24 and all(x == y for x, y in zip(a, b))
     line = steps(out)[-1]
-    assert {k: v['n_sample'] for k, v in line['sources'].items()} == {'text': 48, 'captions/*.tar': 24, 'instruct': 24}
+    assert {k: v['n_sample'] for k, v in line['sources'].items()} == {'text': 48, 'captions': 24, 'instruct': 24}
     # loss_weight='token': a source's share is its share of targets; 'source' (stage_2's): its share of sequences
     total = sum(v['n_kept_now'] for v in line['sources'].values())
     assert all(v['share'] == pytest.approx(v['n_kept_now'] / total) for v in line['sources'].values())
-    assert {k: v['share'] for k, v in steps(stage_2)[-1]['sources'].items()} == {'text': 0.75, 'captions/*.tar': 0.25}
+    assert {k: v['share'] for k, v in steps(stage_2)[-1]['sources'].items()} == {'text': 0.75, 'captions': 0.25}
     # a trained encoder: other bits, its moments saved; without a percent the end is a step checkpoint
     assert os.readlink(out / 'ckpt_last') == 'ckpt_step_12'
     assert not equal(tensors(out / 'ckpt_last', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
@@ -134,22 +137,26 @@ def test_other_ratio_and_instructions_leave_the_kth_text_and_caption_alone(world
 
 
 def test_rewarm_and_remaining_schedules(world, scripts, stage_1, tmp_path):
-    scripts('pretrain.py', *mix(world, stage_1), '--schedule=rewarm', '--rewarm_steps=3', '--stop_after=5', f'--out_dir={tmp_path / "a"}')
+    scripts('pretrain.py', *mix(world, stage_1), '--schedule=rewarm', '--rewarm_steps=3', '--stop_after=5',
+            f'--out_dir={tmp_path / "a"}')
     expected = [main_lr(i, peak=0.3 * 5e-3, final=1e-5, warmup=3, total=12) for i in range(5)]
     assert [line['lr'] for line in steps(tmp_path / 'a')] == expected
     assert meta_of(tmp_path / 'a' / 'ckpt_last')['moments'] == 'fresh'
-    scripts('pretrain.py', *mix(world, stage_1), '--cooldown_shape=remaining', '--stop_after=3', f'--out_dir={tmp_path / "b"}')
+    scripts('pretrain.py', *mix(world, stage_1), '--cooldown_shape=remaining', '--stop_after=3',
+            f'--out_dir={tmp_path / "b"}')
     expected = [remaining_lr(i, main=MAIN, at=16, total=12) for i in range(3)]
     assert [line['lr'] for line in steps(tmp_path / 'b')] == expected and expected[0] == main_lr(16, **MAIN)
     # from a checkpoint of stage 2: its own lr, not the main schedule's at that step number
-    scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "b" / "ckpt_last"}', '--stop_after=1', f'--out_dir={tmp_path / "c"}')
+    scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "b" / "ckpt_last"}', '--stop_after=1',
+            f'--out_dir={tmp_path / "c"}')
     assert steps(tmp_path / 'c')[0]['lr'] == remaining_lr(3, main=MAIN, at=16, total=12)
 
 
 # --- the same run, anyhow ---------------------------------------------------------------------------------------------
 
 def test_workers_validation_and_saving_change_no_bit(world, scripts, stage_1, tmp_path):
-    scripts(*text(world, f'--out_dir={tmp_path}', '--n_worker=2', '--eval_every=6', '--eval_rows=8', '--val_text=val/*.tar',
+    scripts(*text(world, f'--out_dir={tmp_path}', '--n_worker=2', '--eval_every=6', '--eval_rows=8',
+                  '--val_text=val/*.tar',
                   '--save_every=3', '--keep_optimizer=last'))
     assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'ckpt_100')
     held_out = [line for line in read_log(tmp_path) if 'val_text_loss' in line]
@@ -157,7 +164,7 @@ def test_workers_validation_and_saving_change_no_bit(world, scripts, stage_1, tm
     assert held_out[-1]['val_text_loss'] < held_out[0]['val_text_loss'] < steps(tmp_path)[0]['loss']
     # retention: two step checkpoints, and one optimizer state in all
     assert {n for n in os.listdir(tmp_path) if n.startswith('ckpt_step')} == {'ckpt_step_15', 'ckpt_step_18'}
-    assert [n for n in os.listdir(tmp_path) if n != 'ckpt_last' and (tmp_path / n / 'optim.pt').exists()] == ['ckpt_100']
+    assert [path.parent.name for path in tmp_path.glob('ckpt_[0-9s]*/optim.pt')] == ['ckpt_100']
 
 
 def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1, stage_2, tmp_path):
@@ -174,7 +181,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1
         assert run.wait() == -signal.SIGKILL, f"{place}: {run.out}{run.err}"
         if (tmp_path / 'ckpt_last').exists():
             load_vlm(str(tmp_path / 'ckpt_last'))                        # whole, or absent
-    run = scripts.start(*args, hook=SLOW, env={'SLOW': '0.03'})          # and once from outside, at whatever it is doing
+    run = scripts.start(*args, hook=SLOW, env={'SLOW': '0.03'})          # and from outside, whatever it does
     time.sleep(rng.uniform(0.4, 1.2))
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
@@ -199,7 +206,8 @@ def test_stop_after_then_other_place_workers_and_logging(world, scripts, stage_1
         f.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')              # beyond the checkpoint, and torn
     os.rename(tmp_path / 'a', tmp_path / 'b')
     shutil.copytree(tmp_path / 'b', tmp_path / 'c', symlinks=True)
-    out = scripts(*args, f'--out_dir={tmp_path / "b"}', '--n_worker=1', '--log_every=1', '--save_every=5', '--keep_steps=1').out
+    out = scripts(*args, f'--out_dir={tmp_path / "b"}', '--n_worker=1', '--log_every=1', '--save_every=5',
+                  '--keep_steps=1').out
     assert 'resuming' in out and 'at step 7 of 20' in out
     assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'b' / 'ckpt_100') and len(steps(tmp_path / 'b')) == 20
     # another micro-batch and number of processes may resume too: the same data, rounding aside
@@ -207,10 +215,11 @@ def test_stop_after_then_other_place_workers_and_logging(world, scripts, stage_1
     for a, b in zip(steps(tmp_path / 'c'), steps(stage_1), strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['tokens'] == b['tokens']
     # anything else may not differ
-    for key, given, old in (('lr', '0.1', '0.005'), ('seed', '8', '7'), ('text', "(('val/*.tar',1.0),)", 'text/*.tar'),
-                            ('global_batch_size', '16', '8')):
+    for key, given, old, new in (('lr', '0.1', '0.005', '0.1'), ('seed', '8', '=7', '8'),
+                                 ('global_batch_size', '16', '=8', '16'),
+                                 ('text', "(('val',1.0),)", "('text', 1.0)", "('val', 1.0)")):
         line = scripts.refuses(*args, f'--out_dir={tmp_path / "b"}', f'--{key}={given}')
-        assert key in line and old in line and given.split("'")[1 % len(given.split("'"))][:3] in line, line
+        assert key in line and old in line and new in line, line
     assert "resume='never'" in scripts.refuses(*args, f'--out_dir={tmp_path / "b"}', '--resume=never')
 
 
@@ -218,7 +227,8 @@ def test_stop_after_then_other_place_workers_and_logging(world, scripts, stage_1
 def test_1_2_and_4_processes_train_on_the_same_samples(world, scripts, stage_1, tmp_path, ratio):
     ids, logs = {}, {}
     for n in (1, 2, 4):
-        scripts('pretrain.py', *mix(world, stage_1, ratio), '--max_steps=20', '--micro_batch_size=2', f'--out_dir={tmp_path / str(n)}',
+        scripts('pretrain.py', *mix(world, stage_1, ratio), '--max_steps=20', '--micro_batch_size=2',
+                f'--out_dir={tmp_path / str(n)}',
                 world_size=n, hook=RECORD, env={'IDS': str(tmp_path / f'ids{n}')})
         ids[n], logs[n] = recorded_ids(tmp_path / f'ids{n}', n), steps(tmp_path / str(n))
     assert len(ids[1]) == 160 and ids[1] == ids[2] == ids[4]
@@ -231,7 +241,7 @@ def test_1_2_and_4_processes_train_on_the_same_samples(world, scripts, stage_1, 
                 assert [a['sources'][name][k] for k in counts] == [b['sources'][name][k] for k in counts]
     torch.manual_seed(7 + 1)
     fresh = {f'projector.{k}': v for k, v in Projector(24, 32).state_dict().items()}
-    for n in (1, 2, 4):                                                  # at ratio 0 the projector neither decays nor moves
+    for n in (1, 2, 4):                                                  # at ratio 0 it neither decays nor moves
         assert equal(tensors(tmp_path / str(n) / 'ckpt_100', 'projector'), fresh) == (ratio == 0)
 
 
@@ -251,7 +261,8 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(world, scripts, stage_1,
 
 def test_sigterm_in_the_last_step_does_not_part_the_ranks(world, scripts, tmp_path):
     hook = SLOW.replace('time.sleep(', 'os.environ.setdefault("N", "0"); os.environ["N"] += "1"; '
-                        'os.environ["RANK"] == "1" and len(os.environ["N"]) == 4 and os.kill(os.getpid(), 15); time.sleep(')
+                        'os.environ["RANK"] == "1" and len(os.environ["N"]) == 4 and os.kill(os.getpid(), 15); '
+                        'time.sleep(')
     args = text(world, '--max_steps=3', '--keep_percent=(100,)', f'--out_dir={tmp_path}')
     scripts(*args, world_size=2, hook=hook, env={'SLOW': '0'})
     assert len(steps(tmp_path)) == 3 and sorted(os.listdir(tmp_path)) == ['ckpt_100', 'ckpt_last', 'log.jsonl']
@@ -294,7 +305,8 @@ def test_broken_checkpoints_and_tokenizers_are_named(world, scripts, stage_1, tm
     def changed(name, change):
         shutil.copytree(stage_1 / 'ckpt_080', tmp_path / name)
         change(tmp_path / name)
-        return scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / name}', f'--out_dir={tmp_path / "out"}')
+        return scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / name}',
+                               f'--out_dir={tmp_path / "out"}')
 
     def rewrite(file, f):
         return lambda folder: (folder / file).write_bytes(f((folder / file).read_bytes()))
@@ -303,14 +315,16 @@ def test_broken_checkpoints_and_tokenizers_are_named(world, scripts, stage_1, tm
     assert 'c/model.safetensors' in changed('c', rewrite('model.safetensors', lambda b: b[:-4000]))
     assert 'd/optim.pt' in changed('d', rewrite('optim.pt', lambda b: b[:-4000]))
     assert 'e/optim.pt' in changed('e', rewrite('optim.pt', lambda b: b'garbage'))
-    assert 'another tokenizer' in changed('f', rewrite('meta.json', lambda b: b.replace(b'"tokenizer_sha256": "', b'"tokenizer_sha256": "0')))
+    sha = b'"tokenizer_sha256": "'
+    assert 'another tokenizer' in changed('f', rewrite('meta.json', lambda b: b.replace(sha, sha + b'0')))
     # a missing optim.pt is legal for a new run (fresh moments, warmed up), not for going on
     shutil.copytree(stage_1, tmp_path / 'g', symlinks=True)
     os.remove(tmp_path / 'g' / 'ckpt_080' / 'optim.pt')
     os.remove(tmp_path / 'g' / 'ckpt_last')
     (tmp_path / 'g' / 'ckpt_last').symlink_to('ckpt_080')
     assert 'optim.pt is gone' in scripts.refuses(*text(world, '--keep_optimizer=all', f'--out_dir={tmp_path / "g"}'))
-    run = scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "g" / "ckpt_080"}', '--moments_warmup_steps=4',
+    run = scripts('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "g" / "ckpt_080"}',
+                  '--moments_warmup_steps=4',
                   f'--out_dir={tmp_path / "h"}', '--stop_after=1')
     assert 'no AdamW moments' in run.out and steps(tmp_path / 'h')[0]['lr'] == main_lr(16, **MAIN) / 4
     # ckpt_last to nowhere: starting over would overwrite the log
@@ -326,13 +340,14 @@ def test_bad_samples_stop_the_run_or_are_counted_replaced_and_listed(world, scri
     whole = (data / 'captions' / '0.tar').read_bytes()
     at = whole.index(b'\xff\xd8\xff', len(whole) // 2)                   # one JPEG's header
     (data / 'captions' / '0.tar').write_bytes(whole[:at] + b'\0' * 40 + whole[at + 40:])
-    args = ['pretrain.py', *mix(world, stage_1, 0.75), f'--data_dir={data}', '--max_steps=10']  # 60 captions: every one comes
+    # 60 captions: every one comes
+    args = ['pretrain.py', *mix(world, stage_1, 0.75), f'--data_dir={data}', '--max_steps=10']
     line = scripts.refuses(*args, f'--out_dir={tmp_path / "a"}')
     assert '0.tar: 0' in line and 'max_bad_samples=0' in line, line
     scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=2', '--n_worker=1', '--stop_after=9', world_size=2)
     scripts(*args, f'--out_dir={tmp_path / "b"}', '--max_bad_samples=2', world_size=2)
     bad = meta_of(tmp_path / 'b' / 'ckpt_100')['bad_samples']
-    assert len(bad) == 1 and bad[0] in line and steps(tmp_path / 'b')[-1]['sources']['captions/*.tar']['n_sample'] == 60
+    assert len(bad) == 1 and bad[0] in line and steps(tmp_path / 'b')[-1]['sources']['captions']['n_sample'] == 60
     # more than allowed: the tar loses its tail
     (data / 'captions' / '0.tar').write_bytes(whole[:at] + b'\0' * 40 + whole[at + 40:-9000])
     assert 'truncated' in scripts.refuses(*args, f'--out_dir={tmp_path / "c"}')
@@ -364,7 +379,8 @@ def poisoned(self, *args, **options):
     return loss, weight
 model.VLM.forward = poisoned
 """
-    runs = scripts.start_ranks(2, 'pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "b"}', '--save_every=2', hook=hook)
+    runs = scripts.start_ranks(2, 'pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "b"}', '--save_every=2',
+                               hook=hook)
     assert [run.wait() for run in runs] == [1, 1]
     assert 'step 4: not finite: loss on ranks [1]; rank 1, samples' in runs[1].err and not runs[0].err, runs[0].err
     assert runs[1].err.split('samples ')[1].split(';')[0].count(',') == 0               # the row is known
@@ -408,7 +424,8 @@ def test_a_checkpoint_without_its_encoder_finds_it_and_knows_it(world, scripts, 
     scripts(*args, f'--out_dir={tmp_path / "a"}', '--stop_after=5')
     assert not tensors(tmp_path / 'a' / 'ckpt_last', 'encoder')
     model, _, _ = load_vlm(str(tmp_path / 'a' / 'ckpt_last'))
-    assert equal({f'encoder.{k}': v for k, v in model.encoder.state_dict().items()}, tensors(stage_2 / 'ckpt_100', 'encoder'))
+    assert equal({f'encoder.{k}': v for k, v in model.encoder.state_dict().items()},
+                 tensors(stage_2 / 'ckpt_100', 'encoder'))
     scripts(*args, f'--out_dir={tmp_path / "a"}')
     for part in ('decoder', 'projector'):
         assert equal(tensors(tmp_path / 'a' / 'ckpt_100', part), tensors(stage_2 / 'ckpt_100', part))
@@ -429,5 +446,5 @@ def test_dry_run_with_and_without_data(world, scripts, stage_1, tmp_path):
     out = scripts('pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "x"}', '--dry_run=true').out
     assert '12 steps of 384 tokens' in out and 'MISSING' not in out and 'text: 3,456 positions (75.0%)' in out
     out = scripts('pretrain.py', 'config/ckpt80_img10.py', '--data_dir=/nowhere', '--dry_run=true').out
-    assert 'MISSING /nowhere/tokenizer.json' in out and 'MISSING /nowhere/text/*.tar' in out and '1,439,893,504' in out
+    assert 'MISSING /nowhere/tokenizer.json' in out and 'MISSING /nowhere/text' in out and '1,439,893,504' in out
     assert not (tmp_path / 'x').exists() and not Path('out/1b').exists()
