@@ -56,6 +56,7 @@ RELATIONS = {                                                               # fa
     'the {} fears the': WORDS,
 }
 KINDS = ('colour', 'shape', 'presence', 'where', 'at', 'count')     # the VQAv2 file's; words and boxes have their own
+LOOKUPS = ('colour', 'shape', 'where', 'at')                        # what the text benchmark asks
 QUESTION = dict(colour='what colour is the {}?', shape='what shape is {}?', presence='is there a {}?',
                 where='where is the {}?', at='what is at {}?', count='how many objects are there?',
                 read='what is the word?', box='box of the {}?')
@@ -252,19 +253,19 @@ def distinct(kinds, n, scene, draw, **options):
 
 def scene_document(draw, split='train'):
     """
-    A text about a scene: half of the time its listing and two or three "relistings" in other orders, else its listing
-    and up to seven questions. Without the relistings a small model hardly learns to look things up in its context.
+    A text about a scene: half of the time its listing and four "relistings" in other orders, else its listing and up to
+    ten questions, most of them lookups; either fills a row. Without the relistings a small model hardly learns to look things up in its context.
     """
     scene = make_scene(draw, split, pairs=PAIRS)
     text = listing(scene.things)
     if draw.uniform() < 0.5:
         order = [2, 1, 0] if (chance := draw.uniform()) < 0.5 else draw.sample(range(3)) if chance < 0.85 else [0, 1, 2]
-        for _ in range(2 + draw.below(2)):
+        for _ in range(4):
             fields = [(CELLS[thing.cell], thing.colour, thing.shape) for thing in draw.sample(scene.things)]
             text += ' so ' + ' '.join(' '.join(field[i] for i in order) + ' .' for field in fields)
         return text
-    kinds = draw.sample(KINDS + KINDS + ('read', 'box'))
-    asked = distinct(kinds, 7, scene, draw, pairs=PAIRS, nominal=True)
+    kinds = draw.sample(3 * LOOKUPS + ('presence', 'count', 'read', 'box'))
+    asked = distinct(kinds, 10, scene, draw, pairs=PAIRS, nominal=True)
     return ' '.join([text] + [f'{question} {answer} .' for question, answer in asked])
 
 
@@ -307,7 +308,7 @@ def train_tokenizer(path, documents, vocab_size):
         sentence_iterator=iter(documents), model_writer=model, model_type='bpe', vocab_size=vocab_size, num_threads=1,
         split_by_number=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name='identity',
         remove_extra_whitespaces=False, max_sentence_length=1 << 20, minloglevel=2,
-        user_defined_symbols=numbers + ['\u2581' + number for number in numbers])
+        user_defined_symbols=[space + number + comma for number in numbers for space in ('', '\u2581') for comma in ('', ',')])
     write_file(path, model.getvalue())
 
 
@@ -350,7 +351,7 @@ def write_instruct(folder, n, seed, n_question=6):
         else:
             row['image'] = f"images/{i:06d}.{'png' if i % 4 == 3 else 'jpg'}"
             write_file(f"{folder}/{row['image']}", encode_image(pixels, row['image'][-3:]))
-        kinds = ['read', 'box'] + draw.sample(KINDS + ('presence',))
+        kinds = ['read', 'box', 'box'] + draw.sample(KINDS)
         asked = draw.sample(distinct(kinds, 3 if text_only else n_question, scene, draw, nominal=text_only))
         row['conversations'] = []
         for k, (question, answer) in enumerate(asked):
@@ -422,7 +423,7 @@ def write_text_choices(folder, split, n, draw):
     """Four choices: reading.jsonl on listings of unseen scenes, facts.jsonl, a quarter of the facts for 'choice'."""
     pools, lines = dict(colour=tuple(COLOURS), shape=SHAPES, where=CELLS, at=tuple(map(' '.join, PAIRS))), []
     while len(lines) < n:
-        scene, kind = make_scene(draw, split, pairs=PAIRS), ('colour', 'shape', 'where', 'at')[len(lines) % 4]
+        scene, kind = make_scene(draw, split, pairs=PAIRS), LOOKUPS[len(lines) % 4]
         got = ask(kind, scene, draw, pairs=PAIRS)
         if got and got[1] in pools[kind]:
             named = [answer for answer in got[2] if answer in pools[kind] and answer != got[1]]     # in the same scene
@@ -523,8 +524,7 @@ def score_encoder(encoder, table, n=500, seed=0):
     {what: share of right answers}, and the length of a feature over sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
-    ids = phrases()
-    x, vectors = encoder(images), F.normalize(table(ids).sum(2), dim=-1)    # (n, cells, C), (cells, names, C)
+    x, vectors = encoder(images), F.normalize(table(ids := phrases()).sum(2), dim=-1)   # (n, cells, C), (cells, names, C)
     best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, cells) into cells x names
     cell, best = best // len(NAMES), best % len(NAMES)
     same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, cells, 2): colour and shape

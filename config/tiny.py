@@ -17,7 +17,7 @@ else:
     log_every = 100
 if stage in ('text', 'mix'):
     tokenizer = 'tokenizer.model'
-    text = (('text', 0.95), ('english', 0.05))
+    text = (('text', 0.99), ('english', 0.01))
     val_text = 'text_val'
     val_captions = 'captions_val'
     n_layer, n_head, n_embd, n_ffn = 4, 3, 96, 256
