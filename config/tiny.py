@@ -30,7 +30,7 @@ if stage in ('text', 'mix'):
     eval_rows = 128
 if stage == 'text':
     max_steps = 2000
-    warmup_steps = 100
+    warmup_steps = 110
 if stage == 'mix':
     max_steps = 240                     # 15 % of stage 1; the paper's is 0.65 %: the projector starts from nothing here, too
     projector_lr = 1.5e-3
