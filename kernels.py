@@ -122,8 +122,8 @@ def _say(line):
         print(f'kernels: {line}', flush=True)
 
 
-# torch.compile runs this while tracing and takes the answer as a constant: a compiled model decides and prints the same;
-# operator.index makes a constant of a size that the tracer holds as a symbol
+# torch.compile runs this while tracing and takes the answer as a constant: a compiled model decides and prints alike.
+# operator.index makes a constant of a size that the tracer holds as a symbol.
 @torch.compiler.assume_constant_result
 def _choose(op, situation, impl, device, dtype, width, obstacle=''):
     """The implementation to run; `obstacle`: what the caller found against Triton."""
@@ -333,9 +333,9 @@ def _nll_triton(x, weight, targets, keep):
 def _nll_triton_backward(a, b, x, weight, targets, nll, saved, keep):
     """As _nll_torch_backward."""
     (n, C), V = x.shape, len(weight)
-    dx, dw = x.new_zeros(n, C, dtype=torch.float32), weight.new_zeros(V, C, dtype=torch.float32)
+    dx, dw = x.new_zeros(n, C, dtype=torch.float32), weight.new_empty(V, C, dtype=torch.float32)
     if n == 0:
-        return dx, dw
+        return dx, dw.zero_()
     step = min(triton.cdiv(V, 128), max(1, CHUNK_BYTES // (2 * n * 128))) * 128
     dz = x.new_empty(n, step)
     for col0 in range(0, V, step):
@@ -822,6 +822,7 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
 # === the first use on a GPU checks itself ===================================================================
 
 @functools.cache
+@torch.inference_mode(False)
 def _self_check(op, device, dtype, width):
     """
     Run a kernel, forward and backward, on a small problem against the float32 reference; '' or what is wrong. Before
@@ -844,7 +845,7 @@ def _self_check(op, device, dtype, width):
 
     def with_gradients(impl, leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             y = run(impl, leaves)
             return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 

@@ -48,7 +48,7 @@ def install():
         refuse('unary_op', arg)
         return plain_unary(self, arg, op)
 
-    # after a launch the interpreter copies every storage back to the device, here the CPU: onto itself, gigabytes and all
+    # after a launch the interpreter copies every storage back to the device, here onto itself, gigabytes and all
     GridExecutor._restore_args_dev = lambda self, *args: None
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     InterpreterBuilder.binary_op, InterpreterBuilder.unary_op = binary_op, unary_op

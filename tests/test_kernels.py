@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_no_worse_than_torch(impl, dtype, kept, logits, m
         pytest.skip('the kernels are for 16 bits')
     if dtype == torch.float16 and (kept, logits) != (0.29, 'random'):
         pytest.skip('float16 differs from bfloat16 by a cast only: one case')
-    n = 131 if impl == 'triton' or kept < 1 else 61                         # a program per row in the interpreter
+    n = 131 if impl != 'triton-keep' or kept < 0.5 else 61                  # the interpreter runs a program per row
     problem = loss_problem(n, 397, 64, kept, logits)
     monkeypatch.setattr(kernels, 'CHUNK_BYTES', 2 * 40 * 130)               # several chunks, the last one partial
     monkeypatch.setattr(kernels, 'KEEP_LOGITS_BYTES', {'cpu': 0, 'cuda': 0})
@@ -148,7 +148,7 @@ def test_loss_accepts_any_strides(impl):
 @pytest.mark.parametrize('impl', LOSS_IMPLS)
 def test_weight_gradient_adds_up_in_float32(impl, monkeypatch):
     """Thousands of rows, chunk after chunk, into few columns: a 16-bit sum would stall. Master weights are float32."""
-    n = 3000 if impl != 'triton-keep' else 300            # the interpreter runs a program per row
+    n = 3000 if impl != 'triton-keep' else 150            # the interpreter runs a program per row
     x, weight, targets, a, b = loss_problem(n, 48, 64, kept=1.0)
     x = x + 1                                             # so that the terms do not cancel
     monkeypatch.setattr(kernels, 'CHUNK_BYTES', 4 * 48 * 100)
@@ -679,7 +679,8 @@ def test_a_mask_without_columns_runs_the_reference(capsys):
 @pytest.mark.parametrize('op, width', [('attention', 64), ('loss', 64)])
 def test_self_check_passes_and_catches_a_wrong_kernel(op, width, monkeypatch):
     device = torch.device(DEVICE)
-    assert kernels._self_check(op, device, DTYPE, width) == ''
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):    # whatever state the first call is made in
+        assert kernels._self_check(op, device, DTYPE, width) == ''
     kernels._self_check.cache_clear()
     forward = kernels._nll_triton
     monkeypatch.setattr(kernels, 'LOG2_E', 1.2)
