@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'              # read where @triton.jit executes, that is when kernels is imported
+    os.environ['TRITON_INTERPRET'] = '1'             # read where @triton.jit executes, that is when kernels is imported
 torch.set_num_threads(1)
 
 
@@ -182,8 +182,8 @@ def world(tmp_path_factory):
     lines = [' '.join(rng.choice(words) for _ in range(12)) + f' , {i}' for i in range(400)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines + ['0 1 2 3 4 5 6 7 8 9 ? . ,'] * 9),
-                                             vocab_size=320, model_writer=model, model_type='bpe', byte_fallback=True, num_threads=1,
-                                             minloglevel=2)
+                                             vocab_size=320, model_writer=model, model_type='bpe', byte_fallback=True,
+                                             num_threads=1, minloglevel=2)
     (data / 'tokenizer.model').write_bytes(model.getvalue())
     codec = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     ids = [i for i in codec.encode(lines * 9)]
