@@ -253,8 +253,8 @@ def distinct(kinds, n, scene, draw, **options):
 
 def scene_document(draw, split='train'):
     """
-    A text about a scene: half of the time its listing and four "relistings" in other orders, else its listing and up to
-    ten questions, most of them lookups; either fills a row. Without the relistings a small model hardly learns to look things up in its context.
+    A text about a scene that fills a row: half of the time its listing and four "relistings" in other orders, else its
+    listing and up to ten questions, most of them lookups. Without relistings a small model hardly learns to look up.
     """
     scene = make_scene(draw, split, pairs=PAIRS)
     text = listing(scene.things)
@@ -302,13 +302,13 @@ def write_tar(path, members):
 def train_tokenizer(path, documents, vocab_size):
     """Train sentencepiece BPE (its unigram model shreds these words) on one thread; each coordinate is one piece."""
     edges = [cell * CELL + offset for cell in range(GRID) for offset in (1, 2, 3, 11, 12, 13)]
-    numbers = [f'{round(edge / SIZE, 2):.2f}' for edge in edges]
-    model = io.BytesIO()
+    numbers = [f'{space}{round(edge / SIZE, 2):.2f}{comma}'
+               for edge in edges for space in ('', '\u2581') for comma in ('', ',')]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_writer=model, model_type='bpe', vocab_size=vocab_size, num_threads=1,
-        split_by_number=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name='identity',
-        remove_extra_whitespaces=False, max_sentence_length=1 << 20, minloglevel=2,
-        user_defined_symbols=[space + number + comma for number in numbers for space in ('', '\u2581') for comma in ('', ',')])
+        sentence_iterator=iter(documents), model_writer=(model := io.BytesIO()), model_type='bpe', num_threads=1,
+        vocab_size=vocab_size, split_by_number=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name='identity', remove_extra_whitespaces=False, max_sentence_length=1 << 20,
+        user_defined_symbols=numbers)
     write_file(path, model.getvalue())
 
 
@@ -524,7 +524,7 @@ def score_encoder(encoder, table, n=500, seed=0):
     {what: share of right answers}, and the length of a feature over sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
-    x, vectors = encoder(images), F.normalize(table(ids := phrases()).sum(2), dim=-1)   # (n, cells, C), (cells, names, C)
+    x, vectors = encoder(images), F.normalize(table(ids := phrases()).sum(2), dim=-1)    # by cell and name
     best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, cells) into cells x names
     cell, best = best // len(NAMES), best % len(NAMES)
     same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, cells, 2): colour and shape
