@@ -189,7 +189,7 @@ def attention_candidates(case, device, dtype):
     if case['mask'] == 'causal':
         mask = kernels.Intervals.causal(B, T, device)
     elif case['mask'] == 'prefix':
-        mask = kernels.Intervals.prefix(torch.full((B,), n_prefix, device=device), T)
+        mask = kernels.Intervals.prefix(torch.full((B,), n_prefix), T, device)
     else:
         segment = torch.rand(B, T, generator=generator, device=device).lt(4 / T).cumsum(1)    # about five documents a row
         mask = kernels.Intervals.documents(segment)

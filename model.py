@@ -308,7 +308,8 @@ class VLM(nn.Module):
         if rows is None:
             rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
         x = self.decoder.trunk(self.embed(tokens, images, image_index), rows=rows)     # (K,C)
-        nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[rows])     # (K,) each
+        nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[rows],
+                                        rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
         kept = torch.stack((nll, z)).detach().float()
         self.row_loss = kept.new_zeros(2, B).index_add_(1, rows // T, kept)
