@@ -39,8 +39,8 @@ if stage == 'finetune':
     instruct = 'instruct/llava.json'
     instruct_images = 'instruct'
     seq_len = 128
-    global_batch_size = micro_batch_size = 32
-    n_epoch = 4
+    global_batch_size = micro_batch_size = 16
+    n_epoch = 5
     lr = 1.5e-3
     final_lr = 1e-5
     split_turns = True                  # several questions in a row leak into each other at this size
