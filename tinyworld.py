@@ -446,9 +446,8 @@ def write_benchmarks(folder, split, n, seed):
     scenes, boxed, worded, held_out = ([make_scene(draw, split, **options) for _ in range(n)]
                                        for options in ({}, {}, dict(word=True), dict(held_out=1)))
     coco = 'val2014/COCO_val2014_{:012d}.jpg'                               # VQAv2 and POPE share a folder
-    refcoco = 'refcoco/' + coco.replace('val', 'train')
-    for path, group in ((coco, scenes), (f'vqav2_heldout/{coco}', held_out), (refcoco, boxed),
-                        ('textvqa/train_images/{:016x}.jpg', worded)):
+    paths = coco, f'vqav2_heldout/{coco}', f"refcoco/{coco.replace('val', 'train')}", 'textvqa/train_images/{:016x}.jpg'
+    for path, group in zip(paths, (scenes, held_out, boxed, worded)):
         for i, pixels in enumerate(render(group)):
             write_file(f'{folder}/{path.format(i)}', encode_image(pixels, 'jpg'))
     write_vqa(f'{folder}/vqav2', scenes, draw)
