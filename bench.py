@@ -6,8 +6,8 @@ Numbers with their conditions, on whatever device is there.
     python bench.py kernels                              # our kernels against eager, torch.compile, SDPA, FlexAttention
     python bench.py tune                                 # search the kernels' config tables on this GPU, print them
 
-step takes pretrain.py's keys. Its batches are synthetic in pretrain.py's layout, so it needs no data: the loader's own cost
-is in every log.jsonl as data_wait_s. kernels and tune need an NVIDIA GPU and say so without one.
+step takes pretrain.py's keys. Its batches are synthetic in pretrain.py's layout, so it needs no data: the loader's own
+cost is in every log.jsonl as data_wait_s. kernels and tune need an NVIDIA GPU and say so without one.
 """
 import functools
 import os
@@ -128,10 +128,12 @@ def step(argv):
     n = tokens.numel()
     mfu = common.model_flops_utilisation(config.flops_per_token(c['seq_len']) * n / total, device, 1)
     print(conditions(device))
-    print(f"{n} positions, {len(rows)} with loss, {0 if images is None else len(images)} images, one process, one micro-step")
+    n_image = 0 if images is None else len(images)
+    print(f"{n} positions, {len(rows)} with loss, {n_image} images, one process, one micro-step")
     for name, seconds in median.items():
         print(f"  {name:<10} {seconds * 1e3:9.2f} ms  {seconds / total:6.1%}")
-    print(f"  {'sum':<10} {total * 1e3:9.2f} ms          {n / total:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else ''))
+    rate = f"{n / total:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else '')
+    print(f"  {'sum':<10} {total * 1e3:9.2f} ms          {rate}")
     if device.type == 'cpu':
         from torch.profiler import ProfilerActivity, profile
         with profile(activities=[ProfilerActivity.CPU]) as p:
@@ -140,13 +142,14 @@ def step(argv):
                 one(phases)
             wall = time.perf_counter() - begin
         inside = sum(e.self_cpu_time_total for e in p.key_averages() if '::' in e.key and 'autograd' not in e.key) / 1e6
-        print(f"  outside torch's operators (Python, autograd, the profiler itself): {1 - inside / wall:.1%} of the step")
+        share = 1 - inside / wall
+        print(f"  outside torch's operators (Python, autograd, the profiler itself): {share:.1%} of the step")
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 def loss_cases(N=8192, C=2048, V=50432, shares=(0.29, 0.91, 1.0)):
-    """What the loss is timed at: the kept shares of caption rows, of the main recipe (10 % images) and of plain text."""
+    """What the loss is timed at: the kept shares of caption rows, the main recipe (10 % images) and plain text."""
     return [dict(N=N, C=C, V=V, share=share) for share in shares]
 
 
@@ -184,14 +187,15 @@ def attention_candidates(case, device, dtype):
     """Inputs and implementations of one attention case: (leaves, {name: f(leaves) -> o}, useful FLOPs)."""
     generator = torch.Generator(device).manual_seed(0)
     B, H, D, T = case['B'], case['H'], case['D'], case['T']
-    q, k, v = (torch.randn(B, H, T, D, generator=generator, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(B, H, T, D, generator=generator, device=device, dtype=dtype).requires_grad_()
+               for _ in range(3))
     n_prefix = T * 729 // 1024
     if case['mask'] == 'causal':
         mask = kernels.Intervals.causal(B, T, device)
     elif case['mask'] == 'prefix':
         mask = kernels.Intervals.prefix(torch.full((B,), n_prefix), T, device)
     else:
-        segment = torch.rand(B, T, generator=generator, device=device).lt(4 / T).cumsum(1)    # about five documents a row
+        segment = torch.rand(B, T, generator=generator, device=device).lt(4 / T).cumsum(1)  # about five documents a row
         mask = kernels.Intervals.documents(segment)
     key = torch.arange(T, device=device)
     seen = (key >= mask.lo[..., None]) & (key < mask.hi[..., None])                       # (B,T,T)
@@ -205,7 +209,8 @@ def attention_candidates(case, device, dtype):
         names['SDPA in two calls'] = lambda q, k, v: kernels.attention(q, k, v, mask, impl='torch-split')
     if device.type == 'cuda':
         lo, hi = mask.lo, mask.hi
-        block_mask = create_block_mask(lambda b, h, i, j: (j >= lo[b, i]) & (j < hi[b, i]), B, None, T, T, device=device)
+        block_mask = create_block_mask(lambda b, h, i, j: (j >= lo[b, i]) & (j < hi[b, i]), B, None, T, T,
+                                       device=device)
         flex = torch.compile(flex_attention)
         names['FlexAttention'] = lambda q, k, v: flex(q, k, v, block_mask=block_mask)
     return (q, k, v), names, 4 * H * D * int(seen.sum()) * 3.5
@@ -221,17 +226,18 @@ def gradients(f, leaves, dtype=None):
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
     out = f(*leaves)
     generator = torch.Generator(out.device).manual_seed(1)
-    return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=generator, device=out.device,
-                                                                        dtype=torch.float32).to(out.dtype))]
+    grad = torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
 def compare(title, leaves, names, flops, truth, peak):
-    """Time forward and backward of each implementation, with its memory and its error against `truth`; print a table."""
+    """Time forward and backward of each implementation, its memory and its error against `truth`; print a table."""
     print(f"\n{title}\n{'':<28} {'fwd ms':>8} {'fwd+bwd':>8} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>7} {'error':>8}")
     cuda = leaves[0].is_cuda
     for name, f in names.items():
         try:
-            error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(gradients(f, leaves), truth))
+            error = max(float((a.float() - b.float()).norm() / b.float().norm())
+                        for a, b in zip(gradients(f, leaves), truth))
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -240,7 +246,8 @@ def compare(title, leaves, names, flops, truth, peak):
             extra = ((torch.cuda.max_memory_allocated() if cuda else 0) - held) / 2 ** 30
             forward, both = timed(lambda: f(*leaves), cuda), timed(lambda: gradients(f, leaves), cuda)
             rate = flops / both / 1e9
-            print(f'{name:<28} {forward:8.3f} {both:8.3f} {rate:8.1f} {rate * 1e12 / peak:8.1%} {extra:7.2f} {error:8.1e}')
+            share = rate * 1e12 / peak
+            print(f'{name:<28} {forward:8.3f} {both:8.3f} {rate:8.1f} {share:8.1%} {extra:7.2f} {error:8.1e}')
         except (RuntimeError, ValueError) as e:
             print(f'{name:<28} not run: {str(e).splitlines()[0][:80]}')
 
@@ -289,7 +296,7 @@ TUNE = {                                        # block sizes, num_warps, num_st
 
 
 def tune(argv):
-    """Try TUNE's configs on this GPU, one kernel at a time, and print the entries of kernels.CONFIG that were fastest."""
+    """Try TUNE's configs on this GPU, a kernel at a time, and print the entries of kernels.CONFIG that were fastest."""
     if not torch.cuda.is_available():
         print('bench.py tune: torch sees no GPU here, so there is nothing to tune')
         return
@@ -299,7 +306,7 @@ def tune(argv):
     for kernel, candidates in TUNE.items():
         for width in (64, 128) if kernel in ('forward', 'dkdv', 'dq') else (0,):
             best = []
-            for long in (False, True):                                       # up to kernels.SHORT positions or rows, beyond
+            for long in (False, True):                                   # up to kernels.SHORT positions or rows, beyond
                 length = kernels.SHORT if not long else 4 * kernels.SHORT
                 if width:
                     case = dict(B=8, H=2048 // width, D=width, T=length, mask='documents')

@@ -1,5 +1,5 @@
 """
-What the training stages share: processes and devices, learning-rate schedules, the optimizer, checkpoint folders, the log.
+What the training stages share: processes and devices, lr schedules, the optimizer, checkpoint folders, the log.
 
 Arrows: imports model, vision and data; the stage scripts import this. Nothing here decides what is trained.
 """
@@ -35,14 +35,14 @@ PERCENTS = (20, 40, 60, 80, 100)                # the checkpoints that stage 1 k
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}          # dense bf16, by substring of the device's name
 # on resume these may differ; any other difference is refused
 MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', 'save_every', 'stop_after', 'resume',
-              'log_every', 'wandb', 'tensorboard', 'dry_run', 'compile', 'keep_optimizer', 'keep_steps', 'max_bad_samples',
-              'eval_every', 'eval_rows', 'data_hint', 'activation_checkpointing'}
+              'log_every', 'wandb', 'tensorboard', 'dry_run', 'compile', 'keep_optimizer', 'keep_steps',
+              'max_bad_samples', 'eval_every', 'eval_rows', 'data_hint', 'activation_checkpointing'}
 
 
 # --- learning-rate schedules ------------------------------------------------------------------------------------------
 
 def main_lr(step, *, peak, final, warmup, total):
-    """The lr of step 0, 1, ...: linear warmup to peak, then cosine to final at `total`, and final beyond (paper 2.1.1)."""
+    """The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if step >= total:
@@ -56,7 +56,7 @@ def cooldown_lr(step, *, start, final, total):
 
 
 def remaining_lr(step, *, main, at, total):
-    """The rest of a main schedule's arc (dict of main_lr's arguments) from its step `at`, compressed into `total` steps."""
+    """The rest of a main schedule's arc (dict of main_lr's arguments) from its step `at`, in `total` steps."""
     return main_lr(at + (main['total'] - at) * min(step / total, 1), **main)
 
 
@@ -111,7 +111,7 @@ def pick_device(device, allowed=('auto', 'cpu', 'cuda')):
     """The torch device that a config's `device` names; exits with one line when it is not there."""
     if device not in allowed:
         sys.exit(f"device={device!r}: expected one of {', '.join(allowed)}")
-    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')            # is_available() would start CUDA before the fork
+    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')        # is_available() would start CUDA before the fork
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda' and not torch.cuda.is_available():
@@ -139,7 +139,7 @@ def setup_process(device='auto', dtype='', n_thread=0):
 
 
 def distributed(model):
-    """DistributedDataParallel that leaves the buffers (constants) alone in forward; torch 2.13 renamed how to say so."""
+    """DistributedDataParallel that leaves the buffers (constants) alone; torch 2.13 renamed how to say so."""
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
     return DistributedDataParallel(model, gradient_as_bucket_view=True,
                                    **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
@@ -165,7 +165,7 @@ def accumulation(global_batch_size, micro_batch_size, world_size):
         fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * world_size) == 0]
         near = min(fit, key=lambda m: abs(m - micro_batch_size), default=None)
         can = [w for w in range(1, global_batch_size + 1) if global_batch_size % (w * micro_batch_size) == 0]
-        if not near and not can:                                # neither this batch nor this number of processes divides
+        if not near and not can:                               # neither this batch nor this number of processes divides
             can = [w for w in range(1, global_batch_size + 1) if global_batch_size % w == 0]
             hint = f"--micro_batch_size=1 with a number of processes among {can[:8]} would"
         else:
@@ -364,7 +364,8 @@ def git_commit():
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(['git', 'status', '--porcelain', '-uno'], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(['git', 'status', '--porcelain', '-uno'], cwd=here, capture_output=True, text=True,
+                               timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ''
     return head.stdout.strip() + ('+' if dirty.stdout.strip() else '')
@@ -393,14 +394,15 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
             _write_checkpoint(tmp, model, optimizer, meta, save_encoder)
-            if os.path.lexists(final):                                    # an older run's, or one that a kill left unlinked
+            if os.path.lexists(final):                                # an older run's, or one that a kill left unlinked
                 os.rename(final, os.path.join(out_dir, f'.tmp_old_{names[0]}'))
             os.rename(tmp, final)
             _fsync(out_dir)
             shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"saving {final} failed ({first_line(e)}; is the disk full?); the checkpoints before it are untouched") from e
+        raise OSError(f"saving {final} failed ({first_line(e)}; is the disk full?); the checkpoints before it are "
+                      "untouched") from e
     for name in (*names[1:], 'ckpt_last'):
         link = os.path.join(out_dir, f'.link_{name}')
         if os.path.lexists(link):
@@ -413,7 +415,8 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
 def _write_checkpoint(folder, model, optimizer, meta, save_encoder):
     """The files of one checkpoint, each fsynced."""
     meta = dict(meta, schema=SCHEMA, model=dataclasses.asdict(model.decoder.config), image_id=model.image_id,
-                commit=git_commit(), torch=torch.__version__, rng=base64.b64encode(bytes(torch.get_rng_state())).decode())
+                commit=git_commit(), torch=torch.__version__,
+                rng=base64.b64encode(bytes(torch.get_rng_state())).decode())
     if model.encoder is not None:
         meta['encoder'] = model.encoder.config_dict()
     state = {k: v for k, v in model.state_dict().items() if save_encoder or not k.startswith('encoder.')}
@@ -430,7 +433,7 @@ def _write_checkpoint(folder, model, optimizer, meta, save_encoder):
 
 def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
     """
-    Bound the disk: drop all but the newest `keep_steps` ckpt_step_N, and optimizer states that the policy does not keep.
+    Bound the disk: drop all but the newest `keep_steps` ckpt_step_N, and optimizer states the policy does not keep.
     keep_optimizer  'all', 'percent' (ckpt_NNN and the last), 'last', 'none' (none but the last's: a run must resume)
     """
     last = os.path.basename(os.path.realpath(os.path.join(out_dir, 'ckpt_last')))
@@ -475,7 +478,8 @@ def read_meta(folder):
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
     except FileNotFoundError as e:
-        raise ValueError(f"{folder}: no meta.json there; expected a checkpoint folder such as out/1b/text/ckpt_080") from e
+        raise ValueError(f"{folder}: no meta.json there; expected a checkpoint folder such as "
+                         "out/1b/text/ckpt_080") from e
     except NotADirectoryError as e:
         raise ValueError(f"{folder} is a file: expected a checkpoint folder such as out/1b/text/ckpt_080") from e
     except (OSError, ValueError) as e:
@@ -551,25 +555,26 @@ def load_vlm(folder, device='cpu'):
         path = os.path.join(config['data_dir'], config['encoder_path'])
         model.encoder = load_encoder(path, config['encoder_layer'], config['encoder_norm'])
         if tensor_digest(model.encoder) != meta['encoder_sha256']:
-            raise ValueError(f"{folder}: saved without its encoder, and {path} holds other weights than it was trained with")
+            raise ValueError(f"{folder}: saved without its encoder, and {path} holds other weights than it was trained "
+                             "with")
     if missing:
         raise ValueError(f"{folder}: model.safetensors lacks {missing[0]} ({len(missing)} tensors missing)")
     return model.to(device).eval().requires_grad_(False), checkpoint_tokenizer(folder, meta), meta
 
 
 def check_model(meta, model_config, folder):
-    """Exit with one line naming the first number of the decoder that differs; seq_len may, heads have no shape to tell."""
+    """Exit with one line naming the first number of the decoder that differs; seq_len may."""
     for key, value in dataclasses.asdict(model_config).items():
         if key != 'seq_len' and meta['model'].get(key, value) != value:
-            sys.exit(f"{folder} has a decoder with {key}={meta['model'][key]!r}, this run's has {value!r}: give the same, "
-                     "or the same scale file")
+            sys.exit(f"{folder} has a decoder with {key}={meta['model'][key]!r}, this run's has {value!r}: give the "
+                     "same, or the same scale file")
 
 
 def check_last(last):
     """Exit with one line when ckpt_last is a link to nothing: starting over would overwrite the run's log."""
     if os.path.islink(last) and not os.path.exists(last):
-        sys.exit(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that is there, or remove it "
-                 "to start over")
+        sys.exit(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that is there, or "
+                 "remove it to start over")
 
 
 def check_resume(meta, config, folder):
@@ -579,11 +584,12 @@ def check_resume(meta, config, folder):
         old = tuple(map(tuple, old)) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else old
         old = tuple(old) if isinstance(value, tuple) else old
         if key not in MAY_DIFFER and old != value:
-            sys.exit(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or another out_dir")
+            sys.exit(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or another "
+                     "out_dir")
 
 
 def how_to_make(path, scale):
-    """The command that makes a checkpoint folder out/{scale}/{name}/ckpt..., or '' when no recipe of that name exists."""
+    """The command that makes a checkpoint folder out/{scale}/{name}/ckpt..., '' when no recipe has that name."""
     name = os.path.basename(os.path.dirname(os.path.normpath(path)))
     here = os.path.dirname(os.path.abspath(__file__))
     if not os.path.exists(os.path.join(here, 'config', f'{name}.py')):
@@ -618,7 +624,8 @@ def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, 
                 files = []
             size = sum(os.path.getsize(f) for f in files)
             passes = f", {tokens / (size / 2):.2f} passes" if files and all(f.endswith('.bin') for f in files) else ''
-            print(f"    {path}: {len(files)} files, {size / 2 ** 30:.2f} GiB{passes}" if files else f"    MISSING {path}")
+            print(f"    {path}: {len(files)} files, {size / 2 ** 30:.2f} GiB{passes}" if files else
+                  f"    MISSING {path}")
     for path in inputs:
         print(f"{'found' if os.path.exists(path) else 'MISSING'} {path}")
     micro = config['micro_batch_size'] * config['seq_len']

@@ -35,14 +35,15 @@ def config_keys(path):
             (target,) = node.targets
             key, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, ValueError, TypeError) as e:
-            raise ValueError(f"{path}:{marks[0] + node.lineno}: a config block holds `name = literal` lines only") from e
+            where = f"{path}:{marks[0] + node.lineno}"
+            raise ValueError(f"{where}: a config block holds `name = literal` lines only") from e
         if type(value) not in (bool, int, float, str, tuple):
             raise ValueError(f"{path}:{marks[0] + node.lineno}: {key} is a {type(value).__name__}: expected bool, int, "
                              "float, str or tuple")
         if key in keys:
             raise ValueError(f"{path}:{marks[0] + node.lineno}: {key} is there twice")
         comments = []
-        for line in lines[marks[0] + node.lineno - 1:marks[1]]:             # the comment, and the comment lines below it
+        for line in lines[marks[0] + node.lineno - 1:marks[1]]:            # the comment, and the comment lines below it
             code, _, comment = line.partition('  # ') if not comments else ('', '', line.strip().removeprefix('#'))
             if comments and not line.lstrip().startswith('#'):
                 break

@@ -143,13 +143,14 @@ except (ValueError, OSError) as e:
 chats_per_step = global_batch_size * (1 - text_share)
 max_steps = max_steps or round(n_epoch * len(chat) / chats_per_step)
 if max_steps < 1:
-    sys.exit(f"n_epoch={n_epoch} of {len(chat)} conversations is less than one step of {chats_per_step:g}: give more epochs, "
-             "or --max_steps=N")
+    sys.exit(f"n_epoch={n_epoch} of {len(chat)} conversations is less than one step of {chats_per_step:g}: give more "
+             "epochs, or --max_steps=N")
 if dry_run:
     common.print_dry_run(config, model.decoder.config, out_dir=out_dir, max_steps=max_steps,
-                         tokens_per_step=global_batch_size * seq_len, shares={}, sets={}, inputs=[init_from], n_checkpoint=1)
-    print(f"{max_steps * chats_per_step / len(chat):.2f} passes over {len(chat)} conversations; rows are padded to the longest "
-          f"of their micro-batch, so the tokens above are an upper bound")
+                         tokens_per_step=global_batch_size * seq_len, shares={}, sets={}, inputs=[init_from],
+                         n_checkpoint=1)
+    print(f"{max_steps * chats_per_step / len(chat):.2f} passes over {len(chat)} conversations; rows are padded to the "
+          f"longest of their micro-batch, so the tokens above are an upper bound")
     sys.exit(0)
 if resuming and first_step >= max_steps:
     process.print(f"{out_dir} is finished: {first_step} of {max_steps} steps")
@@ -157,8 +158,9 @@ if resuming and first_step >= max_steps:
 # the workers fork here, before CUDA starts
 last_step = min(max_steps, stop_after) if stop_after else max_steps
 batches = Loader(mixture, start=first_step, stop=last_step, global_batch_size=global_batch_size,
-                 micro_batch_size=micro_batch_size, rank=process.rank, world_size=process.world_size, pad_id=codec.pad_id,
-                 n_worker=n_worker, group_window=length_window, seed=seed, pin_memory=process.device.type == 'cuda')
+                 micro_batch_size=micro_batch_size, rank=process.rank, world_size=process.world_size,
+                 pad_id=codec.pad_id, n_worker=n_worker, group_window=length_window, seed=seed,
+                 pin_memory=process.device.type == 'cuda')
 process.start_device()
 
 # --- optimizer and resume ---------------------------------------------------------------------------------------------
@@ -198,8 +200,9 @@ def save(step, names):
     every_bad = bad_before + process.gather(bad_samples)
     if process.master:
         n = step * global_batch_size
-        info = dict(base, stage='finetune', config=config, step=step, samples=n, seen=seen, init_from=init_from, base=base,
-                    bad_samples=every_bad, epochs=mixture.epochs(n), schedule=dict(kind='finetune', main=schedule, step=step),
+        info = dict(base, stage='finetune', config=config, step=step, samples=n, seen=seen, init_from=init_from,
+                    base=base, bad_samples=every_bad, epochs=mixture.epochs(n),
+                    schedule=dict(kind='finetune', main=schedule, step=step),
                     tokenizer_path=codec.path, tokens=tokens_seen())
         if not save_encoder:
             info['encoder_sha256'] = common.tensor_digest(model.encoder)
@@ -237,13 +240,13 @@ try:
         optimizer.zero_grad(set_to_none=True)
         row_loss = []
         for i, batch in enumerate(micro):
-            network.require_backward_grad_sync = i == n_micro - 1                        # set before forward: ddp reads it there
+            network.require_backward_grad_sync = i == n_micro - 1               # set before forward: ddp reads it there
             batch = batch.to(process.device, non_blocking=True)
             weights = row_weight.to(process.device)[batch.source][:, None].expand_as(batch.tokens)        # (B,T)
             weights = weights if batch.weights is None else weights * batch.weights
             with process.autocast():
                 loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)
-            (loss_sum * process.world_size).backward()                                   # ddp averages ranks: undo 1/world_size
+            (loss_sum * process.world_size).backward()                           # ddp averages ranks: undo 1/world_size
             row_loss.append(model.row_loss)
         if counts['n_image'].sum() == 0:
             common.drop_gradients(model.projector, model.encoder)                        # no decay, no moment update
@@ -257,7 +260,7 @@ try:
                     flops=model.decoder.config.flops_per_token(micro[0].tokens.shape[1]) * positions)
         done = step + 1
         if done == last_step or (save_every and done % save_every == 0):
-            reader.flush()                                                               # the log reaches the checkpoint
+            reader.flush()                                                              # the log reaches the checkpoint
             save(done, ['ckpt_100' if done == max_steps else f'ckpt_step_{done}'])
     reader.flush()
     if stopped and last_step > first_step:

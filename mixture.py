@@ -319,7 +319,8 @@ class Loader:
                                                         **(workers if n_worker else {})))
         self.n_left, self.n_worker = len(order), n_worker
         if n_worker:
-            atexit.register(self.close)      # before multiprocessing's own, which would wait for workers that ignore SIGTERM
+            # before multiprocessing's own, which would wait for workers that ignore SIGTERM
+            atexit.register(self.close)
 
     def __len__(self):
         return self.n_left
@@ -364,7 +365,7 @@ class Loader:
         """Stop the workers; done at exit too."""
         if self.n_worker:
             atexit.unregister(self.close)
-            self.batches._shutdown_workers()                             # its __del__ waits while a traceback refers to it
+            self.batches._shutdown_workers()                          # its __del__ waits while a traceback refers to it
             self.n_worker = 0
         self.batches = iter(())
 

@@ -5,7 +5,7 @@ The decoder (OpenLM's architecture), the projector, the vision-language model ar
     model = VLM(decoder, encoder, Projector(encoder.width, 2048), image_id=50277)
     loss_sum, weight_sum = model(tokens, targets, images)                        # what a training step needs
 
-Paper section 2.1 and appendices A, B (arXiv 2503.07603); OpenLM's model as the DCLM checkpoints use it (arXiv 2406.11794).
+Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCLM checkpoints use it (arXiv 2406.11794).
 """
 import dataclasses
 import json
@@ -167,8 +167,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """
     OpenLM's transformer: pre-norm, no biases, QK-norm over the full width, rotary, SwiGLU, untied output.
-    Parameter names are OpenLM's, so its checkpoints load by name. inv_freq is a buffer: models trained in bf16 have seen
-    rounded frequencies, so an imported checkpoint brings its own.
+    Parameter names are OpenLM's, so its checkpoints load by name. inv_freq is a buffer: models trained in bf16 have
+    seen rounded frequencies, so an imported checkpoint brings its own.
     """
     def __init__(self, config):
         super().__init__()
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """OpenLM's initialisation from torch's global generator: normals cut at 3 std, residual outputs scaled by depth."""
+        """OpenLM's initialisation, torch's global generator: normals cut at 3 std, residual outputs scaled by depth."""
         def trunc(weight, std):
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
         width_std = 1 / math.sqrt(self.config.n_embd)
@@ -258,7 +258,8 @@ class VLM(nn.Module):
 
     def image_features(self, images):
         """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())):
+        trained = any(p.requires_grad for p in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.encoder(images)
         return self.projector(features)
 
@@ -272,7 +273,8 @@ class VLM(nn.Module):
         if images is None or len(images) == 0:
             if tokens.device.type == 'cpu' and self.image_id is not None and (tokens == self.image_id).any():
                 row = int((tokens == self.image_id).any(1).nonzero()[0])
-                raise ValueError(f"row {row} holds {int((tokens[row] == self.image_id).sum())} image slots, got 0 images")
+                n = int((tokens[row] == self.image_id).sum())
+                raise ValueError(f"row {row} holds {n} image slots, got 0 images")
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
@@ -302,7 +304,7 @@ class VLM(nn.Module):
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         rows             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
-        returns          (loss_sum, weight_sum): nats, with z-loss (arXiv 2204.02311), and weights, summed over kept tokens
+        returns          (loss_sum, weight_sum): nats, with z-loss (arXiv 2204.02311), and weights, over kept tokens
         """
         B, T = tokens.shape
         if rows is None:
@@ -352,7 +354,7 @@ class VLM(nn.Module):
         else:
             x = self.embed(tokens, images, image_index)
         position = start + torch.arange(x.shape[1], device=device).expand(B, -1)       # (B,T)
-        last = length - 1 - start                                                      # (B,) where each prompt ends in x
+        last = length - 1 - start                                                     # (B,) where each prompt ends in x
         new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
         stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         for step in range(max_new_tokens):
@@ -371,7 +373,7 @@ class VLM(nn.Module):
         return [[t for t in row if t >= 0] for row in new]
 
     def _prefill_images(self, cache, tokens, length, images, image_index):
-        """Fill the cache with the images that open the rows, each once; returns how many positions are done, 0 = none."""
+        """Fill the cache with the images that open the rows, each once; returns how many positions are done."""
         if images is None or len(image_index) != len(tokens):
             return 0
         n = self.encoder.n_token if self.encoder is not None else 0
@@ -461,7 +463,7 @@ def _read_config(config):
 
 
 def _read_state(path):
-    """The state dict and config path (or None) of a .pt file, .safetensors file or HF folder, keys as the file has them."""
+    """State dict, keys as the file has them, and config path (or None) of a .pt, .safetensors or HF folder."""
     if not os.path.isdir(path):
         if str(path).endswith('.safetensors'):
             return _read_safetensors(path), None
@@ -548,8 +550,8 @@ def save_openlm(decoder, path):
     os.makedirs(path, exist_ok=True)
     save_file({f'model.{k}': v for k, v in state.items()}, os.path.join(path, 'model.safetensors'))
     c = decoder.config
-    config = dict(architectures=['OpenLMModel'], model_type='openlm', dim=c.n_embd, n_layers=c.n_layer, n_heads=c.n_head,
-                  vocab_size=c.vocab_size, seq_len=c.seq_len, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+    config = dict(architectures=['OpenLMModel'], model_type='openlm', dim=c.n_embd, n_layers=c.n_layer,
+                  n_heads=c.n_head, vocab_size=c.vocab_size, seq_len=c.seq_len, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
                   norm_type='gain_only_lp_layer_norm', ffn_type='swiglu_torch', positional_embedding_type='rotary',
                   post_embed_norm=False, weight_tying=False, torch_dtype='float32')
     with open(os.path.join(path, 'config.json'), 'w', encoding='utf-8') as f:

@@ -51,7 +51,7 @@ image_size = 384                        # pixels a side for encoder_path='patch'
 resize = 'letterbox'                    # 'letterbox' (the paper's), 'naive', 'crop'
 image_ratio = 0.0                       # share of sequences with an image, 0..1; 0 and no init_from = stage 1
 instruct_share = 0.0                    # share of instruction data inside the image share, 0..1 (3.4)
-loss_weight = 'source'                  # 'source' = mean loss per source times its share of sequences, 'token' = all alike
+loss_weight = 'source'               # 'source' = mean per source times its share of rows, 'token' = all alike
 train_encoder = False                   # frozen is the paper's choice (appendix I)
 max_tokens = 4_319_385_600_000          # positions with images and pads; DCLM-1B's record
 max_steps = 0                           # the schedule's length in steps; 0 = from max_tokens
@@ -62,12 +62,12 @@ schedule = 'main'                       # 'main', 'cooldown' (from the checkpoin
 lr = 1e-2                               # peak of the main schedule
 final_lr = 1e-5                         # paper; the DCLM records say 3e-5
 warmup_steps = 5000                     # of 'main'
-cooldown_shape = 'cosine'               # 'cosine' = flat start from lr(x), 'remaining' = the rest of the main arc, compressed
+cooldown_shape = 'cosine'         # 'cosine' = flat start from lr(x), 'remaining' = the rest of the main arc
 start_lr = 0.0                          # of 'cooldown'; 0 = what the checkpoint's schedule says
 rewarm_lr = 0.0                         # peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # warmup of 'rewarm'; the paper gives none
 moments_warmup_steps = 100              # warmup of 'cooldown' when the checkpoint has no AdamW moments
-projector_lr = 0.0                      # the projector's lr where the decoder's schedule starts or peaks; 0 = the decoder's
+projector_lr = 0.0                  # the projector's lr where the schedule starts or peaks; 0 = the decoder's
 encoder_lr = 0.0                        # the same for a trained encoder; 0 = the decoder's
 weight_decay = 0.01                     # on all parameters (OpenLM's rule)
 beta1 = 0.9
@@ -104,14 +104,16 @@ data_path = lambda path: os.path.join(data_dir, path)
 for key, share in (('image_ratio', image_ratio), ('instruct_share', instruct_share)):
     if not 0 <= share <= 1:
         sys.exit(f"{key}={share}: expected a share between 0 and 1")
-for key, given, allowed in (('schedule', schedule, ('main', 'cooldown', 'rewarm')), ('resume', resume, ('auto', 'never')),
+for key, given, allowed in (('schedule', schedule, ('main', 'cooldown', 'rewarm')),
+                            ('resume', resume, ('auto', 'never')),
                             ('cooldown_shape', cooldown_shape, ('cosine', 'remaining')),
                             ('loss_weight', loss_weight, ('source', 'token')),
                             ('keep_optimizer', keep_optimizer, ('all', 'percent', 'last', 'none'))):
     if given not in allowed:
         sys.exit(f"{key}={given!r}: expected one of {', '.join(allowed)}")
 if schedule == 'cooldown' and not init_from:
-    sys.exit("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER, or --schedule=rewarm from scratch")
+    sys.exit("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER, or --schedule=rewarm from "
+             "scratch")
 multimodal = image_ratio > 0 or bool(init_from)     # at ratio 0 stage 2 has a projector too: the axis changes one thing
 tokens_per_step = global_batch_size * seq_len
 max_steps = max_steps or round(max_tokens / tokens_per_step)
@@ -199,7 +201,8 @@ if not os.path.exists(data_path(tokenizer)):
 try:
     codec = load_tokenizer(data_path(tokenizer))
     if codec.vocab_size > vocab_size:
-        sys.exit(f"tokenizer {data_path(tokenizer)} needs {codec.vocab_size} rows, vocab_size={vocab_size}: give more rows")
+        sys.exit(f"tokenizer {data_path(tokenizer)} needs {codec.vocab_size} rows, vocab_size={vocab_size}: give more "
+                 "rows")
     encoder = None
     if multimodal:
         path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
@@ -239,7 +242,7 @@ process.start_device()
 # --- model ------------------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 decoder = Decoder(model_config)
-torch.manual_seed(seed + 1)                          # the projector's initial weights do not depend on the decoder's size
+torch.manual_seed(seed + 1)                        # the projector's initial weights do not depend on the decoder's size
 projector = Projector(encoder.width, n_embd) if multimodal else None
 model = VLM(decoder, encoder, projector, image_id=codec.image_id, z_loss=z_loss)
 decoder.activation_checkpointing = activation_checkpointing
@@ -254,7 +257,8 @@ try:
         if [k for k in fresh if k.startswith('decoder.')]:
             sys.exit(f"{init_from}: its decoder has other layers than this one (n_layer={n_layer})")
         if codec.sha256 != base['tokenizer_sha256']:
-            sys.exit(f"{init_from} was trained with another tokenizer than {data_path(tokenizer)} (their sha256 differ)")
+            sys.exit(f"{init_from} was trained with another tokenizer than {data_path(tokenizer)} (their sha256 "
+                     "differ)")
     elif init_from:
         try:
             imported = load_openlm(init_from)
@@ -268,7 +272,8 @@ except ValueError as e:
 if encoder is not None:
     sha = (meta or base or {}).get('encoder_sha256')  # of a checkpoint saved without its encoder
     if sha and common.tensor_digest(encoder) != sha:
-        sys.exit(f"{last if resuming else init_from} was trained with another encoder than {path} (their sha256 differ)")
+        sys.exit(f"{last if resuming else init_from} was trained with another encoder than {path} (their sha256 "
+                 "differ)")
     encoder.requires_grad_(train_encoder)
 model.to(process.device)
 if compile:
@@ -363,7 +368,7 @@ def save(step, names):
 
 @torch.no_grad()
 def validate(step):
-    """Mean nats per kept token of each validation set: its own loader and no random numbers, so training is undisturbed."""
+    """Mean nats per kept token of each validation set: own loader, no random numbers: training is undisturbed."""
     model.eval()
     line, per_micro = {'step': step}, micro_batch_size * process.world_size
     rows = max(1, eval_rows // per_micro) * per_micro
@@ -401,12 +406,12 @@ try:
         optimizer.zero_grad(set_to_none=True)
         row_loss = []
         for i, batch in enumerate(micro):
-            network.require_backward_grad_sync = i == n_micro - 1                        # set before forward: ddp reads it there
+            network.require_backward_grad_sync = i == n_micro - 1               # set before forward: ddp reads it there
             batch = batch.to(process.device, non_blocking=True)
             weights = row_weight.to(process.device)[batch.source][:, None].expand_as(batch.tokens)        # (B,T)
             with process.autocast():
                 loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)
-            (loss_sum * process.world_size).backward()                                   # ddp averages ranks: undo 1/world_size
+            (loss_sum * process.world_size).backward()                           # ddp averages ranks: undo 1/world_size
             row_loss.append(model.row_loss)
         if multimodal and counts['n_image'].sum() == 0:
             common.drop_gradients(model.projector, model.encoder)                        # no decay, no moment update
@@ -423,8 +428,8 @@ try:
         if validation and (done % eval_every == 0 or done == max_steps):
             reader.flush()
             validate(done)
-        if names:                                                                        # after validation: a resume repeats none
-            reader.flush()                                                               # the log reaches the checkpoint
+        if names:                                                              # after validation: a resume repeats none
+            reader.flush()                                                              # the log reaches the checkpoint
             save(done, names)
     reader.flush()
     if stopped and last_step > first_step and last_step not in percent_steps:

@@ -32,7 +32,7 @@ if stage == 'text':
     max_steps = 2000
     warmup_steps = 110
 if stage == 'mix':
-    max_steps = 240                     # 15 % of stage 1; the paper's is 0.65 %: the projector starts from nothing here, too
+    max_steps = 240                     # 12 % of stage 1 (the paper's is 0.65 %); the projector starts from nothing
     projector_lr = 1.5e-3
     rewarm_steps = 24
 if stage == 'finetune':
