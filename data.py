@@ -7,8 +7,7 @@ images, LLaVA JSON. They are read in place through an index of byte offsets kept
 every file is untrusted: a bad item raises BadSample with its name. Rows ([sep] is an id of its own):
     text         a window of documents joined by end-of-text                  loss on every target
     caption      [image x N] [sep] caption [eot]                              loss on the caption and the eot
-    instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on the answers and the sep after
-    each
+    instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on each answer and the sep after it
 """
 import hashlib
 import json
@@ -37,8 +36,7 @@ class Tokenizer:
     """
     A sentencepiece `.model` or Hugging Face `tokenizer.json` with four special ids; use load_tokenizer.
     eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free rows above its ids, so text
-    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size is the number of embedding rows all of
-    it needs.
+    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size is the embedding rows that all need.
     """
     def __init__(self, path):
         self.path = path
@@ -371,8 +369,7 @@ class CaptionSource:
     .jpeg .png .webp) and a caption, from .txt, else .json 'caption' or 'text', else one entry of .syn.json 'syn_text'
     (DataCompDR; which one is fixed by a checksum of the key). A caption that does not fit is cut and its eot left out
     (Sample.n_truncated).
-    Raises ValueError when seq_len < encoder_n_token + 2, BadSample for an item without image or caption, or not
-    readable.
+    Raises ValueError when seq_len < encoder_n_token + 2, BadSample for an item without a readable image or caption.
     """
     items_per_row = 1
 
@@ -478,10 +475,8 @@ class InstructSource:
     Conversations from LLaVA JSON (a list, or one object per line) and a folder of images, laid out as in the file's
     docstring. Entries without 'image' are text only. Turns alternate human, gpt; '<image>' is taken out of every
     text. loss_average: 'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total.
-    split_turns=True gives one row per question, each with the image and the system prompt, all sharing one encoded
-    image.
-    Raises ValueError for a missing file or broken JSON, BadSample for an entry that cannot be used or is cut before
-    any answer.
+    split_turns=True gives a row per question, each with image and system prompt; they share one encoded image.
+    Raises ValueError for a missing file or broken JSON, BadSample for an unusable entry or one cut before any answer.
     """
     items_per_row = 1
 

@@ -35,8 +35,7 @@ class Sample:
     One item of a source: one row, or R rows that share their images (a conversation cut into its questions).
     tokens, targets  (T,) or (R,T) int64 numpy; targets are shifted, IGNORE_INDEX = no loss
     weights          the same shape float32, or None = 1 per kept target
-    images           list of (3,S,S) uint8 tensors; each fills n_image_token positions that hold image_id, in every
-    row
+    images           list of (3,S,S) uint8 tensors; each fills n_image_token positions of image_id, in every row
     """
     tokens: np.ndarray
     targets: np.ndarray
@@ -193,17 +192,13 @@ class _Leaf:
 class Mixture:
     """
     An endless sequence of samples drawn from sources in exact shares: mixture[n] is a pure function of (seed, n).
-    sources, weights   sources or other Mixtures, and their shares (0.1 means 1/10 exactly). Each source is split from
-    the ones
-                       after it, each split exact to within one sample in any window of samples
-    start              {source name: first row}: where an earlier stage stopped (its cursor(n)); rows, not windows, so
-    that it
-                       holds across sequence lengths
-    max_bad_samples    0 = a bad item raises BadSample; else another item of its source takes its place (a pure
-    function of
-                       seed, position and attempt) and Sample.bad tells; whoever consumes the samples counts
-    The k-th item of a source depends on (seed, its name, k) only, never on the shares. Every row comes once per
-    epoch.
+    sources, weights  sources or other Mixtures, and their shares (0.1 means 1/10 exactly). Each source is split from
+                      the ones after it, each split exact to within one sample in any window of samples
+    start             {source name: first row}: where an earlier stage stopped (its cursor(n)); rows, not windows, so
+                      that it holds across sequence lengths
+    max_bad_samples   0 = a bad item raises BadSample; else another item of its source takes its place (a pure function
+                      of seed, position and attempt) and Sample.bad tells; whoever consumes the samples counts
+    The k-th item of a source depends on (seed, its name, k) only, never on the shares. Every row comes once per epoch.
     Raises ValueError for weights that are no shares, empty sources, names that occur twice and, if no bad item is
     allowed, damaged tars.
     """

@@ -117,8 +117,7 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
     size = rows_per_shard * (row_len if layout == 'bin' else row_len + 1)
     with multiprocessing.Pool(n_process, _start_process, (tokenizer_path,)) as pool, \
             tqdm(unit=' documents', disable=None) as bar:
-        while block := list(itertools.islice(texts,
-                                             256 * n_process)):   # blocks: Pool.imap would read everything at once
+        while block := list(itertools.islice(texts, 256 * n_process)):       # Pool.imap alone would read everything
             for document in pool.imap(_encode, block, chunksize=16):
                 ids.extend(document + [tokenizer.eot_id])
                 n_document += 1
@@ -313,9 +312,8 @@ def main(argv=None):
     elif a.command == 'pair':
         print(f"{a.out}: {pair(a.paths[0], a.out, a.captions, a.samples_per_shard):,} samples")
     elif a.command == 'index':
-        damaged = [d
-                   for path in tqdm(data.find(a.paths, '.tar'),
-                                    disable=None) if (d := data.tar_members(path, a.cache_dir)[1])]
+        damage = [data.tar_members(path, a.cache_dir)[1] for path in tqdm(data.find(a.paths, '.tar'), disable=None)]
+        damaged = [d for d in damage if d]
         print('\n'.join(damaged) or "every tar is whole and indexed")
         return 1 if damaged else 0
     else:
