@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import checkpoint
 import common
 import kernels
 from configurator import configure
@@ -38,7 +39,7 @@ def conditions(device):
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     version = triton.__version__ if triton else 'absent'
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, triton {version}, python "
-            f"{platform.python_version()}, commit {common.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
+            f"{platform.python_version()}, commit {checkpoint.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
 
 
 class Phases:

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import common
 from configurator import config_keys, configure
 from data import caption_prompt, instruct_prompt
@@ -526,7 +527,7 @@ def load(opt):
     opt.dtype = opt.dtype or ('bfloat16' if opt.device == 'cuda' else 'float32')
     if opt.n_thread:
         torch.set_num_threads(opt.n_thread)
-    model, tokenizer, meta = common.load_vlm(opt.ckpt, opt.device)
+    model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     opt.resize = opt.resize or meta['config'].get('resize', 'letterbox')
     opt.system_prompt = meta['config'].get('system_prompt', '')
     return model, tokenizer, meta

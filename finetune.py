@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import common
 from common import main_lr
 from configurator import configure
@@ -90,12 +91,12 @@ if train_encoder and not save_encoder:
     sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
-common.check_last(last)
+checkpoint.check_last(last)
 missing = [p for p in (init_from, data_path(instruct), data_path(instruct_images)) if not os.path.exists(p)]
 if dry_run and missing:
     sys.exit(common.print_missing(config, out_dir, missing))
 if not os.path.exists(init_from) and not resuming:
-    sys.exit(f"init_from={init_from or repr('')} not found{common.how_to_make(init_from, scale)}")
+    sys.exit(f"init_from={init_from or repr('')} not found{checkpoint.how_to_make(init_from, scale)}")
 if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 
@@ -107,8 +108,8 @@ stop_signal = common.StopSignal()
 # --- model ------------------------------------------------------------------------------------------------------------
 first_step, bad_before, seen = 0, [], None
 try:
-    meta = common.read_meta(last) if resuming else None
-    model, codec, base = common.load_vlm(last if resuming else init_from)
+    meta = checkpoint.read_meta(last) if resuming else None
+    model, codec, base = checkpoint.load_vlm(last if resuming else init_from)
     if model.encoder is None:                           # a base that never saw images: Prismatic's way
         path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
         if path != 'patch' and not os.path.exists(path):
@@ -118,7 +119,7 @@ try:
         model.projector = Projector(model.encoder.width, model.decoder.config.n_embd)
         process.print(f"{init_from} has no projector: a fresh one")
     if resuming:
-        common.check_resume(meta, config, last)
+        checkpoint.check_resume(meta, config, last)
         first_step, bad_before, seen, base = meta['step'], meta['bad_samples'], meta['seen'], meta['base']
 except ValueError as e:
     sys.exit(str(e))
@@ -172,7 +173,7 @@ shares = {'decoder': 1.0, 'projector': projector_lr / lr if projector_lr else 1.
           'encoder': encoder_lr / lr if encoder_lr else 1.0}
 optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2))
 try:
-    if resuming and common.load_optimizer(optimizer, last) is None:
+    if resuming and checkpoint.load_optimizer(optimizer, last) is None:
         sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
 except ValueError as e:
     sys.exit(str(e))
@@ -184,7 +185,7 @@ schedule = dict(peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), t
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
     os.makedirs(out_dir, exist_ok=True)
-    common.remove_leftovers(out_dir)
+    checkpoint.remove_leftovers(out_dir)
 process.barrier()
 logger = common.Logger(process, out_dir, first_step, max_steps, every=log_every, wandb=wandb, tensorboard=tensorboard,
                        config=config)
@@ -205,10 +206,10 @@ def save(step, names):
                     schedule=dict(kind='finetune', main=schedule, step=step),
                     tokenizer_path=codec.path, tokens=tokens_seen())
         if not save_encoder:
-            info['encoder_sha256'] = common.tensor_digest(model.encoder)
+            info['encoder_sha256'] = checkpoint.tensor_digest(model.encoder)
         try:
-            common.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
-            common.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
+            checkpoint.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
+            checkpoint.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
         except OSError as e:
             sys.exit(str(e))
     process.barrier()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+import checkpoint
 import common
 from common import cooldown_lr, main_lr, remaining_lr
 from configurator import configure
@@ -136,11 +137,11 @@ last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
 if train_encoder and not save_encoder:
     sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
-common.check_last(last)
+checkpoint.check_last(last)
 if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 if init_from and not resuming and not os.path.exists(init_from):
-    sys.exit(f"init_from={init_from} not found{common.how_to_make(init_from, scale)}")
+    sys.exit(f"init_from={init_from} not found{checkpoint.how_to_make(init_from, scale)}")
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 process = common.setup_process(device, dtype, n_thread)
@@ -150,13 +151,13 @@ torch.manual_seed(seed)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
 try:
-    base = common.read_meta(init_from) if init_from and os.path.exists(os.path.join(init_from, 'meta.json')) else None
-    meta = common.read_meta(last) if resuming else None
+    base = checkpoint.read_meta(init_from) if init_from and os.path.exists(os.path.join(init_from, 'meta.json')) else None
+    meta = checkpoint.read_meta(last) if resuming else None
 except ValueError as e:
     sys.exit(str(e))
 first_step, bad_before, seen = 0, [], None
 if resuming:
-    common.check_resume(meta, config, last)
+    checkpoint.check_resume(meta, config, last)
     first_step, bad_before, seen, start_cursor = meta['step'], meta['bad_samples'], meta['seen'], meta['start_cursor']
     text_seed, main, begin = meta['text_seed'], meta['schedule']['main'], meta['schedule']['begin']
     base_lr = meta['schedule']['top']
@@ -248,12 +249,12 @@ model = VLM(decoder, encoder, projector, image_id=codec.image_id, z_loss=z_loss)
 decoder.activation_checkpointing = activation_checkpointing
 try:
     if resuming:
-        fresh = [k for k in common.load_weights(model, last) if save_encoder or not k.startswith('encoder.')]
+        fresh = [k for k in checkpoint.load_weights(model, last) if save_encoder or not k.startswith('encoder.')]
         if fresh:
             sys.exit(f"{last}: lacks {fresh[0]}")
     elif base:
-        common.check_model(base, model_config, init_from)
-        fresh = common.load_weights(model, init_from)
+        checkpoint.check_model(base, model_config, init_from)
+        fresh = checkpoint.load_weights(model, init_from)
         if [k for k in fresh if k.startswith('decoder.')]:
             sys.exit(f"{init_from}: its decoder has other layers than this one (n_layer={n_layer})")
         if codec.sha256 != base['tokenizer_sha256']:
@@ -271,7 +272,7 @@ except ValueError as e:
     sys.exit(str(e))
 if encoder is not None:
     sha = (meta or base or {}).get('encoder_sha256')  # of a checkpoint saved without its encoder
-    if sha and common.tensor_digest(encoder) != sha:
+    if sha and checkpoint.tensor_digest(encoder) != sha:
         sys.exit(f"{last if resuming else init_from} was trained with another encoder than {path} (their sha256 "
                  "differ)")
     encoder.requires_grad_(train_encoder)
@@ -318,10 +319,10 @@ moments = 'fresh'                                    # whose AdamW moments this 
 try:
     if resuming:
         moments = meta['moments']
-        if common.load_optimizer(optimizer, last) is None:
+        if checkpoint.load_optimizer(optimizer, last) is None:
             sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
     elif schedule == 'cooldown':
-        fresh = common.load_optimizer(optimizer, init_from) if base else None
+        fresh = checkpoint.load_optimizer(optimizer, init_from) if base else None
         moments = 'none' if fresh is None else 'loaded'
         process.print(f"no AdamW moments in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup"
                       if fresh is None else f"AdamW moments from {init_from}; fresh for {len(fresh)} tensors")
@@ -334,7 +335,7 @@ if process.world_size > 1:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
     os.makedirs(out_dir, exist_ok=True)
-    common.remove_leftovers(out_dir)
+    checkpoint.remove_leftovers(out_dir)
 process.barrier()
 logger = common.Logger(process, out_dir, first_step, max_steps, every=log_every, wandb=wandb, tensorboard=tensorboard,
                        config=config)
@@ -357,10 +358,10 @@ def save(step, names):
                     tokenizer_path=codec.path, tokenizer_sha256=codec.sha256,
                     schedule=dict(kind=schedule, main=main, begin=begin, step=step, top=top, lr=lr_at(step)))
         if encoder is not None and not save_encoder:
-            info['encoder_sha256'] = common.tensor_digest(encoder)
+            info['encoder_sha256'] = checkpoint.tensor_digest(encoder)
         try:
-            common.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
-            common.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
+            checkpoint.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
+            checkpoint.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
         except OSError as e:
             sys.exit(str(e))
     process.barrier()

@@ -59,7 +59,8 @@ if __name__ == '__main__':
     import torch.distributed
     import torch.nn.parallel
 
-    import common  # noqa: F401 (and with it data, mixture, model, vision, kernels)
+    import checkpoint  # noqa: F401 (and with it data, mixture, model, vision, kernels)
+    import common  # noqa: F401
     import configurator  # noqa: F401
     import sentencepiece  # noqa: F401
     torch.set_num_threads(1)                                             # no thread may live in a process that forks

@@ -1,18 +1,15 @@
-"""common.py: the schedules' published values, the optimizer's rules, checkpoints that survive anything, the log."""
-import errno
+"""common.py: the schedules' published values, the optimizer's rules, the log."""
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import child_env
-from safetensors.torch import load_file, save_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import checkpoint
 import common
 from common import cooldown_lr, main_lr, remaining_lr
 from model import VLM, Decoder, ModelConfig, Projector
@@ -47,29 +44,9 @@ def trained(seed=0, steps=2):
     return model, optimizer
 
 
-@pytest.fixture(scope='module')
-def vocabulary(tmp_path_factory):
-    """A tokenizer.json of ten words."""
-    import tokenizers
-    words = {w: i for i, w in enumerate(['<|endoftext|>', *'abcdefgh'])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='a'))
-    path = str(tmp_path_factory.mktemp('tokenizer') / 'tokenizer.json')
-    tokenizer.save(path)
-    return path
-
-
-def meta_for(vocabulary, **kw):
-    return dict(config=dict(save_encoder=True, seed=7, text=[['a', 1.0]]), step=2, tokenizer_path=vocabulary, **kw)
-
-
 def one_line(caught, *words):
     message = str(caught.value.code if caught.type is SystemExit else caught.value)
     assert '\n' not in message and all(w in message for w in words), message
-
-
-def same_weights(a, b):
-    b = b.state_dict()
-    return all(torch.equal(v, b[k]) for k, v in a.state_dict().items())
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -169,35 +146,35 @@ def test_clipping():
 def test_a_step_that_is_not_finite_changes_nothing(value):
     model, optimizer = trained()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in common.optimizer_state(optimizer).items()}
+    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in checkpoint.optimizer_state(optimizer).items()}
     give_gradients(model)
     model.projector.fc1.weight.grad[0, 0] = value
     norm, bad = common.optimizer_step(optimizer, 0.01, 1.0)
     assert bad == 1 and not norm.isfinite()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    for name, m in common.optimizer_state(optimizer).items():
+    for name, m in checkpoint.optimizer_state(optimizer).items():
         assert all(torch.equal(v, moments[name][k]) for k, v in m.items()), name
     give_gradients(model)
     assert common.optimizer_step(optimizer, 0.01, 1.0)[1] == 0               # and the next one counts
-    assert float(common.optimizer_state(optimizer)['decoder.norm.weight']['step']) == 3
+    assert float(checkpoint.optimizer_state(optimizer)['decoder.norm.weight']['step']) == 3
 
 
 def test_moments_travel_by_name_and_a_projector_starts_its_own_count():
     model, optimizer = trained(steps=3)
-    saved = {k: v for k, v in common.optimizer_state(optimizer).items() if k.startswith('decoder.')}
+    saved = {k: v for k, v in checkpoint.optimizer_state(optimizer).items() if k.startswith('decoder.')}
     other = tiny_vlm()
     other.load_state_dict(model.state_dict())
     second = tiny_optimizer(other, {'projector': 1.0, 'decoder': 1.0})       # other groups, other order
-    assert common.load_moments(second, saved) == [f'projector.{n}' for n, _ in other.projector.named_parameters()]
+    assert checkpoint.load_moments(second, saved) == [f'projector.{n}' for n, _ in other.projector.named_parameters()]
     give_gradients(other)
     common.optimizer_step(second, 0.01, 1.0)
-    steps = {n: int(m['step']) for n, m in common.optimizer_state(second).items()}
+    steps = {n: int(m['step']) for n, m in checkpoint.optimizer_state(second).items()}
     assert {steps[n] for n in saved} == {4} and {v for n, v in steps.items() if n not in saved} == {1}
     for name in saved:                                   # loading copies: the saved tensors did not move
         assert int(saved[name]['step']) == 3
     saved['decoder.norm.weight'] = {k: torch.zeros(3) for k in ('step', 'exp_avg', 'exp_avg_sq')}
     with pytest.raises(ValueError, match=r'decoder.norm.weight is \(3,\), expected \(8,\)'):
-        common.load_moments(tiny_optimizer(tiny_vlm()), saved)
+        checkpoint.load_moments(tiny_optimizer(tiny_vlm()), saved)
 
 
 def test_dropped_gradients_keep_their_bits():
@@ -207,7 +184,7 @@ def test_dropped_gradients_keep_their_bits():
     common.drop_gradients(model.projector, model.encoder)
     common.optimizer_step(optimizer, 0.01, 1.0)
     assert all(torch.equal(v, before[k]) for k, v in model.projector.state_dict().items())
-    assert int(common.optimizer_state(optimizer)['projector.fc1.weight']['step']) == 2
+    assert int(checkpoint.optimizer_state(optimizer)['projector.fc1.weight']['step']) == 2
 
 
 def test_loss_weights():
@@ -225,215 +202,6 @@ def test_loss_weights():
     nothing = dict(weight=torch.zeros(2, dtype=torch.float64), n_sample=torch.ones(2, dtype=torch.float64))
     for rule in ('token', 'source'):
         assert common.loss_weights(nothing, rule)[0].tolist() == [0, 0]
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-def test_a_checkpoint_comes_back(tmp_path, vocabulary):
-    model, optimizer = trained()
-    common.save_checkpoint(str(tmp_path), ['ckpt_020', 'ckpt_040'], model, optimizer, meta_for(vocabulary))
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_020', 'ckpt_040', 'ckpt_last']
-    assert os.readlink(tmp_path / 'ckpt_last') == os.readlink(tmp_path / 'ckpt_040') == 'ckpt_020'   # relative
-    for name in ('ckpt_020', 'ckpt_040', 'ckpt_last'):
-        loaded, tokenizer, meta = common.load_vlm(str(tmp_path / name))
-        assert same_weights(model, loaded) and not loaded.training and tokenizer.encode('b') == [2]
-        assert meta['step'] == 2 and not any(p.requires_grad for p in loaded.parameters())
-    keys = load_file(tmp_path / 'ckpt_020' / 'model.safetensors').keys()
-    assert {k.split('.')[0] for k in keys} == {'decoder', 'projector'}
-    assert torch.load(tmp_path / 'ckpt_020' / 'optim.pt', weights_only=True)['decoder.norm.weight']['step'] == 2
-    other = tiny_vlm(1)
-    again = tiny_optimizer(other)
-    assert common.load_weights(other, str(tmp_path / 'ckpt_last')) == []
-    assert common.load_optimizer(again, str(tmp_path / 'ckpt_last')) == []
-    for m, o in ((model, optimizer), (other, again)):    # and both go on alike, to the bit
-        give_gradients(m, 9)
-        common.optimizer_step(o, 0.01, 1.0)
-    assert same_weights(model, other)
-
-
-def test_a_text_checkpoint_leaves_the_projector_fresh(tmp_path, vocabulary):
-    model, _ = trained()
-    text = VLM(model.decoder, image_id=9)
-    common.save_checkpoint(str(tmp_path), ['ckpt_080'], text, None, meta_for(vocabulary))
-    other = tiny_vlm(3)
-    fresh = common.load_weights(other, str(tmp_path / 'ckpt_080'))
-    assert fresh == sorted(f'projector.{k}' for k in other.projector.state_dict())
-    assert same_weights(model.decoder, other.decoder)
-    assert common.load_optimizer(tiny_optimizer(other), str(tmp_path / 'ckpt_080')) is None
-    assert common.load_vlm(str(tmp_path / 'ckpt_080'))[0].projector is None
-
-
-def fail_at(monkeypatch, what):
-    def full(*args, **kw):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-
-    def torn(state, path, *args, **kw):
-        with open(path, 'wb') as f:
-            f.write(b'half')
-        if what == 'torch':
-            raise RuntimeError('PytorchStreamWriter failed writing file data/3: file write failed\nmore')
-        full()
-    owner, name, fake = {'weights': (common, 'save_file', torn), 'moments': (torch, 'save', torn), 'torch': (torch, 'save', torn),
-                         'fsync': (os, 'fsync', full), 'copy': (common.shutil, 'copyfile', full),
-                         'rename': (os, 'rename', full)}[what]
-    monkeypatch.setattr(owner, name, fake)
-
-
-@pytest.mark.parametrize('what', ['weights', 'moments', 'torch', 'copy', 'fsync', 'rename'])
-def test_a_failed_save_leaves_nothing_behind(tmp_path, vocabulary, monkeypatch, what):
-    model, optimizer = trained()
-    common.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, meta_for(vocabulary))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    give_gradients(model)
-    common.optimizer_step(optimizer, 0.01, 1.0)
-    with monkeypatch.context() as patch:
-        fail_at(patch, what)
-        with pytest.raises(OSError) as caught:
-            common.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, meta_for(vocabulary))
-    one_line(caught, 'ckpt_step_2 failed', 'untouched')
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_1']
-    loaded = common.load_vlm(str(tmp_path / 'ckpt_last'))[0].state_dict()
-    assert all(torch.equal(v, before[k]) for k, v in loaded.items())
-    common.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, meta_for(vocabulary))
-    assert os.readlink(tmp_path / 'ckpt_last') == 'ckpt_step_2' and same_weights(model, common.load_vlm(str(tmp_path / 'ckpt_last'))[0])
-
-
-def test_a_disk_that_is_really_full(tmp_path, vocabulary):
-    """A child process may write files of 40 kB: the weights do not fit, and the checkpoint before still loads."""
-    model, optimizer = trained()
-    common.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, meta_for(vocabulary))
-    code = f'''
-import resource, signal, sys
-sys.path.insert(0, {os.path.join(ROOT, 'tests')!r})
-from test_common import *
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                               # then write() fails with EFBIG, an OSError
-model = VLM(Decoder(ModelConfig(1, 2, 64, vocab_size=512)), image_id=9)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-try:
-    common.save_checkpoint({str(tmp_path)!r}, ['ckpt_step_2'], model, None, meta_for({vocabulary!r}))
-except OSError as e:
-    sys.exit(f'named: {{e}}')
-'''
-    child = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=300)
-    assert child.returncode == 1 and child.stderr.startswith('named: saving') and 'untouched' in child.stderr, child.stderr
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_1']
-    assert same_weights(model, common.load_vlm(str(tmp_path / 'ckpt_last'))[0])
-
-
-def fake_run(folder, names, last):
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        (folder / name / 'optim.pt').write_text('')
-    (folder / 'ckpt_last').symlink_to(last)
-
-
-@pytest.mark.parametrize('policy, kept', [
-    ('all', {'ckpt_020', 'ckpt_040', 'ckpt_step_9', 'ckpt_step_10'}), ('percent', {'ckpt_020', 'ckpt_040', 'ckpt_step_10'}),
-    ('last', {'ckpt_step_10'}), ('none', {'ckpt_step_10'})])
-def test_retention(tmp_path, policy, kept):
-    fake_run(tmp_path, ['ckpt_020', 'ckpt_040', 'ckpt_step_8', 'ckpt_step_9', 'ckpt_step_10'], 'ckpt_step_10')
-    common.prune_checkpoints(str(tmp_path), keep_optimizer=policy, keep_steps=2)
-    folders = {n for n in os.listdir(tmp_path) if not (tmp_path / n).is_symlink()}
-    assert folders == {'ckpt_020', 'ckpt_040', 'ckpt_step_9', 'ckpt_step_10'}        # 10 is newer than 9
-    assert {n for n in folders if (tmp_path / n / 'optim.pt').exists()} == kept
-
-
-def test_pruning_never_removes_the_last(tmp_path):
-    fake_run(tmp_path, ['ckpt_step_3', 'ckpt_step_5', 'ckpt_step_7'], 'ckpt_step_3')
-    (tmp_path / 'ckpt_020').symlink_to('ckpt_step_5')    # nor what a percent's link names
-    common.prune_checkpoints(str(tmp_path), keep_optimizer='last', keep_steps=0)
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_020', 'ckpt_last', 'ckpt_step_3', 'ckpt_step_5']
-    assert (tmp_path / 'ckpt_last' / 'optim.pt').exists() and not (tmp_path / 'ckpt_020' / 'optim.pt').exists()
-
-
-def test_leftovers_of_a_kill_are_removed(tmp_path):
-    fake_run(tmp_path, ['ckpt_step_3', '.tmp_ckpt_step_4'], 'ckpt_step_3')
-    (tmp_path / '.link_ckpt_last').symlink_to('ckpt_step_4')
-    common.remove_leftovers(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_3']
-
-
-def rewrite_meta(folder, **kw):
-    meta = json.loads((folder / 'meta.json').read_text())
-    (folder / 'meta.json').write_text(json.dumps({k: v for k, v in {**meta, **kw}.items() if v is not None}))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-def drop_tensor(folder, name):
-    state = load_file(folder / 'model.safetensors')
-    del state[name]
-    save_file(state, folder / 'model.safetensors')
-
-
-DAMAGE = {
-    'schema': (lambda f: rewrite_meta(f, schema=99), 'schema 99, this code reads schema 1'),
-    'no schema': (lambda f: rewrite_meta(f, schema=None), 'schema None'),
-    'no model': (lambda f: rewrite_meta(f, model=None), "has no 'model'"),
-    'a list': (lambda f: (f / 'meta.json').write_text('[]'), 'schema None'),
-    'meta cut': (lambda f: cut(f / 'meta.json'), 'the checkpoint is damaged'),
-    'no meta': (lambda f: (f / 'meta.json').unlink(), 'no meta.json there'),
-    'weights cut': (lambda f: cut(f / 'model.safetensors'), 'model.safetensors: not readable'),
-    'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'model.safetensors: not readable'),
-    'weights empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'model.safetensors: not readable'),
-    'no tokenizer': (lambda f: (f / 'tokenizer.json').unlink(), 'tokenizer.json'),
-    'no tensor': (lambda f: drop_tensor(f, 'decoder.norm.weight'), 'lacks decoder.norm.weight'),
-    'another shape': (lambda f: rewrite_meta(f, model=dict(n_layer=1, n_head=2, n_embd=16, vocab_size=12, n_ffn=8)),
-                      "this model's is"),
-    'fewer layers': (lambda f: rewrite_meta(f, encoder=None, model=dict(n_layer=0, n_head=2, n_embd=8, vocab_size=12, n_ffn=8)),
-                     'which this model does not have')}
-
-
-@pytest.mark.parametrize('case', DAMAGE)
-def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, vocabulary, case):
-    common.save_checkpoint(str(tmp_path), ['ckpt_080'], tiny_vlm(), None, meta_for(vocabulary))
-    act, word = DAMAGE[case]
-    act(tmp_path / 'ckpt_080')
-    with pytest.raises(ValueError) as caught:
-        common.load_vlm(str(tmp_path / 'ckpt_080'))
-    one_line(caught, word, 'ckpt_080')
-    with pytest.raises(ValueError) as caught:            # a file instead of its folder
-        common.read_meta(str(tmp_path / 'ckpt_080' / 'model.safetensors' / ''))
-    one_line(caught, 'expected a checkpoint folder')
-
-
-def test_a_damaged_optimizer_state_is_named(tmp_path):
-    optimizer = tiny_optimizer(tiny_vlm())
-    assert common.load_optimizer(optimizer, str(tmp_path)) is None           # none: the caller decides
-    path = tmp_path / 'optim.pt'
-    torch.save({'decoder.norm.weight': {'step': torch.ones(())}}, path)
-    with pytest.raises(ValueError, match='decoder.norm.weight: expected step'):
-        common.load_optimizer(optimizer, str(tmp_path))
-    cut(path)
-    for content in (path.read_bytes(), b'', b'garbage'):
-        path.write_bytes(content)
-        with pytest.raises(ValueError) as caught:
-            common.load_optimizer(optimizer, str(tmp_path))
-        one_line(caught, 'optim.pt: not readable')
-    torch.save([1], path)
-    with pytest.raises(ValueError, match='holds a list'):
-        common.load_optimizer(optimizer, str(tmp_path))
-
-
-def test_check_resume_names_the_difference():
-    meta = {'config': {'lr': 0.1, 'text': [['a', 1.0]], 'percent': [20, 40], 'n_worker': 2, 'seed': 7}}
-    now = {'lr': 0.1, 'text': (('a', 1.0),), 'percent': (20, 40), 'n_worker': 9, 'seed': 7, 'new_key': 1}
-    common.check_resume(meta, now, 'out/x')              # workers may differ, json's lists are tuples
-    for key, value, old in [('lr', 0.2, '0.1'), ('text', (('b', 1.0),), "(('a', 1.0),)"), ('percent', (20,), '(20, 40)'),
-                            ('text', (), '')]:
-        with pytest.raises(SystemExit) as caught:
-            common.check_resume(meta, {**now, key: value}, 'out/x')
-        one_line(caught, f'out/x was made with {key}=', old, f'now it is {value!r}')
-
-
-def test_tensor_digest_is_of_the_weights():
-    a, b = tiny_vlm(1).projector, tiny_vlm(1).projector
-    assert common.tensor_digest(a) == common.tensor_digest(b)
-    with torch.no_grad():
-        b.fc1.bias[0] = -b.fc1.bias[0]
-    assert common.tensor_digest(a) != common.tensor_digest(b)
 
 
 # --- the log --------------------------------------------------------------------------------------------------------

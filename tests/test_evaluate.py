@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
+from checkpoint import save_checkpoint
 import evaluate
 import scorers
 from data import load_tokenizer
@@ -190,7 +190,7 @@ def checkpoint(tokenizer, tmp_path_factory):
         out = tmp_path_factory.mktemp('run')
         meta = {'config': {'save_encoder': True, 'resize': 'naive', 'system_prompt': 'be short'}, 'step': 5,
                 'tokenizer_path': tokenizer.path}
-        common.save_checkpoint(str(out), ['ckpt_100'], tiny_model(tokenizer, vision), None, meta)
+        save_checkpoint(str(out), ['ckpt_100'], tiny_model(tokenizer, vision), None, meta)
         folders.append(str(out / 'ckpt_100'))
     return folders
 

@@ -9,7 +9,8 @@ from conftest import RECORD, meta_of, recorded_ids, same_weights, steps
 from safetensors.torch import load_file
 from test_pretrain import KILL
 
-from common import load_vlm, main_lr
+from checkpoint import load_vlm
+from common import main_lr
 
 
 def chat(world, base, *more):

@@ -15,7 +15,8 @@ import torch
 from conftest import RECORD, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
 from safetensors.torch import load_file, save_file
 
-from common import cooldown_lr, load_vlm, main_lr, remaining_lr
+from checkpoint import load_vlm
+from common import cooldown_lr, main_lr, remaining_lr
 from model import Projector, save_openlm
 
 MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20)                   # stage_1's schedule
@@ -172,7 +173,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1
     args = ['pretrain.py', *mix(world, stage_1), '--save_every=1', '--eval_every=4', '--eval_rows=4', '--keep_steps=2',
             '--val_captions=val_captions/*.tar', f'--out_dir={tmp_path}']
     places = [f'common.optimizer_step:{rng.randint(2, 3)}',             # between checkpoints
-              'torn common.save_file:2', 'torn torch.save:1',           # in the middle of a file
+              'torn checkpoint.save_file:2', 'torn torch.save:1',           # in the middle of a file
               'shutil.copyfile:2', 'os.rename:1', 'os.symlink:1',       # before the rename, between rename and link
               'shutil.rmtree:4',                                        # while old ones are removed
               f'common.count:{rng.randint(1, 3)}']
