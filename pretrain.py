@@ -151,7 +151,8 @@ torch.manual_seed(seed)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
 try:
-    base = checkpoint.read_meta(init_from) if init_from and os.path.exists(os.path.join(init_from, 'meta.json')) else None
+    ours = bool(init_from) and os.path.exists(os.path.join(init_from, 'meta.json'))       # else OpenLM weights, or none
+    base = checkpoint.read_meta(init_from) if ours else None
     meta = checkpoint.read_meta(last) if resuming else None
 except ValueError as e:
     sys.exit(str(e))

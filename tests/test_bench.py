@@ -1,4 +1,4 @@
-"""bench.py: its commands end well without a GPU, and what it times agrees before it is timed (on CPU, at small sizes)."""
+"""bench.py: its commands end well without a GPU, and what it times agrees first (on CPU, small sizes)."""
 import subprocess
 import sys
 

@@ -83,7 +83,8 @@ def fail_at(monkeypatch, what):
         if what == 'torch':
             raise RuntimeError('PytorchStreamWriter failed writing file data/3: file write failed\nmore')
         full()
-    owner, name, fake = {'weights': (checkpoint, 'save_file', torn), 'moments': (torch, 'save', torn), 'torch': (torch, 'save', torn),
+    owner, name, fake = {'weights': (checkpoint, 'save_file', torn), 'moments': (torch, 'save', torn),
+                         'torch': (torch, 'save', torn),
                          'fsync': (os, 'fsync', full), 'copy': (shutil, 'copyfile', full),
                          'rename': (os, 'rename', full)}[what]
     monkeypatch.setattr(owner, name, fake)
@@ -105,7 +106,8 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, vocabulary, monkeypatch, 
     loaded = checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0].state_dict()
     assert all(torch.equal(v, before[k]) for k, v in loaded.items())
     checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, meta_for(vocabulary))
-    assert os.readlink(tmp_path / 'ckpt_last') == 'ckpt_step_2' and same_weights(model, checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0])
+    assert os.readlink(tmp_path / 'ckpt_last') == 'ckpt_step_2'
+    assert same_weights(model, checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0])
 
 
 def test_a_disk_that_is_really_full(tmp_path, vocabulary):
@@ -126,7 +128,8 @@ except OSError as e:
     sys.exit(f'named: {{e}}')
 '''
     child = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=300)
-    assert child.returncode == 1 and child.stderr.startswith('named: saving') and 'untouched' in child.stderr, child.stderr
+    assert child.returncode == 1, child.stderr
+    assert child.stderr.startswith('named: saving') and 'untouched' in child.stderr, child.stderr
     assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_1']
     assert same_weights(model, checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0])
 

@@ -23,7 +23,8 @@ STATE = 'state_dict'
 def tiny_decoder(seed=0, spread=1.0, **kw):
     """A decoder of random gains; spread > 1 sharpens its predictions, so that greedy tokens have no near ties."""
     torch.manual_seed(seed)
-    decoder = Decoder(ModelConfig(**{**dict(n_layer=3, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24), **kw}))
+    shape = dict(n_layer=3, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24)
+    decoder = Decoder(ModelConfig(**{**shape, **kw}))
     with torch.no_grad():
         for name, p in decoder.named_parameters():
             p.add_(0.2 * torch.randn_like(p)) if p.dim() == 1 else p.mul_(spread)
