@@ -133,8 +133,14 @@ def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
             os.remove(path)
 
 
-def remove_leftovers(out_dir):
-    """Delete what a killed process had begun: temporary checkpoint folders and links."""
+def open_folder(out_dir):
+    """Make a run's folder and delete what a killed process had begun there: temporary checkpoints and links."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if not os.access(out_dir, os.W_OK):
+            raise PermissionError(None, 'not writable')
+    except OSError as e:
+        sys.exit(f"out_dir={out_dir} cannot be used ({e.strerror}): give another --out_dir")
     for name in os.listdir(out_dir):
         if name.startswith('.tmp_'):
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)

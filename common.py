@@ -22,6 +22,32 @@ from kernels import IGNORE_INDEX
 from model import Decoder
 
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}          # dense bf16, by substring of the device's name
+AT_LEAST = {**dict.fromkeys('n_layer n_head n_embd vocab_size seq_len image_size global_batch_size micro_batch_size '
+                            'eval_rows log_every'.split(), 1),
+            **dict.fromkeys('n_ffn max_tokens max_steps stop_after n_epoch warmup_steps rewarm_steps '
+                            'moments_warmup_steps final_lr start_lr rewarm_lr projector_lr encoder_lr weight_decay '
+                            'grad_clip z_loss n_thread n_worker save_every keep_steps eval_every length_window '
+                            'max_bad_samples'.split(), 0)}
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+def check_config(config):
+    """Exit with one line for the first value of a training stage's config that no run could use."""
+    for key, value in config.items():
+        if key in AT_LEAST and value < AT_LEAST[key]:
+            sys.exit(f"{key}={value}: expected at least {AT_LEAST[key]}")
+        if key == 'lr' and not value > 0:
+            sys.exit(f"lr={value}: expected above 0")
+        if key in ('beta1', 'beta2', 'warmup_ratio', 'text_share') and not 0 <= value < 1:
+            sys.exit(f"{key}={value}: expected from 0 to below 1")
+        if key in ('image_ratio', 'instruct_share') and not 0 <= value <= 1:
+            sys.exit(f"{key}={value}: expected a share between 0 and 1")
+        if key == 'keep_percent' and not all(type(p) is int and 0 < p <= 100 for p in value):
+            sys.exit(f"{key}={value}: expected whole percents from 1 to 100, such as (20, 100)")
+        pairs = key in ('text', 'captions') and [p if isinstance(p, (tuple, list)) else () for p in value]
+        if pairs and not all(len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], (int, float)) for p in pairs):
+            sys.exit(f"{key}={value}: expected ((folder or glob, weight), ...), such as (('{key}', 1.0),)")
 
 
 # --- learning-rate schedules ------------------------------------------------------------------------------------------

@@ -81,8 +81,7 @@ config = configure(globals())
 init_from = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
-if not 0 <= text_share < 1:
-    sys.exit(f"text_share={text_share}: expected a share from 0 to below 1")
+common.check_config(config)
 for key, given, allowed in (('resume', resume, ('auto', 'never')), ('loss_average', loss_average, ('token', 'answer')),
                             ('keep_optimizer', keep_optimizer, ('all', 'percent', 'last', 'none'))):
     if given not in allowed:
@@ -184,8 +183,7 @@ schedule = dict(peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), t
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
-    os.makedirs(out_dir, exist_ok=True)
-    checkpoint.remove_leftovers(out_dir)
+    checkpoint.open_folder(out_dir)
 process.barrier()
 logger = common.Logger(process, out_dir, first_step, max_steps, every=log_every, wandb=wandb, tensorboard=tensorboard,
                        config=config)

@@ -40,7 +40,7 @@ def documents(paths, key='text'):
                     if line.strip():
                         yield _field(path, n, line, key)
         elif path.endswith(PLAIN):
-            with open(path, encoding='utf-8') as f:
+            with open(path, encoding='utf-8-sig') as f:                              # -sig: an editor's mark is no text
                 try:
                     yield f.read()
                 except UnicodeDecodeError as e:
@@ -51,15 +51,15 @@ def documents(paths, key='text'):
 
 def _open_lines(path):
     if path.endswith('.gz'):
-        return gzip.open(path, 'rt', encoding='utf-8')
+        return gzip.open(path, 'rt', encoding='utf-8-sig')
     if path.endswith(('.zst', '.zstd')):
         try:
             import zstandard
         except ImportError:
             raise ValueError(f"{path}: reading .zst needs `pip install zstandard`, or unpack it first") from None
         return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True),
-                                encoding='utf-8')
-    return open(path, encoding='utf-8')
+                                encoding='utf-8-sig')
+    return open(path, encoding='utf-8-sig')
 
 
 def _field(path, n, line, key):
@@ -110,6 +110,8 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
     A shard has about rows_per_shard * row_len tokens and a .json naming the tokenizer. Returns (documents, tokens).
     Raises ValueError when `out` holds anything, or for 'bin' with ids beyond uint16.
     """
+    if layout not in ('bin', 'tar'):
+        raise ValueError(f"tokenize: layout={layout!r}: expected 'bin' or 'tar'")
     tokenizer = data.load_tokenizer(tokenizer_path)
     if layout == 'bin' and tokenizer.vocab_size > 65536:
         raise ValueError(f"tokenize: {tokenizer.vocab_size} ids do not fit the uint16 of .bin; use --layout tar")
@@ -178,7 +180,7 @@ def pair(folder, out, captions='', samples_per_shard=1000):
     Returns the number of samples. Raises ValueError for an image without a caption, or a path outside the folder.
     """
     if captions:
-        with open(captions, encoding='utf-8') as f:
+        with open(captions, encoding='utf-8-sig') as f:
             lines = [(n, line) for n, line in enumerate(f, 1) if line.strip()]
         pairs = [(_field(captions, n, line, 'image'), _field(captions, n, line, 'caption')) for n, line in lines]
     else:
@@ -194,7 +196,7 @@ def pair(folder, out, captions='', samples_per_shard=1000):
                     with open(path, 'rb') as f:
                         _add(tar, f'{i:09d}{suffix}', f.read())
                     if caption is None:
-                        with open(os.path.splitext(path)[0] + '.txt', encoding='utf-8') as f:
+                        with open(os.path.splitext(path)[0] + '.txt', encoding='utf-8-sig') as f:
                             caption = f.read()
                 except (OSError, UnicodeDecodeError) as e:
                     raise ValueError(f"{path}: no readable image with a caption beside it: {e}") from None
@@ -213,6 +215,8 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
         if tars:
             suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in data.tar_members(tars[0])[0][:8]]
             kind = 'caption' if set(suffixes) & set(data.IMAGE_SUFFIXES) else 'text'
+    if kind not in ('text', 'caption', 'instruct'):
+        raise ValueError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
     if kind == 'text':
         return data.TextSource(paths, tokenizer, seq_len)
     if kind == 'caption':
@@ -271,6 +275,12 @@ def show(source, tokenizer, n=4, seed=0, image_out=''):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(os.path.join(image_out, f'{i:04d}_{j}.png'))
 
 
+def _count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
 def parse(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest='command', required=True)
@@ -279,8 +289,8 @@ def parse(argv=None):
         p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument('paths', nargs='+')
         for option, default, text in options:
-            p.add_argument('--' + option, default=default, required=default is None, help=text,
-                           type=type(default) if default is not None else str)
+            kind = int if option == 'seed' else _count if isinstance(default, int) else str
+            p.add_argument('--' + option, default=default, required=default is None, help=text, type=kind)
     out = ('out', None, 'new file or folder')
     key = ('key', 'text', 'field of .jsonl lines that holds the text')
     look = [('tokenizer', None, '.model, tokenizer.json or a folder with one'),

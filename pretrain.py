@@ -102,9 +102,7 @@ config = configure(globals())
 init_from = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
-for key, share in (('image_ratio', image_ratio), ('instruct_share', instruct_share)):
-    if not 0 <= share <= 1:
-        sys.exit(f"{key}={share}: expected a share between 0 and 1")
+common.check_config(config)
 for key, given, allowed in (('schedule', schedule, ('main', 'cooldown', 'rewarm')),
                             ('resume', resume, ('auto', 'never')),
                             ('cooldown_shape', cooldown_shape, ('cosine', 'remaining')),
@@ -142,6 +140,9 @@ if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 if init_from and not resuming and not os.path.exists(init_from):
     sys.exit(f"init_from={init_from} not found{checkpoint.how_to_make(init_from, scale)}")
+if os.path.lexists(os.path.join(init_from, 'ckpt_last')):
+    sys.exit(f"init_from={init_from} is the folder of a run: give one of its checkpoints, such as "
+             f"{os.path.join(init_from, 'ckpt_080')}")
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 process = common.setup_process(device, dtype, n_thread)
@@ -294,6 +295,9 @@ elif schedule == 'rewarm':
 else:
     top, begin = lr, None
     main = dict(peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps)
+warmup = {'main': warmup_steps, 'rewarm': rewarm_steps}.get(schedule, 0)
+if warmup >= max_steps:
+    process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")
 if top <= 0:
     sys.exit(f"schedule={schedule!r} starts from lr {top}: expected above 0 (lr, start_lr or rewarm_lr)")
 
@@ -335,8 +339,7 @@ if process.world_size > 1:
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
-    os.makedirs(out_dir, exist_ok=True)
-    checkpoint.remove_leftovers(out_dir)
+    checkpoint.open_folder(out_dir)
 process.barrier()
 logger = common.Logger(process, out_dir, first_step, max_steps, every=log_every, wandb=wandb, tensorboard=tensorboard,
                        config=config)

@@ -163,7 +163,7 @@ def test_pruning_never_removes_the_last(tmp_path):
 def test_leftovers_of_a_kill_are_removed(tmp_path):
     fake_run(tmp_path, ['ckpt_step_3', '.tmp_ckpt_step_4'], 'ckpt_step_3')
     (tmp_path / '.link_ckpt_last').symlink_to('ckpt_step_4')
-    checkpoint.remove_leftovers(str(tmp_path))
+    checkpoint.open_folder(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_3']
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, ROOT)
 import checkpoint
 import common
 from common import cooldown_lr, main_lr, remaining_lr
+from configurator import config_keys
 from model import VLM, Decoder, ModelConfig, Projector
 from vision import PatchProjection
 
@@ -84,6 +85,29 @@ def test_cooldown_goes_on_where_the_main_schedule_stood():
     assert remaining_lr(300, main=main, at=800, total=300) == remaining_lr(301, main=main, at=800, total=300) == 1e-5
     for step in range(201):                              # uncompressed, it is the main schedule itself
         assert remaining_lr(step, main=main, at=800, total=200) == pytest.approx(main_lr(800 + step, **main))
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('key, value, expected', [
+    ('seq_len', 0, 'at least 1'), ('n_layer', 0, 'at least 1'), ('n_worker', -1, 'at least 0'), ('lr', 0.0, 'above 0'),
+    ('lr', -1.0, 'above 0'), ('weight_decay', -0.1, 'at least 0'), ('beta1', 1.5, 'below 1'),
+    ('warmup_ratio', 2.0, 'below 1'), ('text_share', 1.0, 'below 1'), ('image_ratio', 1.5, 'between 0 and 1'),
+    ('keep_percent', (150,), 'from 1 to 100'), ('keep_percent', (0.5,), 'from 1 to 100'),
+    ('text', ('text', 1.0), 'such as'), ('text', (('text',),), 'such as'), ('captions', (('a', 'b'),), 'such as')])
+def test_values_that_no_run_could_use(key, value, expected):
+    with pytest.raises(SystemExit) as caught:
+        common.check_config({'seed': 7, key: value})
+    one_line(caught, f'{key}=', expected)
+
+
+def test_every_shipped_config_is_usable():
+    for script in ('pretrain.py', 'finetune.py'):
+        defaults = {key: value for key, (value, _) in config_keys(os.path.join(ROOT, script)).items()}
+        common.check_config(defaults)
+        numbers = {k for k, v in defaults.items() if type(v) in (int, float)} - {'seed', 'encoder_layer'}
+        assert numbers <= {*common.AT_LEAST, 'lr', 'beta1', 'beta2', 'warmup_ratio', 'text_share', 'image_ratio',
+                           'instruct_share'}                                 # no number is left unchecked
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

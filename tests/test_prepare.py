@@ -84,6 +84,28 @@ def test_what_is_no_text_is_named(tmp_path, name, content, words):
         list(prepare.documents(str(tmp_path / name)))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone')
+    (tmp_path / 'b.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "two"}\n')
+    assert list(prepare.documents(str(tmp_path))) == ['one', 'two']
+
+
+@pytest.mark.parametrize('given, words', [
+    (['tokenize', 'x', '--tokenizer', 't', '--out', 'o', '--row_len', '0'], "--row_len: '0': expected a whole number"),
+    (['pair', 'x', '--out', 'o', '--samples_per_shard', '-1'], "--samples_per_shard: '-1': expected a whole number")])
+def test_counts_that_would_never_end(given, words, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(given)
+    assert words in capsys.readouterr().err
+
+
+def test_unknown_layouts_and_kinds_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="layout='zip': expected 'bin' or 'tar'"):
+        prepare.tokenize(TEXTS, f'{world}/t.model', str(tmp_path / 'out'), layout='zip')
+    with pytest.raises(ValueError, match="kind='video': expected 'auto'"):
+        prepare.open_source(str(tmp_path), None, kind='video')
+
+
 def test_zst_needs_zstandard_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'zstandard', None)
     (tmp_path / 'a.jsonl.zst').write_bytes(b'x')
