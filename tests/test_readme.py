@@ -37,4 +37,4 @@ def test_every_key_of_a_command_exists(command):
 def test_every_key_in_its_prose_exists():
     known = set().union(*KEYS.values())
     named = set(re.findall(r'`(?:--)?([a-z]\w*)=', README)) - {'key', 'ipc', 'impl'}          # not keys of ours
-    assert len(named) > 8 and named <= known, named - known
+    assert len(named) > 5 and named <= known, named - known
