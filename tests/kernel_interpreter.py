@@ -5,6 +5,7 @@ everything else loud.
 """
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
@@ -48,6 +49,13 @@ def install():
         refuse('unary_op', arg)
         return plain_unary(self, arg, op)
 
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):                      # before triton 3.9: int() of one element, an error in numpy 2.5
+        plain_patch(tensor, scope)
+        scope.set_attr(tensor, '__index__', lambda x: int(x.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
     # after a launch the interpreter copies every storage back to the device, here onto itself, gigabytes and all
     GridExecutor._restore_args_dev = lambda self, *args: None
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
