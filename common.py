@@ -95,6 +95,11 @@ class Process:
             dist.all_reduce(total)
         return total.tolist()
 
+    def send(self, tensor):
+        """A tensor in host memory on the device; the GPU is not waited for."""
+        tensor = tensor.pin_memory() if self.device.type == 'cuda' else tensor
+        return tensor.to(self.device, non_blocking=True)
+
     def print(self, *args):
         if self.master:
             tqdm.write(' '.join(str(a) for a in args), file=sys.stdout)
@@ -284,7 +289,7 @@ class StepReader:
     def push(self, line, micro, row_loss, norm, skipped, counts, share, seen, flops):
         """Queue step `line['step']`; row_loss list of (2,B) device tensors, norm and skipped () device tensors."""
         row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
-        source = torch.cat([batch.source for batch in micro]).to(row_loss.device)
+        source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
         finite = row_loss.isfinite().all(0)                                              # (R,)
         sums = row_loss.new_zeros(len(self.names) + 1 + self.process.world_size)
         sums[:len(self.names)].index_add_(0, source, row_loss[0])

@@ -236,12 +236,13 @@ try:
                      f"on this process: {'; '.join(bad_samples[-3:])}")
         # with text rows each source weighs its share of sequences; without, this is the mean over targets (or answers)
         row_weight, share = common.loss_weights(counts, 'source' if text_share else 'token')
+        row_weight = process.send(row_weight)
         optimizer.zero_grad(set_to_none=True)
         row_loss = []
         for i, batch in enumerate(micro):
             network.require_backward_grad_sync = i == n_micro - 1               # set before forward: ddp reads it there
             batch = batch.to(process.device, non_blocking=True)
-            weights = row_weight.to(process.device)[batch.source][:, None].expand_as(batch.tokens)        # (B,T)
+            weights = row_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
             weights = weights if batch.weights is None else weights * batch.weights
             with process.autocast():
                 loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)

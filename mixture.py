@@ -301,7 +301,7 @@ class Loader:
         self.mixture, self.rank, self.W = mixture, rank, world_size
         self.G, self.mb = global_batch_size, micro_batch_size
         self.n_micro, self.pad_id, self.pad_to = per_rank // micro_batch_size, pad_id, pad_to
-        self.seed, self.group_window = seed, group_window
+        self.seed, self.group_window, self.pin_memory = seed, group_window, pin_memory
         self._window = lru_cache(maxsize=2)(self._sorted_window)
         if n_worker and 'fork' not in multiprocessing.get_all_start_methods():
             print(f"!!! data: no fork on {sys.platform}: n_worker={n_worker} becomes 0, batches are made between steps")
@@ -310,8 +310,7 @@ class Loader:
         generator = torch.Generator().manual_seed(seed)  # else DataLoader draws from the global generator
         workers = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
         self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
-                                                        generator=generator, pin_memory=pin_memory,
-                                                        **(workers if n_worker else {})))
+                                                        generator=generator, **(workers if n_worker else {})))
         self.n_left, self.n_worker = len(order), n_worker
         if n_worker:
             # before multiprocessing's own, which would wait for workers that ignore SIGTERM
@@ -332,7 +331,7 @@ class Loader:
         self.n_left -= 1
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
             raise BadSample(batch)
-        return batch
+        return batch.pin_memory() if self.pin_memory else batch          # DataLoader's thread would start CUDA on GPU 0
 
     def __getitem__(self, i):
         step, m = divmod(i, self.n_micro)

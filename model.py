@@ -270,31 +270,24 @@ class VLM(nn.Module):
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
-        if images is None or len(images) == 0:
-            if tokens.device.type == 'cpu' and self.image_id is not None and (tokens == self.image_id).any():
-                row = int((tokens == self.image_id).any(1).nonzero()[0])
-                n = int((tokens[row] == self.image_id).sum())
-                raise ValueError(f"row {row} holds {n} image slots, got 0 images")
+        n_image = 0 if images is None else len(images) if image_index is None else len(image_index)
+        if n_image and (self.encoder is None or self.image_id is None):
+            raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
+        if tokens.device.type == 'cpu' and self.image_id is not None:
+            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+        if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        if self.encoder is None or self.image_id is None:
-            raise ValueError(f"{len(images)} images given to a text-only model: expected a checkpoint with an encoder")
         features = self.image_features(images)                                         # (N,n_token,C)
         if image_index is not None:
             features = features[image_index]                                           # (M,n_token,C)
-        slots = tokens == self.image_id                                                # (B,T)
-        if tokens.device.type == 'cpu':
-            (n_image, n_token), in_row = features.shape[:2], slots.sum(1)              # (B,) slots a row
-            if (in_row % n_token).any():                                               # an image may not span two rows
-                row = int((in_row % n_token).nonzero()[0])
-                raise ValueError(f"row {row} holds {int(in_row[row])} image slots: expected a multiple of {n_token}")
-            if in_row.sum() != n_image * n_token:
-                raise ValueError(f"rows hold {in_row.tolist()} image slots, {int(in_row.sum())} in all: expected "
-                                 f"{n_image} images x {n_token} = {n_image * n_token}")
-        return x.masked_scatter(slots[..., None], features.to(x.dtype))
+        # the slots come first in a stable sort; how many they are is known, so that a GPU is not asked and waited for
+        features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
+        at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
+        return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, rows=None):
         """
@@ -388,6 +381,19 @@ class VLM(nn.Module):
                            position, prefix)
         cache.fill(prefix, row)
         return n
+
+
+def check_slots(tokens, image_id, n_image, n_token):
+    """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
+    in_row = (tokens == image_id).sum(1)                                               # (B,)
+    torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows
+    if len(torn):
+        row = int(torn[0])
+        raise ValueError(f"row {row} holds {int(in_row[row])} image slots" +
+                         (f": expected a multiple of {n_token}" if n_image else ", got 0 images"))
+    if in_row.sum() != n_image * n_token:
+        raise ValueError(f"rows hold {in_row.tolist()} image slots, {int(in_row.sum())} in all: expected "
+                         f"{n_image} images x {n_token} = {n_image * n_token}")
 
 
 def _pick(logits, temperature, top_k, generator):

@@ -408,12 +408,13 @@ try:
             sys.exit(f"{n_bad_sample} bad samples are more than max_bad_samples={max_bad_samples}; "
                      f"on this process: {'; '.join(bad_samples[-3:])}")
         row_weight, share = common.loss_weights(counts, loss_weight)                     # (n_leaf,) a target's weight
+        row_weight = process.send(row_weight)
         optimizer.zero_grad(set_to_none=True)
         row_loss = []
         for i, batch in enumerate(micro):
             network.require_backward_grad_sync = i == n_micro - 1               # set before forward: ddp reads it there
             batch = batch.to(process.device, non_blocking=True)
-            weights = row_weight.to(process.device)[batch.source][:, None].expand_as(batch.tokens)        # (B,T)
+            weights = row_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
             with process.autocast():
                 loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)
             (loss_sum * process.world_size).backward()                           # ddp averages ranks: undo 1/world_size

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -568,6 +569,17 @@ def test_any_number_of_processes_splits_the_same_global_order():
                      for r in range(world_size)]
             assert all(len(r) == 6 * n_micro for r in ranks)
             assert [i for m in range(6 * n_micro) for r in ranks for i in r[m]] == want
+
+
+@pytest.mark.parametrize('n_worker', [0, 1])
+def test_batches_are_pinned_by_the_process_that_asked(n_worker, monkeypatch):
+    """DataLoader's own thread would start CUDA on the current device, GPU 0 of every rank, before set_device."""
+    who = []
+    monkeypatch.setattr(mixture.Batch, 'pin_memory', lambda b: who.append((os.getpid(), threading.get_ident())) or b)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: pytest.fail('asked for an accelerator'))
+    batches = loader(numbers_mix(), n_worker=n_worker, pin_memory=True)
+    assert len(list(batches)) == len(who) == 24
+    assert set(who) == {(os.getpid(), threading.get_ident())}
 
 
 @pytest.mark.parametrize('n_worker', [1, 2])

@@ -9,8 +9,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common
 import model as model_module
 from kernels import IGNORE_INDEX
 from model import VLM, Decoder, ModelConfig, Norm, Projector, load_openlm, save_openlm
@@ -345,6 +347,41 @@ def test_slots_that_do_not_fit_are_named():
             model(tokens, targets, pictures(n) if n else None)
     with pytest.raises(ValueError, match='text-only model'):
         VLM(tiny_decoder())(short, targets, pictures(2))
+
+
+class Watch(TorchDispatchMode):
+    """Collects the names of the operators that run, backward included."""
+    def __init__(self):
+        super().__init__()
+        self.ran = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.ran.add(name)
+        if name.startswith('index') and isinstance(args[1], (list, tuple)):
+            self.ran |= {'nonzero' for i in args[1] if i is not None and i.dtype == torch.bool}         # inside it
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'masked_scatter_backward', '_unique2', 'equal'}
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_a_training_step_asks_the_device_for_nothing(frozen, monkeypatch):
+    """No operator of a step hands values or shapes to the host, so that on a GPU the loop runs ahead of the device."""
+    monkeypatch.setattr(model_module, 'check_slots', lambda *_: None)     # reads values, on a CPU only
+    model = tiny_vlm(15, frozen=frozen)
+    optimizer = common.make_optimizer(model, dict(decoder=1, projector=1, encoder=1), weight_decay=0.1,
+                                      betas=(0.9, 0.95))
+    tokens, targets = rows_of(['I', 1, 2], ['I', 3], [4, 'I']), random_batch(3, 6, kept=0.6, seed=3)[1]
+    rows = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    watch = Watch()
+    with watch:
+        loss, _ = model(tokens, targets, pictures(2), torch.tensor([1, 0, 1]), torch.rand(3, 6), rows)
+        loss.backward()
+        common.optimizer_step(optimizer, 1e-3, 1.0)
+    assert {'linear_nll_backward', 'index_copy', '_fused_adamw_'} <= watch.ran, "the watch saw forward, backward, update"
+    assert not watch.ran & WAITS
 
 
 def test_a_batch_without_images_keeps_the_projector_in_the_graph():
