@@ -233,7 +233,7 @@ class _Shards:
         return self.stamps[s], self.first[s] + row - (self.ends[s] - self.sizes[s])
 
 
-# --- sources: len(source), source[i] -> Sample, .items_per_row, .group_sizes, .damaged, .length(i) 
+# --- sources: len(source), source[i] -> Sample; .name, .items_per_row, .group_sizes, .damaged, .length(i) for Mixture
 class TextSource:
     """
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of

@@ -165,14 +165,15 @@ def permute(i, n, key):
 
 class _Leaf:
     """A source in shuffled order: shards permuted per epoch, rows permuted within SHARDS_TOGETHER consecutive ones."""
-    def __init__(self, source, seed, start):
-        self.source, self.name, self.seed, self.start, self.lenient = source, source.name, seed, start, False
-        self.per_row, self.n_row = source.items_per_row, int(sum(source.group_sizes))
-        self.first = np.cumsum([0, *source.group_sizes]).tolist()        # first row of each shard
+    def __init__(self, source, seed, name):
+        self.source, self.seed, self.start, self.lenient = source, seed, 0, False
+        self.name, self.per_row = getattr(source, 'name', name), getattr(source, 'items_per_row', 1)
+        self.sizes = getattr(source, 'group_sizes', [len(source)])       # rows of each shard
+        self.n_row, self.first = int(sum(self.sizes)), np.cumsum([0, *self.sizes]).tolist()
         self.plan = lru_cache(maxsize=2)(self._plan)
 
     def _plan(self, epoch):
-        key, sizes = _hash(self.seed, self.name, epoch), self.source.group_sizes
+        key, sizes = _hash(self.seed, self.name, epoch), self.sizes
         order = sorted(range(len(sizes)), key=lambda s: _mix(key + s & 0xFFFFFFFFFFFFFFFF))
         ends = np.cumsum([0] + [sizes[s] for s in order]).tolist()       # in permuted order
         return key, order, ends
@@ -193,7 +194,8 @@ class Mixture:
     """
     An endless sequence of samples drawn from sources in exact shares: mixture[n] is a pure function of (seed, n).
     sources, weights  sources or other Mixtures, and their shares (0.1 means 1/10 exactly). Each source is split from
-                      the ones after it, each split exact to within one sample in any window of samples
+                      the ones after it, each split exact to within one sample in any window of samples. A source has
+                      len(source) and source[i]; data.py's also say their name, shards, windows a row, and damage
     start             {source name: first row}: where an earlier stage stopped (its cursor(n)); rows, not windows, so
                       that it holds across sequence lengths
     max_bad_samples   0 = a bad item raises BadSample; else another item of its source takes its place (a pure function
@@ -206,17 +208,19 @@ class Mixture:
         shares = [Fraction(str(w)) if isinstance(w, float) else Fraction(w) for w in weights]
         if len(shares) != len(sources) or min(shares, default=-1) < 0 or not sum(shares):
             raise ValueError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
-        self.branches, self.shares, self.leaves = list(sources), [], {}
+        self.branches, self.shares, self.leaves = [], [], {}
         for i, branch in enumerate(sources):
             rest = sum(shares[i:])
             self.shares.append(shares[i] / rest if rest else Fraction(0))
-            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else [_Leaf(branch, int(seed), 0)]:
+            self.branches.append(branch if isinstance(branch, Mixture) else _Leaf(branch, int(seed), f'source {i}'))
+            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else self.branches[-1:]:
                 if leaf.name in self.leaves or leaf.n_row == 0:
                     why = 'is empty' if leaf.n_row == 0 else 'occurs twice'
                     raise ValueError(f"Mixture: source {leaf.name!r} {why}")
                 leaf.lenient |= max_bad_samples > 0                      # a Mixture's sources keep what it allows them
-                if leaf.source.damaged and not leaf.lenient:
-                    raise ValueError(leaf.source.damaged[0])
+                damaged = getattr(leaf.source, 'damaged', ())
+                if damaged and not leaf.lenient:
+                    raise ValueError(damaged[0])
                 leaf.start = (start or {}).get(leaf.name, leaf.start)
                 self.leaves[leaf.name] = leaf
         self.names = list(self.leaves)
@@ -238,7 +242,7 @@ class Mixture:
         """Return (leaf, k): sample n is the k-th item of that source."""
         taken, i = self._split(n)
         branch = self.branches[i]
-        return branch.locate(taken[i]) if isinstance(branch, Mixture) else (self.leaves[branch.name], taken[i])
+        return branch.locate(taken[i]) if isinstance(branch, Mixture) else (branch, taken[i])
 
     def length(self, n):
         """Return a cheap estimate of the positions of sample n."""
@@ -259,7 +263,8 @@ class Mixture:
                     raise BadSample(f"{leaf.name}: 100 items in a row are bad, among them {e}") from None
                 index = _hash(leaf.seed, leaf.name, k, len(bad)) % len(leaf.source)
                 continue
-            sample.bad = bad
+            if isinstance(sample, Sample):
+                sample.source, sample.bad = leaf.name, bad
             return sample
 
     def counts(self, n):

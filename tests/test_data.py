@@ -560,6 +560,16 @@ def numbers_mix(**keys):
     return Mixture([Numbers('t', [30, 20], 2), Numbers('c', [40], **keys)], [0.75, 0.25], seed=9)
 
 
+def test_anything_with_a_length_and_items_is_a_source():
+    mix = Mixture([[f'a{i}' for i in range(20)], [f'b{i}' for i in range(3)]], [0.9, 0.1], seed=1)
+    drawn = [mix[n] for n in range(200)]
+    assert sum(x[0] == 'b' for x in drawn) == 20 and drawn == [mix[n] for n in range(200)]
+    assert sorted(x for x in drawn if x[0] == 'a')[::9] == sorted(f'a{i}' for i in range(20))    # 180 = 9 epochs
+    ids = np.arange(9)
+    batch = collate([Mixture([[Sample(ids[:-1], ids[1:])]], [1], seed=0)[0]], 0, names=['source 0'])
+    assert batch.source.tolist() == [0] and list(batch.stats) == ['source 0']
+
+
 def test_any_number_of_processes_splits_the_same_global_order():
     want = ids_of(numbers_mix(), 48)
     for world_size in (1, 2, 4):
