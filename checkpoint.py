@@ -16,10 +16,10 @@ import sys
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data import load_tokenizer
-from model import VLM, Decoder, ModelConfig, Projector, first_line, read_pt
+from model import VLM, Decoder, ModelConfig, Projector, first_line, read_pt, read_safetensors
 from vision import encoder_from_config, load_encoder
 
 SCHEMA = 1                      # of meta.json; raised when an old checkpoint could be misread
@@ -179,10 +179,7 @@ def load_weights(model, folder, *, parts=('decoder', 'projector', 'encoder')):
     Raises ValueError naming the first tensor whose shape differs, or that the model does not have.
     """
     path = os.path.join(folder, 'model.safetensors')
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: not readable ({e})") from e
+    saved = read_safetensors(path)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(p + '.' for p in parts))}
     for key, value in saved.items():
         if key.startswith(tuple(p + '.' for p in parts)) and getattr(model, key.split('.')[0]) is not None:

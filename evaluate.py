@@ -38,7 +38,7 @@ from data import caption_prompt, instruct_prompt
 from kernels import IGNORE_INDEX
 from scorers import (Example, Task, box_iou, gqa_match, parse_box, pope_answer, pope_metrics, same, score_box,
                      stable_score, stable_scores, subset, summarise, table, unit_box, vqa_accuracy, vqa_task)
-from vision import RESIZE, open_image
+from vision import RESIZE, open_image, read_json
 
 __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', 'vqa_accuracy', 'default_options',
            'evaluate_task', 'find_tasks', 'READERS']
@@ -88,15 +88,6 @@ def default_options(**changes):
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-def read_json(path):
-    """A parsed JSON file; ValueError with path and position when it is not JSON."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from e
-
 
 def read_lines(path):
     """The objects of a file with one JSON object a line; ValueError names the line."""

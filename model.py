@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
+from vision import read_json
 
 ROPE_BASE = 10000.0             # OpenLM's rotary base
 
@@ -428,28 +429,18 @@ def first_line(error):
     return (str(error) or type(error).__name__).strip().split('\n')[0]
 
 
-def _read_safetensors(path):
+def read_safetensors(path):
+    """The tensors of a .safetensors file by name, on CPU; ValueError with one line when it is not readable."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path}: not readable ({first_line(e)})") from e
 
 
-def _read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            found = json.load(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({first_line(e)})") from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
-    return found
-
-
 def _read_config(config):
     """The keys that a dict or JSON file gives, in our names; older HF configs nest them under params_args_dict."""
     if isinstance(config, (str, os.PathLike)):
-        config = _read_json(config)
+        config = read_json(config)
     config = {**config, **(config.get('params_args_dict') or {})}
     for key, value in UNSUPPORTED.items():
         if config.get(key) == value:
@@ -472,7 +463,7 @@ def _read_state(path):
     """State dict, keys as the file has them, and config path (or None) of a .pt, .safetensors or HF folder."""
     if not os.path.isdir(path):
         if str(path).endswith('.safetensors'):
-            return _read_safetensors(path), None
+            return read_safetensors(path), None
         state = read_pt(path)
         state = state.get('state_dict', state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -481,17 +472,14 @@ def _read_state(path):
     index = os.path.join(path, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.exists(index):
-        where = _read_json(index).get('weight_map')
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
-        files = sorted(set(where.values()))
+        files = sorted(set(map(str, read_json(index, 'weight_map').values())))
         if any(os.path.basename(name) != name for name in files):
             raise ValueError(f"{index}: names a file outside its folder")
     state = {}
     for name in files:
         if not os.path.exists(os.path.join(path, name)):
             raise ValueError(f"{path}: {name} is missing (expected an HF folder with safetensors, or a .pt file)")
-        state.update(_read_safetensors(os.path.join(path, name)))
+        state.update(read_safetensors(os.path.join(path, name)))
     config = os.path.join(path, 'config.json')
     return state, config if os.path.exists(config) else None
 

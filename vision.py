@@ -403,25 +403,28 @@ HF_DEFAULTS = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers
                'patch_size': 16, 'image_size': 224, 'layer_norm_eps': 1e-6, 'hidden_act': 'gelu_pytorch_tanh'}
 
 
-def _read_json(path, key=None):
+def read_json(path, key=None):
+    """The object (dict) that a JSON file holds, or holds under `key`; ValueError with the path and the reason."""
     try:
-        with open(path) as f:
+        with open(path, encoding='utf-8') as f:
             content = json.load(f)
-        content = content if key is None else content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON{f' with {key!r}' if key else ''}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if key is not None:
+        content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object{f' with one in {key!r}' if key else ''}, found "
+                         f"{type(content).__name__}")
     return content
 
 
 def _read_config(path, n_saved):
-    content = _read_json(path)
+    content = read_json(path)
     kind = str(content.get('model_type', 'siglip'))
     if not kind.startswith('siglip'):
         raise ValueError(f"{path}: model_type {kind!r}, expected 'siglip' or 'siglip_vision_model'")
     if 'vision_config' in content:                                               # a whole SigLIP: text and vision
-        content = _read_json(path, 'vision_config')
+        content = read_json(path, 'vision_config')
     values = {key: content.get(key, default) for key, default in HF_DEFAULTS.items()}
     if values['num_hidden_layers'] != n_saved:
         raise ValueError(f"{path}: num_hidden_layers={values['num_hidden_layers']}, the weights hold {n_saved} blocks")
@@ -450,7 +453,7 @@ def _config_from_shapes(path, headers, n_saved):
 
 
 def _read_mean_std(path):
-    content = _read_json(path) if os.path.exists(path) else {}
+    content = read_json(path) if os.path.exists(path) else {}
     mean, std = content.get('image_mean', [0.5] * 3), content.get('image_std', [0.5] * 3)
     for key, values, low in [('image_mean', mean, -math.inf), ('image_std', std, 0)]:
         if not (isinstance(values, list) and len(values) == 3
@@ -467,7 +470,7 @@ def _find_tower(path):
         folder, names = path, ['model.safetensors']
         index = os.path.join(path, 'model.safetensors.index.json')
         if not os.path.exists(os.path.join(path, names[0])) and os.path.exists(index):
-            names = sorted(set(map(str, _read_json(index, 'weight_map').values())))
+            names = sorted(set(map(str, read_json(index, 'weight_map').values())))
     elif not path.endswith('.safetensors'):
         raise ValueError(f"{path}: expected 'patch', a folder with model.safetensors, or a .safetensors file"
                          + ("" if os.path.exists(path) else "; nothing is there"))

@@ -456,7 +456,7 @@ QUESTIONS, ANNOTATIONS = 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoc
 
 @pytest.mark.parametrize('write, damage, message', [
     (write_vqav2, lambda f: next((f / 'val2014').iterdir()).unlink(), 'vqav2: 1 of 5 images missing, first COCO_val'),
-    (write_vqav2, lambda f: (f / ANNOTATIONS).write_text('{"a'), 'annotations.json: not valid JSON'),
+    (write_vqav2, lambda f: (f / ANNOTATIONS).write_text('{"a'), 'annotations.json: not readable as JSON'),
     (write_vqav2, lambda f: (f / ANNOTATIONS).unlink(), 'No such file.*annotations.json'),
     (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].pop('answers')),
      "annotations.json: entry 2 has no 'answers'"),

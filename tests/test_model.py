@@ -693,8 +693,8 @@ def damage(case, folder):
     ('embed norm', 'post_embed_norm=True'), ('rms', 'norm rms_norm: expected gain_only_lp_layer_norm'),
     ('head rotary', 'positional_embedding_type=head_rotary: expected rotary'), ('no config', 'none.json: not readable'),
     ('hf no weights', 'model.safetensors is missing'), ('hf config', 'config.json: not readable as JSON'),
-    ('hf config list', 'config.json: holds a JSON list'), ('hf outside', 'names a file outside its folder'),
-    ('hf map', "expected a 'weight_map'"), ('hf shard', 'model-1.safetensors is missing')])
+    ('hf config list', 'config.json: expected a JSON object, found list'), ('hf outside', 'names a file outside its folder'),
+    ('hf map', "expected a JSON object with one in 'weight_map'"), ('hf shard', 'model-1.safetensors is missing')])
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, case, message):
     path, config = damage(case, tmp_path)
     with pytest.raises(ValueError, match=message) as caught:

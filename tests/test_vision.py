@@ -222,7 +222,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match='preprocessor_config.json: image_std'):
         load_encoder(str(tmp_path))
     (tmp_path / 'config.json').write_text('{"hidden_size":')
-    with pytest.raises(ValueError, match='config.json: cannot be read as JSON'):
+    with pytest.raises(ValueError, match='config.json: not readable as JSON'):
         load_encoder(str(tmp_path))
     file = tmp_path / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-100])
