@@ -2,7 +2,7 @@
 Numbers with their conditions, on whatever device is there.
 
     python bench.py step config/tiny.py                  # tokens/s of stage 1 and where a step's time goes
-    python bench.py step config/ckpt80_img10.py config/tiny.py --init_from=x      # the same with images
+    python bench.py step config/ckpt80_img10.py config/tiny.py                    # the same with images
     python bench.py kernels                              # our kernels against eager, torch.compile, SDPA, FlexAttention
     python bench.py tune                                 # search the kernels' config tables on this GPU, print them
 
@@ -337,6 +337,8 @@ def fastest(kernel, key, long, candidates, f):
 COMMANDS = {'step': step, 'kernels': bench_kernels, 'tune': tune}
 
 if __name__ == '__main__':
+    if sys.argv[1:2] in (['--help'], ['-h']):
+        sys.exit(print(__doc__.strip()))
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(__doc__.strip() + f"\n\nexpected one of: {', '.join(COMMANDS)}")
     COMMANDS[sys.argv[1]](sys.argv[2:])

@@ -6,6 +6,8 @@ Nothing is unpickled: safetensors, weights_only, JSON.
 """
 import base64
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +24,7 @@ from data import load_tokenizer
 from model import VLM, Decoder, ModelConfig, Projector, first_line, read_pt, read_safetensors
 from vision import encoder_from_config, load_encoder
 
+LOCK = []                       # the open lock file of this process's run folder
 SCHEMA = 1                      # of meta.json; raised when an old checkpoint could be misread
 # on resume these may differ; any other difference is refused
 MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', 'save_every', 'stop_after', 'resume',
@@ -31,11 +34,12 @@ MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', '
 
 # --- write ------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True):
+def save_checkpoint(out_dir, names, model, optimizer, tokenizer, meta, *, save_encoder=True):
     """
     Write one checkpoint, whole or not at all, under the first of `names`; the others become links to it.
     out_dir    the run's folder; ckpt_last then points at the new one (a relative symlink, swapped at once)
-    model      VLM; optimizer AdamW or None; meta dict, completed here with schema, shapes and versions
+    model      VLM; optimizer AdamW or None; tokenizer data.Tokenizer
+    meta       dict, completed here with schema, shapes, digests and versions
     Raises OSError (a full disk, say) after removing what it had begun; older checkpoints are untouched.
     """
     final = os.path.join(out_dir, names[0])
@@ -45,7 +49,7 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
         if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is this very checkpoint
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-            _write_checkpoint(tmp, model, optimizer, meta, save_encoder)
+            _write_checkpoint(tmp, model, optimizer, tokenizer, meta, save_encoder)
             if os.path.lexists(final):                                # an older run's, or one that a kill left unlinked
                 os.rename(final, os.path.join(out_dir, f'.tmp_old_{names[0]}'))
             os.rename(tmp, final)
@@ -53,8 +57,8 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
             shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"saving {final} failed ({first_line(e)}; is the disk full?); the checkpoints before it are "
-                      "untouched") from e
+        full = '; is the disk full?' if getattr(e, 'errno', None) in (None, errno.ENOSPC, errno.EDQUOT) else ''
+        raise OSError(f"saving {final} failed ({first_line(e)}{full}); the checkpoints before it are untouched") from e
     for name in (*names[1:], 'ckpt_last'):
         link = os.path.join(out_dir, f'.link_{name}')
         if os.path.lexists(link):
@@ -64,18 +68,22 @@ def save_checkpoint(out_dir, names, model, optimizer, meta, *, save_encoder=True
     _fsync(out_dir)
 
 
-def _write_checkpoint(folder, model, optimizer, meta, save_encoder):
+def _write_checkpoint(folder, model, optimizer, tokenizer, meta, save_encoder):
     """The files of one checkpoint, each fsynced."""
     meta = dict(meta, schema=SCHEMA, model=dataclasses.asdict(model.decoder.config), image_id=model.image_id,
+                tokenizer_path=os.path.basename(tokenizer.path), tokenizer_sha256=tokenizer.sha256,
                 commit=git_commit(), torch=torch.__version__,
                 rng=base64.b64encode(bytes(torch.get_rng_state())).decode())
     if model.encoder is not None:
         meta['encoder'] = model.encoder.config_dict()
+        if not save_encoder:
+            meta['encoder_sha256'] = tensor_digest(model.encoder)
     state = {k: v for k, v in model.state_dict().items() if save_encoder or not k.startswith('encoder.')}
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, os.path.join(folder, 'model.safetensors'))
     if optimizer is not None:
         torch.save(optimizer_state(optimizer), os.path.join(folder, 'optim.pt'))
-    shutil.copyfile(meta['tokenizer_path'], os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
+    with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
+        f.write(tokenizer.content)                           # its file may be gone by now, with a base that was pruned
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     for name in os.listdir(folder):
@@ -134,13 +142,23 @@ def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
 
 
 def open_folder(out_dir):
-    """Make a run's folder and delete what a killed process had begun there: temporary checkpoints and links."""
+    """
+    Make a run's folder, lock it until this process ends, however it ends, and delete what a killed process had begun
+    there: temporary checkpoints and links. Exits with one line when it cannot be used, or another run uses it.
+    """
+    while LOCK:
+        LOCK.pop().close()
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if not os.access(out_dir, os.W_OK):
-            raise PermissionError(None, 'not writable')
+        LOCK.append(open(os.path.join(out_dir, '.lock'), 'w'))
     except OSError as e:
         sys.exit(f"out_dir={out_dir} cannot be used ({e.strerror}): give another --out_dir")
+    try:
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"out_dir={out_dir} is in use by another run: wait for its end, or give another --out_dir")
+    except OSError:                                                       # a file system without locks
+        pass
     for name in os.listdir(out_dir):
         if name.startswith('.tmp_'):
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
@@ -166,9 +184,13 @@ def read_meta(folder):
     schema = meta.get('schema') if isinstance(meta, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema {schema}, this code reads schema {SCHEMA}")
-    for key in ('model', 'config', 'tokenizer_path', 'image_id'):
-        if key not in meta:
+    for key, kind in (('model', dict), ('config', dict), ('tokenizer_path', str), ('image_id', int)):
+        if not isinstance(meta.get(key), kind):
             raise ValueError(f"{path}: has no '{key}'; the checkpoint is damaged")
+    try:
+        ModelConfig(**meta['model'])
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: 'model' is not a decoder's shape ({e}); the checkpoint is damaged") from e
     return meta
 
 
@@ -273,15 +295,35 @@ def check_last(last):
                  "remove it to start over")
 
 
-def check_resume(meta, config, folder):
-    """Exit with one line naming the first key whose value differs from the checkpoint's and may not."""
+def check_resume(meta, config, folder, stages):
+    """Exit with one line when a checkpoint is of none of `stages`, or for the first key that differs and may not."""
+    if meta['stage'] not in stages:
+        sys.exit(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another --out_dir")
     for key, value in config.items():
-        old = meta['config'].get(key, value)
-        old = tuple(map(tuple, old)) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else old
-        old = tuple(old) if isinstance(value, tuple) else old
+        old = _tuples(meta['config'].get(key, value))
         if key not in MAY_DIFFER and old != value:
             sys.exit(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or another "
                      "out_dir")
+
+
+def _tuples(value):
+    """A config's value as it was before JSON made lists of its tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def check_same_start(process, first_step, out_dir):
+    """Exit with one line when the processes would start at different steps: they do not see the same out_dir."""
+    first = process.host_sum([float(first_step)])[0] / process.world_size
+    if first != first_step:
+        process.exit(f"process {process.rank} starts at step {first_step}, others do not: out_dir={out_dir} has to be "
+                     "one folder that every node sees")
+
+
+def check_encoder_file(encoder, path, *how):
+    """Exit with one line unless load_encoder(path, *how) gives this encoder back: save_encoder=False relies on it."""
+    if path != 'patch' and (not os.path.exists(path) or
+                            tensor_digest(load_encoder(path, *how)) != tensor_digest(encoder)):
+        sys.exit(f"save_encoder=False, but {path} does not hold the encoder of this run: give --save_encoder=true")
 
 
 def check_model(meta, model_config, folder):

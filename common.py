@@ -3,7 +3,10 @@ What the training stages share: processes and devices, lr schedules, the optimiz
 Nothing here decides what is trained. Checkpoint folders are checkpoint.py's.
 """
 import dataclasses
+import glob
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -17,11 +20,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import find
+from data import TextSource, find
 from kernels import IGNORE_INDEX
 from model import Decoder
 
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}          # dense bf16, by substring of the device's name
+MAX_THREADS = 1024              # OpenMP crashes on absurd numbers instead of refusing them
 AT_LEAST = {**dict.fromkeys('n_layer n_head n_embd vocab_size seq_len image_size global_batch_size micro_batch_size '
                             'eval_rows log_every'.split(), 1),
             **dict.fromkeys('n_ffn max_tokens max_steps stop_after n_epoch warmup_steps rewarm_steps '
@@ -39,6 +43,12 @@ def check_config(config):
             sys.exit(f"{key}={value}: expected at least {AT_LEAST[key]}")
         if key == 'lr' and not value > 0:
             sys.exit(f"lr={value}: expected above 0")
+        if key == 'seed' and not 0 <= value < 2 ** 63:
+            sys.exit(f"seed={value}: expected from 0 to below 2**63")
+        if key == 'n_thread' and value > MAX_THREADS:
+            sys.exit(f"n_thread={value}: expected at most {MAX_THREADS}")
+        if key in ('wandb', 'tensorboard') and value and importlib.util.find_spec(key) is None:
+            sys.exit(f"{key}=True: the package is not there; pip install {key}")
         if key in ('beta1', 'beta2', 'warmup_ratio', 'text_share') and not 0 <= value < 1:
             sys.exit(f"{key}={value}: expected from 0 to below 1")
         if key in ('image_ratio', 'instruct_share') and not 0 <= value <= 1:
@@ -113,6 +123,12 @@ class Process:
         dist.all_gather_object(lists, list(items))
         return [item for part in lists for item in part]
 
+    def exit(self, message):
+        """Exit on all processes at once; the group goes first, or its threads may abort when another process is gone."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+        sys.exit(message)
+
     def barrier(self):
         self.host_sum([0.0])
 
@@ -130,8 +146,9 @@ def pick_device(device, allowed=('auto', 'cpu', 'cuda')):
     os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')        # is_available() would start CUDA before the fork
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available():
-        sys.exit("device='cuda': torch sees no GPU; give --device=cpu")
+    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}.get(device, lambda: True)
+    if not there():
+        sys.exit(f"device={device!r}: torch sees no such GPU; give --device=cpu")
     return device
 
 
@@ -162,14 +179,14 @@ def distributed(model):
 
 
 class StopSignal:
-    """`.set` turns True on SIGTERM; a second SIGTERM kills as usual."""
+    """`.set` turns True on SIGTERM or Ctrl-C (torchrun may send both); the same a second time ends as usual."""
     def __init__(self):
         self.set = False
-        signal.signal(signal.SIGTERM, self._handle)
+        self.usual = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number, frame):
         self.set = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, self.usual[number])
 
 
 def accumulation(global_batch_size, micro_batch_size, world_size):
@@ -178,16 +195,11 @@ def accumulation(global_batch_size, micro_batch_size, world_size):
         sys.exit(f"global_batch_size={global_batch_size}, micro_batch_size={micro_batch_size}: expected at least 1")
     n, rest = divmod(global_batch_size, micro_batch_size * world_size)
     if rest or n == 0:
-        fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * world_size) == 0]
-        near = min(fit, key=lambda m: abs(m - micro_batch_size), default=None)
-        can = [w for w in range(1, global_batch_size + 1) if global_batch_size % (w * micro_batch_size) == 0]
-        if not near and not can:                               # neither this batch nor this number of processes divides
-            can = [w for w in range(1, global_batch_size + 1) if global_batch_size % w == 0]
-            hint = f"--micro_batch_size=1 with a number of processes among {can[:8]} would"
-        else:
-            hint = f"--micro_batch_size={near} would" if near else f"a number of processes among {can[:8]} would"
+        fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % m == 0]
+        near = min((m for m in fit if m * world_size in fit), key=lambda m: abs(m - micro_batch_size), default=None)
+        hint = f"{near}" if near else f"1 with a number of processes among {fit[:8]}"
         sys.exit(f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
-                 f"{world_size} processes; {hint}")
+                 f"{world_size} processes; --micro_batch_size={hint} would")
     return n
 
 
@@ -266,8 +278,15 @@ def loss_weights(counts, rule):
 
 
 def text_name(pattern, patterns):
-    """A text source's name, the key of its cursor: the same in every stage that reads the same pattern."""
-    return pattern.split('/')[0] if len(patterns) == 1 else pattern
+    """A text source's name, the key of its cursor: 'text' for 'text/*.tar'; the pattern where there are several."""
+    folders = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split('/'))
+    return '/'.join(folders) or pattern if len(patterns) == 1 else pattern
+
+
+def text_rows(mixture):
+    """How a mixture's text is cut, {source: {'row_len', 'n_row'}}: what a cursor counts, so that it holds later."""
+    return {leaf.name: dict(row_len=leaf.source.row_len, n_row=leaf.n_row) for leaf in mixture.leaves.values()
+            if isinstance(leaf.source, TextSource)}
 
 
 def add_counts(seen, counts, names):
@@ -332,11 +351,12 @@ class StepReader:
         if skipped or flags.any():
             bad = [i for i, ok in zip(ids, finite) if not ok]
             ranks = flags.nonzero().flatten().tolist()
+            named = ', '.join([*dict.fromkeys(bad or ids)][:8])            # a conversation may have several rows
             where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(norm)}"
             if not ranks or bad:
-                print(f"step {line['step']}: not finite: {where}; rank {self.process.rank}, samples "
-                      f"{', '.join(bad[:8] or ids[:8])}; the step changed nothing and the run stops", file=sys.stderr)
-            sys.exit(1)
+                print(f"step {line['step']}: not finite: {where}; rank {self.process.rank}, samples {named}; "
+                      "the step changed nothing and the run stops", file=sys.stderr)
+            self.process.exit(1)
         for i, name in enumerate(self.names):
             sources[name]['loss'] = float(nll[i]) / sources[name]['n_kept_now'] if sources[name]['n_kept_now'] else None
         self.logger.log(dict(line, loss=float(nll.sum()) / max(1, line['n_kept']),
@@ -361,19 +381,21 @@ def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, 
         print(f'  {key} = {value!r}')
     print(f"{max_steps:,} steps of {tokens_per_step:,} tokens = {max_steps * tokens_per_step:,} tokens, into {out_dir}")
     for kind, paths in sets.items():
-        tokens = shares.get(kind, 0) * max_steps * tokens_per_step
-        print(f"{kind}: {tokens:,.0f} positions ({shares.get(kind, 0):.1%}) from {', '.join(paths) or 'nothing'}")
-        for path in paths if tokens else []:
+        tokens = shares[kind] * max_steps * tokens_per_step
+        if not tokens:
+            continue
+        print(f"{kind}: {tokens:,.0f} positions ({shares[kind]:.1%}) from {', '.join(paths) or 'nothing'}")
+        for path in paths:
             try:
                 files = find(path, '.bin', '.tar')
             except ValueError:
                 files = []
             size = sum(os.path.getsize(f) for f in files)
-            passes = f", {tokens / (size / 2):.2f} passes" if files and all(f.endswith('.bin') for f in files) else ''
+            passes = f", {tokens / (size / 2):,.2f} passes" if size and all(f.endswith('.bin') for f in files) else ''
             print(f"    {path}: {len(files)} files, {size / 2 ** 30:.2f} GiB{passes}" if files else
                   f"    MISSING {path}")
     for path in inputs:
-        print(f"{'found' if os.path.exists(path) else 'MISSING'} {path}")
+        print(f"{'found' if os.path.exists(path) or glob.glob(path) else 'MISSING'} {path}")
     micro = config['micro_batch_size'] * config['seq_len']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
     # per position and layer: residual, norms, q, k, v, attention out, gate, up, product, as the backward needs them
@@ -383,7 +405,7 @@ def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, 
     print(f"decoder: {n:,} parameters; disk: {n_checkpoint} checkpoints of {4 * n / 2 ** 30:.1f} GiB, optimizer states "
           f"{8 * n / 2 ** 30:.1f} GiB each (keep_optimizer={config['keep_optimizer']!r})")
     print(f"memory per process, an estimate: weights, gradients, moments {16 * n / 2 ** 30:.1f} GiB + activations "
-          f"{activations / 2 ** 30:.1f} GiB + encoder")
+          f"{activations / 2 ** 30:.1f} GiB" + ", and the encoder (so400m/14: 1.6 GiB)" * (shares.get('text', 0) < 1))
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -395,7 +417,7 @@ class Logger:
     """
     def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
         self.on, self.every, self.start, self.time = process.master, every, step, time.time()
-        self.max_steps, self.tracker, self.writer, self.bar = max_steps, None, None, None
+        self.max_steps, self.tracker, self.writer, self.bar, self.mark = max_steps, None, None, None, None
         if not self.on:
             return
         path = os.path.join(out_dir, 'log.jsonl')
@@ -403,10 +425,13 @@ class Logger:
         if step and os.path.exists(path):
             with open(path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(lines)
-        os.replace(path + '.tmp', path)
-        self.file = open(path, 'a', encoding='utf-8', buffering=1)
+        try:
+            with open(path + '.tmp', 'w', encoding='utf-8') as f:
+                f.writelines(lines)
+            os.replace(path + '.tmp', path)
+            self.file = open(path, 'a', encoding='utf-8', buffering=1)
+        except OSError as e:
+            sys.exit(f"{path}: cannot be written ({e}); nothing is lost")
         if sys.stderr.isatty():
             self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
         if wandb:
@@ -437,10 +462,13 @@ class Logger:
             self.bar.update(line['step'] - self.bar.n)
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
         elif line['step'] % self.every == 0 or line['step'] in (self.start + 1, self.max_steps):
-            done = line['step'] - self.start
-            eta = (time.time() - self.time) / done * (self.max_steps - line['step'])
+            now, tokens, rate = time.time(), line['tokens'], line['tokens_per_s']
+            if self.mark:                                                  # the rate since the line before
+                rate = (tokens - self.mark[1]) / (now - self.mark[0])
+            self.mark = now, tokens
+            eta = (now - self.time) / (line['step'] - self.start) * (self.max_steps - line['step'])
             print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  norm "
-                  f"{line['grad_norm']:.2f}  {line['tokens_per_s']:.0f} tok/s  eta {eta:.0f} s", flush=True)
+                  f"{line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s", flush=True)
 
     def close(self):
         if self.on:

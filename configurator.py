@@ -5,7 +5,8 @@ Configuration as plain Python: a script's keys are the literals between its two 
     python pretrain.py --help                                        # every key, its default, what it means
 
 A config file is Python that assigns some of the script's keys (names that start with `_` are free). It sees the values
-so far and `stage` ('text', 'mix', 'finetune', 'evaluate'), so that one file can hold a scale for every stage.
+so far and `stage` ('text', 'mix', 'finetune', 'evaluate'), so that one file can hold a scale for every stage; what
+decides the stage comes before it.
 Config files are code, like the scripts: run only those you would run as a script.
 """
 import ast
@@ -96,7 +97,7 @@ def _unknown(key, keys, source):
 
 
 def _run_file(path, keys, values, script):
-    """Execute a config file over `values` and return the keys it set, checked and converted."""
+    """Execute a config file over `values`; returns the keys it set, checked and converted, and if it uses stage."""
     try:
         with open(path, encoding='utf-8') as f:
             code = compile(f.read(), path, 'exec')
@@ -121,7 +122,7 @@ def _run_file(path, keys, values, script):
         if key not in keys:
             _unknown(key, keys, path)
         changed[key] = convert(key, value, keys[key][0], path)
-    return changed
+    return changed, 'stage' in code.co_names
 
 
 def configure(namespace, argv=None):
@@ -135,7 +136,7 @@ def configure(namespace, argv=None):
     keys = config_keys(namespace['__file__'])
     script = os.path.splitext(os.path.basename(namespace['__file__']))[0]
     values = {key: default for key, (default, _) in keys.items()}
-    argv = sys.argv[1:] if argv is None else argv
+    argv, scales = sys.argv[1:] if argv is None else argv, []
     if '--help' in argv or '-h' in argv:
         print((namespace.get('__doc__') or '').strip() + '\n\nkeys:')
         for key, (default, comment) in keys.items():
@@ -153,8 +154,18 @@ def configure(namespace, argv=None):
         elif not arg.endswith('.py'):
             sys.exit(f"command line: {arg}: expected a config file that ends in .py, or --key=value")
         else:
-            values.update(_run_file(arg, keys, values, script))
+            changed, uses_stage = _run_file(arg, keys, values, script)
+            values.update(changed)
+            for path, stage in scales:
+                if stage != stage_of(script, values):
+                    sys.exit(f"{path} was read for stage {stage!r}, but {arg} after it makes this stage "
+                             f"{stage_of(script, values)!r}: give {path} after {arg}")
+            scales += [(arg, stage_of(script, values))] if uses_stage else []
     if os.environ.get('RANK', '0') == '0':
+        for path, stage in scales:
+            if stage != stage_of(script, values):
+                print(f"!!! {path} was read for stage {stage!r}, but later arguments make this stage "
+                      f"{stage_of(script, values)!r}: to scale that, give image_ratio and init_from before it")
         for key, value in values.items():
             if value != keys[key][0]:
                 print(f"config: {key} = {value!r} (default {keys[key][0]!r})")

@@ -27,6 +27,7 @@ from mixture import BadSample, Batch, Loader, Mixture, Sample, collate  # noqa: 
 from vision import RESIZE, open_image
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
+ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
 ROWS_PER_SHARD = 8192  # a .bin file is shuffled as if cut into shards of this many rows (OpenLM's tar size)
 MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a gzip bomb)
 
@@ -41,7 +42,8 @@ class Tokenizer:
     def __init__(self, path):
         self.path = path
         with open(path, 'rb') as f:
-            self.sha256 = hashlib.sha256(f.read()).hexdigest()
+            self.content = f.read()
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.hf = path.endswith('.json')
         if self.hf:
             os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')     # its threads and forked workers do not mix
@@ -238,19 +240,19 @@ class TextSource:
     """
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
     ids. A stored row of P + 1 ids has P targets and feeds ceil(P / seq_len) consecutive windows that overlap by one
-    id; nothing is lost: where seq_len does not divide P the last window is shorter. In a `.bin`, rows are row_len
-    positions rounded to a multiple of seq_len. A row shorter than the others (the end of a file) is divided evenly
-    over its windows.
+    id; nothing is lost: where seq_len does not divide P the last window is shorter. In a `.bin`, row_len is P, 0 = as
+    many whole windows as come near ROW_LEN. A row shorter than the others (the end of a file) is divided evenly over
+    its windows.
     Raises ValueError for missing files or another tokenizer's, BadSample for a row that cannot be read.
     """
-    def __init__(self, paths, tokenizer, seq_len, name='text', row_len=2048, cache_dir=''):
+    def __init__(self, paths, tokenizer, seq_len, name='text', row_len=0, cache_dir=''):
         self.name, self.seq_len, self.tokenizer, self.cache_dir = name, seq_len, tokenizer, cache_dir
         self.shards, self.damaged, self.last = _Shards(), [], (-1, None)
         files = find(paths, '.bin', '.tar')
         self.binary = files[0].endswith('.bin')
         if self.binary:
             longest = max(os.path.getsize(path) // 2 - 1 for path in files)
-            self.row_len = seq_len * max(1, min(round(row_len / seq_len), -(-longest // seq_len)))
+            self.row_len = row_len or seq_len * max(1, min(round(ROW_LEN / seq_len), -(-longest // seq_len)))
         for path in files:
             if path.endswith('.bin') != self.binary:
                 raise ValueError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
@@ -413,7 +415,7 @@ class CaptionSource:
         targets = ids[1:].copy()
         targets[:self.n_token] = IGNORE_INDEX                            # image positions, and the sep as a target
         return Sample(ids[:-1], targets, None, [image], self.name, f"{os.path.basename(stamp[0])}:{key}", self.n_token,
-                      self.tokenizer.image_id, [f"{stamp[0]}:{key}"], int(cut))
+                      self.tokenizer.image_id, [f"{stamp[0]}:{r}"], int(cut))
 
     def _caption(self, stamp, key, members):
         text = None
@@ -437,12 +439,16 @@ class CaptionSource:
 @lru_cache(maxsize=64)
 def _caption_groups(stamp, cache_dir):
     members, damage = _tar_members(stamp, cache_dir)
-    groups = {}
+    groups, last = [], {}
     for name, offset, size in members:
         folder, base = os.path.split(name)
         key, _, suffix = base.partition('.')
-        groups.setdefault(os.path.join(folder, key), {})[suffix.lower()] = (offset, size)
-    return list(groups.items()), damage
+        key, suffix = os.path.join(folder, key), suffix.lower()
+        if key not in last or suffix in last[key]:                       # there twice: another sample
+            last[key] = {}
+            groups.append((key, last[key]))
+        last[key][suffix] = offset, size
+    return groups, damage
 
 
 def _check_room(name, seq_len, n_token, resize):
@@ -474,7 +480,8 @@ class InstructSource:
     """
     Conversations from LLaVA JSON (a list, or one object per line) and a folder of images, laid out as in the file's
     docstring. Entries without 'image' are text only. Turns alternate human, gpt; '<image>' is taken out of every
-    text. loss_average: 'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total.
+    text. loss_average: 'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total
+    (less where seq_len cuts it).
     split_turns=True gives a row per question, each with image and system prompt; they share one encoded image.
     Raises ValueError for a missing file or broken JSON, BadSample for an unusable entry or one cut before any answer.
     """

@@ -19,6 +19,7 @@ The train annotations of VQAv2 and TextVQA, and RefCOCO's own train split, fit t
 fitted on the test questions. A new benchmark is one function that reads its files into Tasks, and an entry in READERS.
 """
 import json
+import math
 import os
 import pickle
 import sys
@@ -46,11 +47,13 @@ __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', '
 # --- config: change with a file and --key=value ---------------------------------------------
 ckpt = ''                     # a checkpoint folder, such as out/1b/finetune/ckpt_last
 eval_dir = 'data/eval'        # benchmark folders, see above
-out_dir = ''                  # results.json and predictions/; '' = the checkpoint's own eval/
-scale = '1b'                  # only recorded in results.json
+out_dir = ''                  # results.json, table.txt, predictions/; '' = eval/ in the checkpoint (of a ckpt_step_N,
+                              # which its run will delete: eval/ckpt_step_N in the run's folder)
+scale = '1b'                  # a scale file's name; recorded in results.json
 name = ''                     # only recorded in results.json
 tasks = ''                    # names separated by commas; '' = every benchmark found
-n_example = 0                 # per task (per split for POPE), in vlm-evaluation's subset order; 0 = all
+n_example = 0                 # per task (per split for POPE), the first of one fixed shuffle; 0 = all. The shuffle is
+                              # vlm-evaluation's, which however shuffles the three RefCOCOs together
 batch_size = 16               # questions (or choices) per forward pass; in float32 the scores do not depend on it
 max_new_tokens = 128          # of a generated answer
 device = 'auto'               # 'auto', 'cpu', 'cuda', 'mps'
@@ -73,6 +76,7 @@ top_k = 0                     # of image and prompt; 0 = all ids
 seed = 7                      # of sampling
 # --- config end -----------------------------------------------------------------------------
 
+FREE = {'tasks', 'batch_size', 'n_thread', 'n_worker', 'ckpt', 'out_dir', 'scale', 'name'}    # do not change a score
 IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images')
 # what DCLM puts between query and choice, where it is not one space (llm-foundry ICL, heavy.yaml)
 TEXT_DELIMITER = {'arc_easy': '\nAnswer: ', 'piqa': '\nAnswer: ', 'boolq': '\nAnswer: '}
@@ -152,7 +156,8 @@ def with_images(folder, stems):
     missing = [stem for stem, path in zip(stems, paths) if not path]
     if missing:
         raise ValueError(f"{folder}: {len(set(missing))} of {len(set(stems))} images missing, first {missing[0]}.jpg; "
-                         f"expected in {folder} or {os.path.join(os.path.dirname(folder), 'images')}")
+                         f"expected there or in {os.path.dirname(folder)}, or in the folders "
+                         f"{', '.join(IMAGE_FOLDERS[1:])} of either")
     return paths
 
 
@@ -318,9 +323,10 @@ def find_tasks(opt):
         raise ValueError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py's first lines say which files go there")
     asked = [name.strip() for name in opt.tasks.split(',') if name.strip()]
     folders = sorted(entry.path for entry in os.scandir(opt.eval_dir) if entry.is_dir())
-    if asked:                                                # the others' files, large or broken, are not read
-        names = [os.path.basename(folder) for folder in folders]
-        folders = [f for f, name in zip(folders, names) if name == 'text' or any(a.startswith(name) for a in asked)]
+    names = {os.path.basename(folder) for folder in folders} - {'text'}
+    if asked:                                                # the others' files (but text's) are not read
+        folders = [f for f in folders if any(a.startswith(os.path.basename(f)) for a in asked)
+                   or os.path.basename(f) == 'text']
     found = []
     for read in READERS.values():
         for folder in folders:
@@ -331,7 +337,7 @@ def find_tasks(opt):
     unknown = sorted(set(asked) - {task.name for task in found})
     if unknown or not found:
         raise ValueError(f"eval_dir={opt.eval_dir}: no {unknown[0] if unknown else 'benchmark'} found; there is "
-                         f"{', '.join(t.name for t in found) or 'nothing that can be read'}; "
+                         f"{', '.join(sorted(names | {t.name for t in found})) or 'nothing that can be read'}; "
                          "evaluate.py's first lines say which files go there")
     return [task for task in found if not asked or task.name in asked]
 
@@ -505,10 +511,12 @@ def check(opt):
                          ('vqa_variant', ('official', 'vlm-eval', 'm4c', 'vizwiz'))):
         if getattr(opt, key) not in allowed:
             raise ValueError(f"{key}={getattr(opt, key)!r}: expected one of {', '.join(map(repr, allowed))}")
-    for key, least in (('batch_size', 1), ('max_new_tokens', 1), ('n_example', 0), ('temperature', 0), ('top_k', 0)):
-        if getattr(opt, key) < least:
-            raise ValueError(f"{key}={getattr(opt, key)}: expected at least {least}")
-    if len(set(map(str.lower, opt.pope_words))) != 2:
+    for key, least, most in (('batch_size', 1, math.inf), ('max_new_tokens', 1, math.inf), ('n_example', 0, math.inf),
+                             ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('seed', 0, 2 ** 63 - 1),
+                             ('n_thread', 0, common.MAX_THREADS)):
+        if not least <= getattr(opt, key) <= most:
+            raise ValueError(f"{key}={getattr(opt, key)}: expected from {least} to {most}")
+    if len({str(word).lower() for word in opt.pope_words}) != 2 or not all(isinstance(w, str) for w in opt.pope_words):
         raise ValueError(f"pope_words={opt.pope_words}: expected two different words, the one for yes first")
 
 
@@ -519,6 +527,9 @@ def load(opt):
     if opt.n_thread:
         torch.set_num_threads(opt.n_thread)
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
+    scale = meta['config'].get('scale', opt.scale)
+    if scale != opt.scale and os.path.exists(os.path.join(os.path.dirname(__file__), 'config', f'{scale}.py')):
+        print(f"!!! {opt.ckpt} is of scale {scale!r}: its prompts and sizes may need config/{scale}.py")
     opt.resize = opt.resize or meta['config'].get('resize', 'letterbox')
     opt.system_prompt = meta['config'].get('system_prompt', '')
     return model, tokenizer, meta
@@ -544,15 +555,33 @@ def answer(opt):
     return tokenizer.decode(new)
 
 
+def earlier_results(path, content):
+    """The tasks of an earlier results.json of the same model and settings (tasks aside); else {} and a line why."""
+    def essence(c):
+        return {'torch': c['torch'], **c['meta'], **{k: v for k, v in c['config'].items() if k not in FREE}}
+    try:
+        before = read_json(path)
+        old, new = essence(before), essence(json.loads(json.dumps(content)))
+    except (ValueError, KeyError, TypeError, AttributeError):                # none, or not ours
+        return {}
+    changed = [key for key in new if key not in old or old[key] != new[key]]
+    if changed:
+        print(f"!!! {path} was made with another {changed[0]} and is replaced: give --out_dir to keep both")
+    return {} if changed else before['tasks']
+
+
 def run(opt):
-    """Evaluate every task found, printing the table and writing results.json after each; returns its content."""
+    """Evaluate every task found, printing the table; writes results.json when all are done. Returns its content."""
     check(opt)
     found = find_tasks(opt)                                  # first: missing files should not wait for the model
     model, tokenizer, meta = load(opt)
-    out = Path(opt.out_dir) if opt.out_dir else Path(os.path.realpath(opt.ckpt)) / 'eval'
-    results = {}
-    content = {'schema': 1, 'ckpt': os.path.realpath(opt.ckpt), 'config': vars(opt),
-               'meta': {k: v for k, v in meta.items() if k != 'rng'}, 'torch': torch.__version__, 'tasks': results}
+    real = Path(os.path.realpath(opt.ckpt))
+    beside = real.parent / 'eval' / real.name if real.name.startswith('ckpt_step_') else real / 'eval'
+    out = Path(opt.out_dir) if opt.out_dir else beside
+    content = {'schema': 1, 'ckpt': str(real), 'config': vars(opt),
+               'meta': {k: v for k, v in meta.items() if k != 'rng'}, 'torch': torch.__version__}
+    results = content['tasks'] = earlier_results(out / 'results.json', content)
+    n_new = 0
     for task in found:
         if task.examples[0].image and model.encoder is None:
             print(f"{task.name}: skipped, {opt.ckpt} is text-only")
@@ -561,15 +590,23 @@ def run(opt):
         print(f"{task.name}: {100 * results[task.name]['score']:.2f} on {results[task.name]['n']} "
               f"in {results[task.name]['seconds']:.0f} s", flush=True)
         content['stable'] = stable_scores(results, opt.vqav2_baseline)
+        n_new += 1
         write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
-        write_whole(out / 'results.json', json.dumps(content, indent=1))
-    print(table(results))
-    print("chance: an even draw from the answers of a question's type; blind: the better of the best constant answer\n"
-          "per type and, where the files allow it, an even draw from what the image holds (results.json has both)")
-    for title, stable in content.get('stable', {}).items():
+        write_whole(out / 'results.part.json', json.dumps(content, indent=1))
+    if not n_new:
+        raise ValueError(f"{opt.ckpt} is a text-only checkpoint and {', '.join(t.name for t in found)} need images: "
+                         "nothing to do")
+    lines = [table(results),
+             "chance: an even draw from the answers of a question's type; blind: the better of the best constant answer",
+             "per type and, where the files allow it, an even draw from what the image holds (results.json has both)"]
+    for title, stable in content['stable'].items():
         n, names = len(stable['tasks']), ', '.join(stable['tasks'])
-        print(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: {names}")
-    print(f"results and predictions in {out}")
+        lines.append(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: "
+                     f"{names}")
+    lines.append(f"results and predictions in {out}")
+    os.replace(out / 'results.part.json', out / 'results.json')          # there when all that was asked is done
+    write_whole(out / 'table.txt', '\n'.join(lines) + '\n')
+    print('\n'.join(lines))
     return content
 
 

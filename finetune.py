@@ -78,7 +78,7 @@ dry_run = False                         # say what would happen, then exit
 config = configure(globals())
 
 # --- derived values and checks ----------------------------------------------------------------------------------------
-init_from = init_from.replace('{scale}', scale)
+init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
 common.check_config(config)
@@ -89,14 +89,14 @@ for key, given, allowed in (('resume', resume, ('auto', 'never')), ('loss_averag
 if train_encoder and not save_encoder:
     sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 last = os.path.join(out_dir, 'ckpt_last')
-resuming = resume == 'auto' and os.path.exists(last)
+resuming = resume == 'auto' and os.path.exists(last) and not dry_run
 checkpoint.check_last(last)
 missing = [p for p in (init_from, data_path(instruct), data_path(instruct_images)) if not os.path.exists(p)]
 if dry_run and missing:
     sys.exit(common.print_missing(config, out_dir, missing))
 if not os.path.exists(init_from) and not resuming:
     sys.exit(f"init_from={init_from or repr('')} not found{checkpoint.how_to_make(init_from, scale)}")
-if resume == 'never' and os.path.lexists(last):
+if resume == 'never' and os.path.lexists(last) and not dry_run:
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -105,21 +105,24 @@ n_micro = common.accumulation(global_batch_size, micro_batch_size, process.world
 stop_signal = common.StopSignal()
 
 # --- model ------------------------------------------------------------------------------------------------------------
-first_step, bad_before, seen = 0, [], None
 try:
     meta = checkpoint.read_meta(last) if resuming else None
+    if resuming:
+        checkpoint.check_resume(meta, config, last, ('finetune',))
+    first_step, bad_before, seen = (meta['step'], meta['bad_samples'], meta['seen']) if resuming else (0, [], None)
+    checkpoint.check_same_start(process, first_step, out_dir)
     model, codec, base = checkpoint.load_vlm(last if resuming else init_from)
+    base = meta['base'] if resuming else base
+    path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
     if model.encoder is None:                           # a base that never saw images: Prismatic's way
-        path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
         if path != 'patch' and not os.path.exists(path):
             sys.exit(f"encoder {path} not found; {data_hint}")
         model.encoder = load_encoder(path, encoder_layer, encoder_norm, image_size)
         torch.manual_seed(seed + 1)
         model.projector = Projector(model.encoder.width, model.decoder.config.n_embd)
-        process.print(f"{init_from} has no projector: a fresh one")
-    if resuming:
-        checkpoint.check_resume(meta, config, last)
-        first_step, bad_before, seen, base = meta['step'], meta['bad_samples'], meta['seen'], meta['base']
+        process.print(f"{last if resuming else init_from} has no projector: a fresh one")
+    if not save_encoder and not resuming:
+        checkpoint.check_encoder_file(model.encoder, path, encoder_layer, encoder_norm, image_size)
 except ValueError as e:
     sys.exit(str(e))
 model.z_loss = z_loss
@@ -133,8 +136,10 @@ try:
                           model.encoder.image_size, resize, system_prompt, loss_average, split_turns)
     mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
     if text_share:
-        sources = [TextSource(data_path(g), codec, min(base['config']['seq_len'], seq_len),
-                              name=common.text_name(g, text)) for g, _ in text]
+        names = [common.text_name(g, text) for g, _ in text]
+        sources = [TextSource(data_path(g), codec, min(base['config']['seq_len'], seq_len), name,
+                              base.get('text_rows', {}).get(name, {}).get('row_len', 0))
+                   for (g, _), name in zip(text, names)]
         rows = Mixture(sources, [w for _, w in text], base['text_seed'], start=base['cursor'],
                        max_bad_samples=max_bad_samples)
         mixture = Mixture([rows, mixture], [text_share, 1 - text_share], seed)
@@ -156,10 +161,10 @@ if resuming and first_step >= max_steps:
     process.print(f"{out_dir} is finished: {first_step} of {max_steps} steps")
     sys.exit(0)
 # the workers fork here, before CUDA starts
-last_step = min(max_steps, stop_after) if stop_after else max_steps
+last_step = max(first_step, min(max_steps, stop_after)) if stop_after else max_steps
 batches = Loader(mixture, start=first_step, stop=last_step, global_batch_size=global_batch_size,
                  micro_batch_size=micro_batch_size, rank=process.rank, world_size=process.world_size,
-                 pad_id=codec.pad_id, n_worker=n_worker, group_window=length_window, seed=seed,
+                 pad_id=codec.pad_id, n_worker=n_worker, group_window=length_window, total=max_steps, seed=seed,
                  pin_memory=process.device.type == 'cuda')
 process.start_device()
 
@@ -199,14 +204,12 @@ def save(step, names):
     every_bad = bad_before + process.gather(bad_samples)
     if process.master:
         n = step * global_batch_size
+        cursor = {**base['cursor'], **{k: v for k, v in mixture.cursor(n).items() if k != chat.name}}
         info = dict(base, stage='finetune', config=config, step=step, samples=n, seen=seen, init_from=init_from,
-                    base=base, bad_samples=every_bad, epochs=mixture.epochs(n),
-                    schedule=dict(kind='finetune', main=schedule, step=step),
-                    tokenizer_path=codec.path, tokens=tokens_seen())
-        if not save_encoder:
-            info['encoder_sha256'] = checkpoint.tensor_digest(model.encoder)
+                    cursor=cursor, base=base, bad_samples=every_bad, epochs=mixture.epochs(n),
+                    schedule=dict(kind='finetune', main=schedule, step=step), tokens=tokens_seen())
         try:
-            checkpoint.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
+            checkpoint.save_checkpoint(out_dir, names, model, optimizer, codec, info, save_encoder=save_encoder)
             checkpoint.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
         except OSError as e:
             sys.exit(str(e))
@@ -227,7 +230,7 @@ try:
         bad = [message for batch in micro for message in batch.bad]
         counts, n_bad, stop = common.count(process, micro, mixture.names, len(bad), stop_signal.set)
         if stop:
-            process.print(f"SIGTERM: stopping after step {step}")
+            process.print(f"asked to stop (SIGTERM, Ctrl-C): stopping after step {step}")
             last_step, stopped = step, True                                              # the same on every rank
             break
         bad_samples, n_bad_sample = bad_samples + bad, n_bad_sample + n_bad
@@ -267,6 +270,9 @@ try:
         save(last_step, [f'ckpt_step_{last_step}'])
 except BadSample as e:
     sys.exit(f"{e} (max_bad_samples={max_bad_samples})")
+except (RuntimeError, EOFError, ConnectionError):
+    batches.check_workers()
+    raise
 logger.close()
 process.print(f"{out_dir}: {last_step} of {max_steps} steps done")
 if process.world_size > 1:

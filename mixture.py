@@ -290,12 +290,13 @@ class Loader:
     The batches of one rank for optimizer steps [start, stop), in order, the same for any n_worker.
     Micro-step m of step s on rank r holds samples [s*G + (m*W + r)*mb, +mb) with G the global batch, W world_size, mb
     the micro batch. group_window > 0: the samples of that many steps are sorted by estimated length and cut into
-    batches, which are shuffled, so that rows pad less; still a pure function of seed and step.
+    batches, which are shuffled, so that rows pad less; still a pure function of seed, step and total (the steps of the
+    whole run, which the last window does not pass).
     Workers are forked here: make it before CUDA starts. Raises ValueError when W * mb does not divide G, BadSample
     for a bad item.
     """
     def __init__(self, mixture, *, start, stop, global_batch_size, micro_batch_size, rank=0, world_size=1, pad_id,
-                 pad_to=0, n_worker=0, seed=0, group_window=0, pin_memory=False):
+                 pad_to=0, n_worker=0, seed=0, group_window=0, total=None, pin_memory=False):
         per_rank = global_batch_size // world_size
         for name, value, whole in (('number of processes', world_size, global_batch_size),
                                    ('micro_batch_size', micro_batch_size, per_rank)):
@@ -306,7 +307,7 @@ class Loader:
         self.mixture, self.rank, self.W = mixture, rank, world_size
         self.G, self.mb = global_batch_size, micro_batch_size
         self.n_micro, self.pad_id, self.pad_to = per_rank // micro_batch_size, pad_id, pad_to
-        self.seed, self.group_window, self.pin_memory = seed, group_window, pin_memory
+        self.seed, self.group_window, self.total, self.pin_memory = seed, group_window, total or stop, pin_memory
         self._window = lru_cache(maxsize=2)(self._sorted_window)
         if n_worker and 'fork' not in multiprocessing.get_all_start_methods():
             print(f"!!! data: no fork on {sys.platform}: n_worker={n_worker} becomes 0, batches are made between steps")
@@ -355,10 +356,18 @@ class Loader:
         return self._window(window)[i]
 
     def _sorted_window(self, window):
-        n = self.group_window * self.G
-        order = sorted(range(window * n, (window + 1) * n), key=self.mixture.length)
-        steps = [order[i:i + self.G] for i in range(0, n, self.G)]
+        first = window * self.group_window
+        end = min(first + self.group_window, self.total)
+        order = sorted(range(first * self.G, end * self.G), key=self.mixture.length)
+        steps = [order[i:i + self.G] for i in range(0, len(order), self.G)]
         return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
+
+    def check_workers(self):
+        """Exit with one line when a worker is dead: what torch raises then, and where, is anyone's guess."""
+        codes = [w.exitcode for w in getattr(self.batches, '_workers', ()) if w.exitcode]
+        if codes:
+            sys.exit(f"a loader worker died (exit code {codes[0]}): killed, or out of memory or of /dev/shm; "
+                     "--n_worker=0 makes the batches in the training process")
 
     def close(self):
         """Stop the workers; done at exit too."""

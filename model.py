@@ -403,7 +403,8 @@ def _pick(logits, temperature, top_k, generator):
         return logits.argmax(-1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature                    # no inf - inf at a tiny one
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
 # --- OpenLM weights -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from tqdm import tqdm
 import data
 from kernels import IGNORE_INDEX
 
+OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
 PLAIN = ('.txt', '.rst', '.md')
 LINES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.jsonl.zstd')
 
@@ -79,6 +81,8 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     Unknown characters become bytes and white space is kept, so that decoding gives the text back. Raises ValueError.
     """
     import sentencepiece
+    if os.path.exists(out):
+        raise ValueError(f"{out}: is there already; remove it or choose another --out")
     lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
     model = io.BytesIO()
     try:
@@ -87,7 +91,8 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
             model_type=model_type, byte_fallback=True, normalization_rule_name='identity', num_threads=1, minloglevel=2,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1)
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"train_tokenizer: {str(e).strip().splitlines()[-1].split('] ')[-1]}") from None
+        raise ValueError(f"train_tokenizer: --vocab_size={vocab_size}: "
+                         f"{str(e).strip().splitlines()[-1].split('] ')[-1]}") from None
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     with open(out + '.tmp', 'wb') as f:
         f.write(model.getvalue())
@@ -177,7 +182,9 @@ def pair(folder, out, captions='', samples_per_shard=1000):
     """
     Write images and their captions as WebDataset tars into the new folder `out`; image files are stored as they are.
     Captions stand in `<image>.txt` beside each image, or in a .jsonl of {"image": path in folder, "caption": text}.
-    Returns the number of samples. Raises ValueError for an image without a caption, or a path outside the folder.
+    A sample's key ends in the image's name, so that bad items can be told. Other formats than IMAGE_SUFFIXES are left
+    out, with a line. Returns the number of samples. Raises ValueError for an image without a caption, an empty caption,
+    or a path outside the folder.
     """
     if captions:
         with open(captions, encoding='utf-8-sig') as f:
@@ -187,20 +194,26 @@ def pair(folder, out, captions='', samples_per_shard=1000):
         suffixes = tuple('.' + s for s in data.IMAGE_SUFFIXES)
         images = [os.path.relpath(p, folder) for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
         pairs = [(image, None) for image in images]
+        other = [p for _, _, names in os.walk(folder) for p in names if p.lower().endswith(OTHER_IMAGES)]
+        if other:
+            print(f"!!! {len(other)} images left out, such as {other[0]}: expected {' '.join(suffixes)}")
     partial = _new_folder(out)
     for first in tqdm(range(0, len(pairs), samples_per_shard), unit=' shards', disable=None):
         with tarfile.open(os.path.join(partial, f'{first // samples_per_shard:06d}.tar'), 'w') as tar:
             for i, (image, caption) in enumerate(pairs[first:first + samples_per_shard], first):
-                path, suffix = data.safe_join(folder, image), os.path.splitext(image)[1].lower()
+                path, (stem, suffix) = data.safe_join(folder, image), os.path.splitext(image)
+                key = f"{i:09d}_{re.sub(r'[^0-9A-Za-z_-]', '_', stem)[-60:]}"
                 try:
                     with open(path, 'rb') as f:
-                        _add(tar, f'{i:09d}{suffix}', f.read())
+                        _add(tar, key + suffix.lower(), f.read())
                     if caption is None:
                         with open(os.path.splitext(path)[0] + '.txt', encoding='utf-8-sig') as f:
                             caption = f.read()
                 except (OSError, UnicodeDecodeError) as e:
-                    raise ValueError(f"{path}: no readable image with a caption beside it: {e}") from None
-                _add(tar, f'{i:09d}.txt', caption.strip().encode('utf-8'))
+                    raise ValueError(f"{path}: needs a caption of its own beside it, a readable .txt: {e}") from None
+                if not caption.strip():
+                    raise ValueError(f"{path}: its caption is empty")
+                _add(tar, key + '.txt', caption.strip().encode('utf-8'))
     os.replace(partial, out)
     return len(pairs)
 
@@ -221,6 +234,7 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
         return data.TextSource(paths, tokenizer, seq_len)
     if kind == 'caption':
         return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size)
+    image_root = image_root or os.path.dirname(data.find(paths, '.json', '.jsonl')[0])
     return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
 
 
@@ -295,7 +309,7 @@ def parse(argv=None):
     key = ('key', 'text', 'field of .jsonl lines that holds the text')
     look = [('tokenizer', None, '.model, tokenizer.json or a folder with one'),
             ('kind', 'auto', 'auto, text, caption, instruct'), ('seq_len', 2048, 'positions'),
-            ('image_root', '', 'folder of images, for LLaVA JSON'),
+            ('image_root', '', "folder of LLaVA JSON's images; empty = the JSON's own"),
             ('n_token', 729, 'image positions'), ('image_size', 384, 'pixels'),
             ('system_prompt', '', 'in front of questions')]
     command('train_tokenizer', out, key, ('vocab_size', 8192, 'pieces'), ('model_type', 'bpe', 'bpe or unigram'),

@@ -99,7 +99,7 @@ dry_run = False                         # say what would happen, then exit
 config = configure(globals())
 
 # --- derived values and checks ----------------------------------------------------------------------------------------
-init_from = init_from.replace('{scale}', scale)
+init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
 common.check_config(config)
@@ -118,18 +118,27 @@ tokens_per_step = global_batch_size * seq_len
 max_steps = max_steps or round(max_tokens / tokens_per_step)
 if max_steps < 1:
     sys.exit(f"max_tokens={max_tokens}: less than one step of {tokens_per_step} tokens; give more, or --max_steps=N")
-percent_steps = {round(p / 100 * max_steps): [] for p in keep_percent}
-for p in keep_percent:
-    percent_steps[round(p / 100 * max_steps)].append(f'ckpt_{p:03d}')
+percent_steps = {}                                                                       # step: its checkpoints' names
+for p in dict.fromkeys(keep_percent):
+    percent_steps.setdefault(round(p / 100 * max_steps), []).append(f'ckpt_{p:03d}')
+if 0 in percent_steps:
+    print(f"!!! max_steps={max_steps} is too short for {', '.join(percent_steps.pop(0))}: not kept")
 try:
     model_config = ModelConfig(n_layer, n_head, n_embd, vocab_size, seq_len, n_ffn)
 except ValueError as e:
     sys.exit(str(e))
 if dry_run:
-    sets = {kind: [data_path(g) for g, _ in glob] for kind, glob in (('text', text), ('captions', captions))}
+    sets = {'text': [data_path(g) for g, _ in text], 'captions': [data_path(g) for g, _ in captions],
+            'instruct': [data_path(instruct)]}
+    shares = {'text': 1 - image_ratio, 'captions': image_ratio * (1 - instruct_share),
+              'instruct': image_ratio * instruct_share}
+    inputs = [data_path(tokenizer)] + [init_from] * bool(init_from)
+    inputs += [data_path(encoder_path)] * (multimodal and encoder_path != 'patch')
+    inputs += [data_path(instruct_images)] * (shares['instruct'] > 0)
+    inputs += [data_path(p) for p in (val_text, val_captions) if p and eval_every]
     common.print_dry_run(config, model_config, out_dir=out_dir, max_steps=max_steps, tokens_per_step=tokens_per_step,
-                         shares={'text': 1 - image_ratio, 'captions': image_ratio * (1 - instruct_share)}, sets=sets,
-                         inputs=[data_path(tokenizer)] + [init_from] * bool(init_from), n_checkpoint=len(percent_steps))
+                         shares=shares, sets=sets,
+                         inputs=inputs, n_checkpoint=len(percent_steps))
     sys.exit(0)
 last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
@@ -140,7 +149,7 @@ if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
 if init_from and not resuming and not os.path.exists(init_from):
     sys.exit(f"init_from={init_from} not found{checkpoint.how_to_make(init_from, scale)}")
-if os.path.lexists(os.path.join(init_from, 'ckpt_last')):
+if init_from and os.path.lexists(os.path.join(init_from, 'ckpt_last')):
     sys.exit(f"init_from={init_from} is the folder of a run: give one of its checkpoints, such as "
              f"{os.path.join(init_from, 'ckpt_080')}")
 
@@ -157,11 +166,13 @@ try:
     meta = checkpoint.read_meta(last) if resuming else None
 except ValueError as e:
     sys.exit(str(e))
-first_step, bad_before, seen = 0, [], None
+first_step, bad_before, seen = (meta['step'], meta['bad_samples'], meta['seen']) if resuming else (0, [], None)
+checkpoint.check_same_start(process, first_step, out_dir)
+text_rows = (meta or base or {}).get('text_rows', {})                                    # what the cursors count
 if resuming:
-    checkpoint.check_resume(meta, config, last)
-    first_step, bad_before, seen, start_cursor = meta['step'], meta['bad_samples'], meta['seen'], meta['start_cursor']
-    text_seed, main, begin = meta['text_seed'], meta['schedule']['main'], meta['schedule']['begin']
+    checkpoint.check_resume(meta, config, last, ('text', 'mix'))
+    start_cursor, text_seed = meta['start_cursor'], meta['text_seed']
+    main, begin = meta['schedule']['main'], meta['schedule']['begin']
     base_lr = meta['schedule']['top']
     if first_step >= max_steps:
         process.print(f"{out_dir} is finished: {first_step} of {max_steps} steps")
@@ -183,7 +194,9 @@ def paths_of(pattern):
 
 
 def text_mixture(patterns, start):
-    sources = [TextSource(paths_of(g), codec, seq_len, name=common.text_name(g, patterns)) for g, _ in patterns]
+    names = [common.text_name(g, patterns) for g, _ in patterns]
+    sources = [TextSource(paths_of(g), codec, seq_len, name, text_rows.get(name, {}).get('row_len', 0))
+               for (g, _), name in zip(patterns, names)]
     return Mixture(sources, [w for _, w in patterns], text_seed, start=start, max_bad_samples=max_bad_samples)
 
 
@@ -225,10 +238,13 @@ try:
                              max_bad_samples=max_bad_samples)
         parts.append((images, image_ratio))
     mixture = parts[0][0] if len(parts) == 1 else Mixture([m for m, _ in parts], [w for _, w in parts], seed)
-    for leaf in parts[0][0].names if start_cursor and image_ratio < 1 else []:
-        if leaf not in start_cursor:
-            process.print(f"!!! text source {leaf!r} is new: it starts at its first row; {init_from} knows "
+    for leaf in parts[0][0].leaves.values() if start_cursor and image_ratio < 1 else []:
+        if leaf.name not in start_cursor:
+            process.print(f"!!! text source {leaf.name!r} is new: it starts at its first row; {init_from} knows "
                           f"{', '.join(map(repr, start_cursor))}")
+        elif text_rows.get(leaf.name, {}).get('n_row', leaf.n_row) != leaf.n_row:
+            process.print(f"!!! text source {leaf.name!r} has {leaf.n_row} rows, in {last if resuming else init_from} it "
+                          f"had {text_rows[leaf.name]['n_row']}: their order is new, so text may come again")
     validation = {}
     if eval_every and val_text:
         validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
@@ -238,7 +254,7 @@ except (ValueError, OSError) as e:
     sys.exit(str(e))
 
 # the workers fork here, before CUDA starts
-last_step = min(max_steps, stop_after) if stop_after else max_steps
+last_step = max(first_step, min(max_steps, stop_after)) if stop_after else max_steps
 batches = loader(mixture, first_step, last_step, global_batch_size, micro_batch_size, n_worker)
 process.start_device()
 
@@ -277,6 +293,8 @@ if encoder is not None:
     if sha and checkpoint.tensor_digest(encoder) != sha:
         sys.exit(f"{last if resuming else init_from} was trained with another encoder than {path} (their sha256 "
                  "differ)")
+    if not save_encoder and not resuming:
+        checkpoint.check_encoder_file(encoder, path, encoder_layer, encoder_norm, image_size)
     encoder.requires_grad_(train_encoder)
 model.to(process.device)
 if compile:
@@ -295,9 +313,6 @@ elif schedule == 'rewarm':
 else:
     top, begin = lr, None
     main = dict(peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps)
-warmup = {'main': warmup_steps, 'rewarm': rewarm_steps}.get(schedule, 0)
-if warmup >= max_steps:
-    process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")
 if top <= 0:
     sys.exit(f"schedule={schedule!r} starts from lr {top}: expected above 0 (lr, start_lr or rewarm_lr)")
 
@@ -333,6 +348,9 @@ try:
                       if fresh is None else f"AdamW moments from {init_from}; fresh for {len(fresh)} tensors")
 except ValueError as e:
     sys.exit(str(e))
+warmup = {'main': warmup_steps, 'rewarm': rewarm_steps}.get(schedule, moments_warmup_steps * (moments == 'none'))
+if warmup >= max_steps:
+    process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")
 network = model
 if process.world_size > 1:
     network = common.distributed(model)
@@ -359,12 +377,10 @@ def save(step, names):
         info = dict(stage='text' if not multimodal else 'mix', config=config, step=step, tokens=step * tokens_per_step,
                     samples=n, seen=seen, cursor=text_cursor, start_cursor=start_cursor, text_seed=text_seed,
                     init_from=init_from, moments=moments, bad_samples=every_bad, epochs=mixture.epochs(n),
-                    tokenizer_path=codec.path, tokenizer_sha256=codec.sha256,
+                    text_rows={**text_rows, **common.text_rows(mixture)},
                     schedule=dict(kind=schedule, main=main, begin=begin, step=step, top=top, lr=lr_at(step)))
-        if encoder is not None and not save_encoder:
-            info['encoder_sha256'] = checkpoint.tensor_digest(encoder)
         try:
-            checkpoint.save_checkpoint(out_dir, names, model, optimizer, info, save_encoder=save_encoder)
+            checkpoint.save_checkpoint(out_dir, names, model, optimizer, codec, info, save_encoder=save_encoder)
             checkpoint.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
         except OSError as e:
             sys.exit(str(e))
@@ -376,8 +392,9 @@ def validate(step):
     """Mean nats per kept token of each validation set: own loader, no random numbers: training is undisturbed."""
     model.eval()
     line, per_micro = {'step': step}, micro_batch_size * process.world_size
-    rows = max(1, eval_rows // per_micro) * per_micro
     for key, held_out in validation.items():
+        there = sum(len(leaf.source) for leaf in held_out.leaves.values())               # none twice, if that can be
+        rows = max(1, min(eval_rows, there) // per_micro) * per_micro
         nll = kept = 0
         for batch in loader(held_out, 0, 1, rows, micro_batch_size, 0):
             batch = batch.to(process.device)
@@ -400,7 +417,7 @@ try:
         bad = [message for batch in micro for message in batch.bad]
         counts, n_bad, stop = common.count(process, micro, mixture.names, len(bad), stop_signal.set)
         if stop:
-            process.print(f"SIGTERM: stopping after step {step}")
+            process.print(f"asked to stop (SIGTERM, Ctrl-C): stopping after step {step}")
             last_step, stopped = step, True                                              # the same on every rank
             break
         bad_samples, n_bad_sample = bad_samples + bad, n_bad_sample + n_bad
@@ -442,6 +459,9 @@ try:
         save(last_step, [f'ckpt_step_{last_step}'])
 except BadSample as e:
     sys.exit(f"{e} (max_bad_samples={max_bad_samples})")
+except (RuntimeError, EOFError, ConnectionError):
+    batches.check_workers()
+    raise
 logger.close()
 process.print(f"{out_dir}: {last_step} of {max_steps} steps done")
 if process.world_size > 1:

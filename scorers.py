@@ -204,11 +204,12 @@ def wilson_interval(share, n):
 
 def mean_interval(scores):
     """
-    95 % interval of a mean of scores in 0..1: Wilson when all are 0 or 1, else normal with the sample deviation.
+    95 % interval of a mean of scores in 0..1: Wilson when all are 0 or 1 or all alike, else normal with the sample's
+    deviation.
     Questions count as independent; several questions on one image make the true interval somewhat wider.
     """
     n = len(scores)
-    if all(s in (0, 1) for s in scores):
+    if all(s in (0, 1) for s in scores) or len(set(scores)) == 1:
         return wilson_interval(sum(scores) / max(n, 1), n)
     mean = sum(scores) / n
     deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / max(n - 1, 1))

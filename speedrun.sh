@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
 # The whole job on the embedded tiny world: data, encoder, stage 1, stage 2, stage 3, scores. No GPU; about ten minutes.
-#   bash speedrun.sh [--seed=7]        run again, it skips what is finished and resumes what broke
+#   bash speedrun.sh [--seed=7] [--n_thread=2]      run again, it skips what is finished and resumes what broke
 set -euo pipefail
 cd "$(dirname "$0")"
-seed=${1:---seed=7}
+seed=7 options=()
+for arg in "$@"; do
+    case $arg in
+        --seed=*) seed=${arg#--seed=} ;;
+        --n_thread=*) options+=("$arg") ;;
+        *) echo "$arg: expected --seed=N or --n_thread=N"; exit 1 ;;
+    esac
+done
 out=out/tiny
-[ "$seed" = --seed=7 ] || out=out/tiny_${seed#--seed=}
+[ "$seed" = 7 ] || out=out/tiny_$seed
+stage() { command python3 "$1" "$2" config/tiny.py --seed="$seed" "${options[@]}" "${@:3}"; }
 begin=$SECONDS
 say() { printf '\n=== %s (%d s since the start)\n' "$1" $((SECONDS - begin)); }
 python() { command python3 "$@"; }
@@ -15,15 +23,19 @@ say '1/6 tiny world: text, captions, instructions, benchmarks'
 say '2/6 encoder: a small SigLIP'
 [ -e data/tiny/encoder/config.json ] || python tinyworld.py encoder
 say '3/6 stage 1: text, checkpoints at 20, 40, 60, 80 and 100 %'
-python pretrain.py config/text.py config/tiny.py "$seed" --out_dir="$out/text"
+stage pretrain.py config/text.py --out_dir="$out/text"
 say '4/6 stage 2: the 80 % checkpoint goes on with 10 % images'
-python pretrain.py config/ckpt80_img10.py config/tiny.py "$seed" --init_from="$out/text/ckpt_080" --out_dir="$out/ckpt80_img10"
+stage pretrain.py config/ckpt80_img10.py --init_from="$out/text/ckpt_080" --out_dir="$out/ckpt80_img10"
 say '5/6 stage 3: instruction fine-tuning'
-python finetune.py config/finetune.py config/tiny.py "$seed" --init_from="$out/ckpt80_img10/ckpt_100" --out_dir="$out/finetune"
+stage finetune.py config/finetune.py --init_from="$out/ckpt80_img10/ckpt_100" --out_dir="$out/finetune"
 say '6/6 scores'
 for ckpt in text/ckpt_020 text/ckpt_040 text/ckpt_060 text/ckpt_080 text/ckpt_100 ckpt80_img10/ckpt_100 finetune/ckpt_100; do
     tasks=reading,facts                 # before stage 3 a model completes text and does not answer questions about images
     [ $ckpt != finetune/ckpt_100 ] || tasks=
-    [ -e "$out/$ckpt/eval/results.json" ] || python evaluate.py config/tiny.py --ckpt="$out/$ckpt" --tasks="$tasks"
+    if [ -e "$out/$ckpt/eval/table.txt" ]; then
+        cat "$out/$ckpt/eval/table.txt"
+    else
+        python evaluate.py config/tiny.py "${options[@]}" --ckpt="$out/$ckpt" --tasks="$tasks"
+    fi
 done
 say 'done'

@@ -99,7 +99,7 @@ def letterbox(image, size, fill=(127, 127, 127)):
     """
     Pad towards a square with `fill`, resize the shorter edge to `size` (bicubic), crop the centre.
     image    PIL image, any mode and aspect
-    fill     int(255 * mean) of the encoder
+    fill     grey is int(255 * 0.5), SigLIP's mean; Prismatic takes the mean of each encoder
     returns  (3, size, size) uint8
     Raises ValueError for a zero side or a canvas above MAX_PIXELS. Prismatic's "letterbox" (arXiv 2402.07865): an odd
     difference leaves the square one pixel short (640x481 becomes 640x639), which the resize and the crop then hide.

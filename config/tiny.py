@@ -10,7 +10,7 @@ if stage == 'evaluate':
     batch_size = 64
 else:
     data_dir = 'data/tiny'
-    data_hint = 'make the tiny world with: python tinyworld.py data && python tinyworld.py encoder'
+    data_hint = 'the tiny world is made by: python tinyworld.py data && python tinyworld.py encoder'
     encoder_path = 'encoder'
     n_worker = 0                        # two cores: the loader shares them anyway
     save_every = 200
@@ -35,9 +35,10 @@ if stage == 'mix':
     max_steps = 240                     # 12 % of stage 1 (the paper's is 0.65 %); the projector starts from nothing
     projector_lr = 1.5e-3
     rewarm_steps = 24
-if stage == 'finetune':
+if stage in ('mix', 'finetune'):
     instruct = 'instruct/llava.json'
     instruct_images = 'instruct'
+if stage == 'finetune':
     seq_len = 128
     global_batch_size = micro_batch_size = 16
     n_epoch = 5

@@ -16,6 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint
 import common
+from data import load_tokenizer
 from model import VLM
 
 
@@ -30,8 +31,8 @@ def vocabulary(tmp_path_factory):
     return path
 
 
-def meta_for(vocabulary, **kw):
-    return dict(config=dict(save_encoder=True, seed=7, text=[['a', 1.0]]), step=2, tokenizer_path=vocabulary, **kw)
+def meta_for():
+    return dict(config=dict(save_encoder=True, seed=7, text=[['a', 1.0]]), step=2)
 
 
 def same_weights(a, b):
@@ -41,7 +42,8 @@ def same_weights(a, b):
 
 def test_a_checkpoint_comes_back(tmp_path, vocabulary):
     model, optimizer = trained()
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_020', 'ckpt_040'], model, optimizer, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_020', 'ckpt_040'], model, optimizer, load_tokenizer(vocabulary),
+                               meta_for())
     assert sorted(os.listdir(tmp_path)) == ['ckpt_020', 'ckpt_040', 'ckpt_last']
     assert os.readlink(tmp_path / 'ckpt_last') == os.readlink(tmp_path / 'ckpt_040') == 'ckpt_020'   # relative
     for name in ('ckpt_020', 'ckpt_040', 'ckpt_last'):
@@ -64,13 +66,22 @@ def test_a_checkpoint_comes_back(tmp_path, vocabulary):
 def test_a_text_checkpoint_leaves_the_projector_fresh(tmp_path, vocabulary):
     model, _ = trained()
     text = VLM(model.decoder, image_id=9)
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_080'], text, None, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_080'], text, None, load_tokenizer(vocabulary), meta_for())
     other = tiny_vlm(3)
     fresh = checkpoint.load_weights(other, str(tmp_path / 'ckpt_080'))
     assert fresh == sorted(f'projector.{k}' for k in other.projector.state_dict())
     assert same_weights(model.decoder, other.decoder)
     assert checkpoint.load_optimizer(tiny_optimizer(other), str(tmp_path / 'ckpt_080')) is None
     assert checkpoint.load_vlm(str(tmp_path / 'ckpt_080'))[0].projector is None
+
+
+def test_a_save_needs_no_file_of_the_base(tmp_path, vocabulary):
+    path = tmp_path / 'tokenizer.json'
+    shutil.copy(vocabulary, path)
+    tokenizer = load_tokenizer(str(path))
+    path.unlink()                                        # the base's retention, or its user, was there
+    checkpoint.save_checkpoint(str(tmp_path / 'run'), ['ckpt_100'], tiny_vlm(), None, tokenizer, meta_for())
+    assert (tmp_path / 'run' / 'ckpt_100' / 'tokenizer.json').read_bytes() == open(vocabulary, 'rb').read()
 
 
 def fail_at(monkeypatch, what):
@@ -85,27 +96,27 @@ def fail_at(monkeypatch, what):
         full()
     owner, name, fake = {'weights': (checkpoint, 'save_file', torn), 'moments': (torch, 'save', torn),
                          'torch': (torch, 'save', torn),
-                         'fsync': (os, 'fsync', full), 'copy': (shutil, 'copyfile', full),
+                         'fsync': (os, 'fsync', full), 'meta': (json, 'dump', full),
                          'rename': (os, 'rename', full)}[what]
     monkeypatch.setattr(owner, name, fake)
 
 
-@pytest.mark.parametrize('what', ['weights', 'moments', 'torch', 'copy', 'fsync', 'rename'])
+@pytest.mark.parametrize('what', ['weights', 'moments', 'torch', 'meta', 'fsync', 'rename'])
 def test_a_failed_save_leaves_nothing_behind(tmp_path, vocabulary, monkeypatch, what):
     model, optimizer = trained()
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, load_tokenizer(vocabulary), meta_for())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     give_gradients(model)
     common.optimizer_step(optimizer, 0.01, 1.0)
     with monkeypatch.context() as patch:
         fail_at(patch, what)
         with pytest.raises(OSError) as caught:
-            checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, meta_for(vocabulary))
+            checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, load_tokenizer(vocabulary), meta_for())
     one_line(caught, 'ckpt_step_2 failed', 'untouched')
     assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_1']
     loaded = checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0].state_dict()
     assert all(torch.equal(v, before[k]) for k, v in loaded.items())
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_2'], model, optimizer, load_tokenizer(vocabulary), meta_for())
     assert os.readlink(tmp_path / 'ckpt_last') == 'ckpt_step_2'
     assert same_weights(model, checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0])
 
@@ -113,7 +124,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, vocabulary, monkeypatch, 
 def test_a_disk_that_is_really_full(tmp_path, vocabulary):
     """A child process may write files of 40 kB: the weights do not fit, and the checkpoint before still loads."""
     model, optimizer = trained()
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_step_1'], model, optimizer, load_tokenizer(vocabulary), meta_for())
     code = f'''
 import resource, signal, sys
 sys.path.insert(0, {os.path.join(ROOT, 'tests')!r})
@@ -123,7 +134,8 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                               # th
 model = VLM(Decoder(ModelConfig(1, 2, 64, vocab_size=512)), image_id=9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 try:
-    checkpoint.save_checkpoint({str(tmp_path)!r}, ['ckpt_step_2'], model, None, meta_for({vocabulary!r}))
+    tokenizer = load_tokenizer({vocabulary!r})
+    checkpoint.save_checkpoint({str(tmp_path)!r}, ['ckpt_step_2'], model, None, tokenizer, meta_for())
 except OSError as e:
     sys.exit(f'named: {{e}}')
 '''
@@ -164,7 +176,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     fake_run(tmp_path, ['ckpt_step_3', '.tmp_ckpt_step_4'], 'ckpt_step_3')
     (tmp_path / '.link_ckpt_last').symlink_to('ckpt_step_4')
     checkpoint.open_folder(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ['ckpt_last', 'ckpt_step_3']
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt_last', 'ckpt_step_3']
 
 
 def rewrite_meta(folder, **kw):
@@ -202,7 +214,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize('case', DAMAGE)
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, vocabulary, case):
-    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_080'], tiny_vlm(), None, meta_for(vocabulary))
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_080'], tiny_vlm(), None, load_tokenizer(vocabulary), meta_for())
     act, word = DAMAGE[case]
     act(tmp_path / 'ckpt_080')
     with pytest.raises(ValueError) as caught:
@@ -232,14 +244,17 @@ def test_a_damaged_optimizer_state_is_named(tmp_path):
 
 
 def test_check_resume_names_the_difference():
-    meta = {'config': {'lr': 0.1, 'text': [['a', 1.0]], 'percent': [20, 40], 'n_worker': 2, 'seed': 7}}
+    meta = {'stage': 'text', 'config': {'lr': 0.1, 'text': [['a', 1.0]], 'percent': [20, 40], 'n_worker': 2, 'seed': 7}}
     now = {'lr': 0.1, 'text': (('a', 1.0),), 'percent': (20, 40), 'n_worker': 9, 'seed': 7, 'new_key': 1}
-    checkpoint.check_resume(meta, now, 'out/x')              # workers may differ, json's lists are tuples
+    checkpoint.check_resume(meta, now, 'out/x', ('text', 'mix'))              # workers may differ, json's lists are tuples
     for key, value, old in [('lr', 0.2, '0.1'), ('text', (('b', 1.0),), "(('a', 1.0),)"), ('percent', (20,), '(20, 40)'),
                             ('text', (), '')]:
         with pytest.raises(SystemExit) as caught:
-            checkpoint.check_resume(meta, {**now, key: value}, 'out/x')
+            checkpoint.check_resume(meta, {**now, key: value}, 'out/x', ('text',))
         one_line(caught, f'out/x was made with {key}=', old, f'now it is {value!r}')
+    with pytest.raises(SystemExit) as caught:
+        checkpoint.check_resume(meta, now, 'out/x', ('finetune',))
+    one_line(caught, "out/x is of stage 'text', expected finetune")
 
 
 def test_tensor_digest_is_of_the_weights():

@@ -188,9 +188,8 @@ def checkpoint(tokenizer, tmp_path_factory):
     folders = []
     for vision in (True, False):
         out = tmp_path_factory.mktemp('run')
-        meta = {'config': {'save_encoder': True, 'resize': 'naive', 'system_prompt': 'be short'}, 'step': 5,
-                'tokenizer_path': tokenizer.path}
-        save_checkpoint(str(out), ['ckpt_100'], tiny_model(tokenizer, vision), None, meta)
+        meta = {'config': {'save_encoder': True, 'resize': 'naive', 'system_prompt': 'be short'}, 'step': 5}
+        save_checkpoint(str(out), ['ckpt_100'], tiny_model(tokenizer, vision), None, tokenizer, meta)
         folders.append(str(out / 'ckpt_100'))
     return folders
 

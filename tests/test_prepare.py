@@ -135,20 +135,25 @@ def test_pair_check_and_show_photos(world, tmp_path, capsys):
     captions.write_text('{"image": "p1.jpg", "caption": "one"}\n{"image": "../p2.jpg", "caption": "two"}\n')
     with pytest.raises(ValueError, match="'../p2.jpg': expected a path inside"):
         prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
+    captions.write_text('{"image": "p1.jpg", "caption": " "}\n')
+    with pytest.raises(ValueError, match='p1.jpg: its caption is empty'):
+        prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
     (photos / 'p3.txt').unlink()
-    with pytest.raises(ValueError, match='p3.jpg: no readable image with a caption'):
+    with pytest.raises(ValueError, match='p3.jpg: needs a caption of its own beside it'):
         prepare.pair(str(photos), f'{tmp_path}/more')
 
 
 def test_check_names_every_bad_item_and_exits_1(world, tmp_path, capsys):
     photos = write_photos(tmp_path / 'photos')
     (photos / 'p1.jpg').write_bytes((photos / 'p1.jpg').read_bytes()[:200])
-    (photos / 'p3.txt').write_text('  ')
+    (photos / 'p3.jpg').write_text('no image')
+    (photos / 'p9.gif').write_bytes(b'GIF89a')
     prepare.main(['pair', str(photos), '--out', f'{tmp_path}/tars'])
+    assert '!!! 1 images left out, such as p9.gif' in capsys.readouterr().out
     look = ['--tokenizer', f'{world}/t.model', '--n_token', '4', '--image_size', '28', '--seq_len', '64']
     assert prepare.main(['check', f'{tmp_path}/tars', *look]) == 1
     out = capsys.readouterr().out
-    assert out.count('bad: ') == 2 and '000000001: ' in out and '000000003: no caption' in out
+    assert out.count('bad: ') == 2 and '000000001_p1: ' in out and '000000003_p3: image of 8 bytes: not an image' in out
     assert '2 bad; {"samples": 3' in out
     tar = tmp_path / 'tars/000000.tar'
     tar.write_bytes(tar.read_bytes()[:2500])

@@ -10,9 +10,10 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import RECORD, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
+from conftest import RECORD, free_port, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_vlm
@@ -70,8 +71,8 @@ def wait_for_lines(out, n, run, timeout=120):
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 def test_stage_1_leaves_its_ladder_log_and_resumable_checkpoints(stage_1):
-    assert sorted(os.listdir(stage_1)) == ['ckpt_020', 'ckpt_040', 'ckpt_060', 'ckpt_080', 'ckpt_100', 'ckpt_last',
-                                           'log.jsonl']
+    assert sorted(os.listdir(stage_1)) == ['.lock', 'ckpt_020', 'ckpt_040', 'ckpt_060', 'ckpt_080', 'ckpt_100',
+                                           'ckpt_last', 'log.jsonl']
     assert os.readlink(stage_1 / 'ckpt_last') == 'ckpt_100'
     lines = steps(stage_1)
     assert len(lines) == 20 and lines[-1]['loss'] < lines[0]['loss'] - 1
@@ -174,7 +175,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1
             '--val_captions=val_captions/*.tar', f'--out_dir={tmp_path}']
     places = [f'common.optimizer_step:{rng.randint(2, 3)}',             # between checkpoints
               'torn checkpoint.save_file:2', 'torn torch.save:1',           # in the middle of a file
-              'shutil.copyfile:2', 'os.rename:1', 'os.symlink:1',       # before the rename, between rename and link
+              'json.dump:2', 'os.rename:1', 'os.symlink:1',       # before the rename, between rename and link
               'shutil.rmtree:4',                                        # while old ones are removed
               f'common.count:{rng.randint(1, 3)}']
     for i, place in enumerate(places):
@@ -192,7 +193,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(world, scripts, stage_1
     same = ('step', 'loss', 'lr', 'grad_norm', 'n_kept', 'sources')
     assert [[a[k] for k in same] for a in steps(tmp_path)] == [[b[k] for k in same] for b in steps(stage_2)]
     assert [line['step'] for line in read_log(tmp_path) if 'val_caption_loss' in line] == [4, 8, 12]
-    assert not [n for n in os.listdir(tmp_path) if n.startswith('.')]
+    assert not [n for n in os.listdir(tmp_path) if n.startswith('.') and n != '.lock']
     # once more: finished, nothing touched
     stamp = (tmp_path / 'log.jsonl').stat().st_mtime_ns
     assert 'finished: 12 of 12 steps' in scripts(*args).out
@@ -251,13 +252,91 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(world, scripts, stage_1,
     ranks = scripts.start_ranks(2, *args, f'--out_dir={tmp_path / "a"}', hook=SLOW, env={'SLOW': '0.1'})
     wait_for_lines(tmp_path / 'a', 2, ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
+    os.kill(ranks[1].pid, signal.SIGINT)                     # torchrun's Ctrl-C sends both
     assert [run.wait() for run in ranks] == [0, 0], ranks[0].err + ranks[1].err
     n = len(steps(tmp_path / 'a'))
     assert 2 <= n < 12 and os.readlink(tmp_path / 'a' / 'ckpt_last') == f'ckpt_step_{n}', ranks[0].out
-    assert f'SIGTERM: stopping after step {n}' in ranks[0].out and meta_of(tmp_path / 'a' / 'ckpt_last')['step'] == n
+    assert f'stopping after step {n}' in ranks[0].out and meta_of(tmp_path / 'a' / 'ckpt_last')['step'] == n
     scripts(*args, f'--out_dir={tmp_path / "a"}', world_size=2)
     scripts(*args, f'--out_dir={tmp_path / "b"}', world_size=2)
     assert same_weights(tmp_path / 'a' / 'ckpt_100', tmp_path / 'b' / 'ckpt_100') and len(steps(tmp_path / 'a')) == 12
+
+
+def test_ranks_that_see_different_folders_do_not_start(world, scripts, tmp_path):
+    """Two nodes without a shared out_dir: only the first finds its checkpoint."""
+    args = text(world, '--max_steps=4', '--save_every=2')
+    scripts(*args, f'--out_dir={tmp_path / "0"}', '--stop_after=2', world_size=2)
+    shared = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    ranks = [scripts.start(*args, f'--out_dir={tmp_path / str(r)}', env=dict(shared, RANK=str(r), LOCAL_RANK=str(r)))
+             for r in (0, 1)]
+    assert [run.wait() for run in ranks] == [1, 1]
+    for r, run in enumerate(ranks):
+        assert f'process {r} starts at step {2 - 2 * r}' in run.err and run.err.count('\n') == 1, run.err
+
+
+def test_a_folder_belongs_to_one_run(world, scripts, tmp_path):
+    args = text(world, f'--out_dir={tmp_path}', '--keep_percent=(50,50,100,1)')
+    first = scripts.start(*args, hook=SLOW, env={'SLOW': '0.2'})
+    wait_for_lines(tmp_path, 1, first)
+    assert 'is in use by another run' in scripts.refuses(*args)
+    assert first.wait() == 0, first.err
+    assert 'too short for ckpt_001' in first.out             # 1 % of 20 steps is no step
+    assert sorted(p.name for p in tmp_path.glob('ckpt_*')) == ['ckpt_050', 'ckpt_100', 'ckpt_last']
+    line = scripts.refuses('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--out_dir={tmp_path}',
+                           f'--init_from={tmp_path / "ckpt_100"}')
+    assert "is of stage 'text', expected finetune" in line
+
+
+def test_text_goes_on_at_another_length_and_other_text_is_told(world, scripts, tmp_path):
+    """A .bin is cut into rows; the cursor counts them, so stage 2 cuts alike at its own seq_len."""
+    data = tmp_path / 'data'
+    shutil.copytree(world / 'data', data)
+    ids = np.random.default_rng(0).integers(5, 300, 2000, dtype='<u2')
+    (data / 'words').mkdir()
+    ids.tofile(data / 'words' / '0.bin')
+    args = [world / 'tiny.py', f'--data_dir={data}', "--text=(('words',1.0),)"]
+    scripts('pretrain.py', 'config/text.py', *args, '--max_steps=3', '--keep_percent=(100,)', '--seq_len=36',
+            f'--out_dir={tmp_path / "a"}')
+    base = f'--init_from={tmp_path / "a" / "ckpt_100"}'
+    meta = meta_of(tmp_path / 'a' / 'ckpt_100')
+    assert meta['text_rows'] == {'words': {'row_len': 36 * 56, 'n_row': 1}} and meta['cursor'] == {'words': 1}
+    mixed = ['pretrain.py', 'config/ckpt80_img10.py', *args, base, '--image_ratio=0', '--max_steps=2']
+    run = scripts(*mixed, f'--out_dir={tmp_path / "b"}')
+    assert meta_of(tmp_path / 'b' / 'ckpt_100')['text_rows'] == meta['text_rows'] and 'may come again' not in run.out
+    ids.tofile(data / 'words' / '1.bin')                     # more text: the same name, another order
+    run = scripts(*mixed, f'--out_dir={tmp_path / "c"}')
+    assert "!!! text source 'words' has 2 rows" in run.out and 'may come again' in run.out
+
+
+def test_an_encoder_that_could_not_be_read_back_is_saved(world, scripts, stage_1, tmp_path):
+    scripts('pretrain.py', *mix(world, stage_1), '--train_encoder=true', '--max_steps=2', f'--out_dir={tmp_path / "a"}')
+    base = f'--init_from={tmp_path / "a" / "ckpt_100"}'
+    for args in (['pretrain.py', *mix(world, stage_1), base], ['finetune.py', 'config/finetune.py', world / 'tiny.py', base]):
+        line = scripts.refuses(*args, '--save_encoder=false', f'--out_dir={tmp_path / "b"}')
+        assert f"{world / 'data' / 'encoder'} does not hold the encoder of this run" in line, line
+
+
+def test_validation_counts_no_row_twice(world, scripts, tmp_path):
+    loss = {}
+    for n in (16, 24, 512):                                  # of 16 windows
+        scripts(*text(world, '--max_steps=1', '--eval_every=1', '--val_text=val', f'--eval_rows={n}',
+                      f'--out_dir={tmp_path / str(n)}'))
+        loss[n] = [line['val_text_loss'] for line in read_log(tmp_path / str(n)) if 'loss' not in line]
+    assert loss[16] == loss[24] == loss[512]
+
+
+def test_a_killed_loader_worker_is_one_line(world, scripts, tmp_path):
+    hook = """
+import mixture, os, signal
+plain = mixture.Loader.__getitem__
+def deadly(self, i):
+    if i >= 4 and os.getpid() != self.main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, i)
+mixture.Loader.__getitem__, mixture.Loader.main = deadly, os.getpid()
+"""
+    line = scripts.refuses(*text(world, '--n_worker=1', f'--out_dir={tmp_path}'), hook=hook)
+    assert 'a loader worker died' in line and '--n_worker=0' in line
 
 
 def test_sigterm_in_the_last_step_does_not_part_the_ranks(world, scripts, tmp_path):
@@ -266,7 +345,7 @@ def test_sigterm_in_the_last_step_does_not_part_the_ranks(world, scripts, tmp_pa
                         'time.sleep(')
     args = text(world, '--max_steps=3', '--keep_percent=(100,)', f'--out_dir={tmp_path}')
     scripts(*args, world_size=2, hook=hook, env={'SLOW': '0'})
-    assert len(steps(tmp_path)) == 3 and sorted(os.listdir(tmp_path)) == ['ckpt_100', 'ckpt_last', 'log.jsonl']
+    assert len(steps(tmp_path)) == 3 and sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt_100', 'ckpt_last', 'log.jsonl']
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -367,7 +446,7 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, scripts, 
     line = scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "base"}', '--save_every=1',
                            f'--out_dir={tmp_path / "a"}')
     assert 'step 1: not finite' in line and 'rank 0' in line and '0.tar:' in line, line
-    assert os.listdir(tmp_path / 'a') == ['log.jsonl'] and not read_log(tmp_path / 'a')
+    assert sorted(os.listdir(tmp_path / 'a')) == ['.lock', 'log.jsonl'] and not read_log(tmp_path / 'a')
     # one rank's batch, in the middle of a run: the step before it is saved, the step itself changes nothing
     hook = """
 import model, os, torch
@@ -395,7 +474,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(world, scripts, stage_1, t
     for limit in (size // 2, size + size // 2):                          # inside model.safetensors, inside optim.pt
         line = scripts.refuses(*args, limit=limit)
         assert 'ckpt_step_6 failed' in line and 'the checkpoints before it are untouched' in line, line
-        assert sorted(os.listdir(tmp_path)) == ['ckpt_020', 'ckpt_last', 'ckpt_step_3', 'ckpt_step_5', 'log.jsonl']
+        assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt_020', 'ckpt_last', 'ckpt_step_3', 'ckpt_step_5', 'log.jsonl']
         load_vlm(str(tmp_path / 'ckpt_last'))
     scripts(*args)
     assert same_weights(stage_1 / 'ckpt_100', tmp_path / 'ckpt_100')
