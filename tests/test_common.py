@@ -94,8 +94,10 @@ def test_cooldown_goes_on_where_the_main_schedule_stood():
     ('lr', -1.0, 'above 0'), ('weight_decay', -0.1, 'at least 0'), ('beta1', 1.5, 'below 1'),
     ('warmup_ratio', 2.0, 'below 1'), ('text_share', 1.0, 'below 1'), ('image_ratio', 1.5, 'between 0 and 1'),
     ('keep_percent', (150,), 'from 1 to 100'), ('keep_percent', (0.5,), 'from 1 to 100'),
-    ('text', ('text', 1.0), 'such as'), ('text', (('text',),), 'such as'), ('captions', (('a', 'b'),), 'such as')])
-def test_values_that_no_run_could_use(key, value, expected):
+    ('seed', -1, 'below 2**63'), ('seed', 2 ** 63, 'below 2**63'), ('n_thread', 10 ** 8, 'at most'),
+    ('wandb', True, 'pip install wandb'), ('text', ('text', 1.0), 'such as'), ('text', (('text',),), 'such as'), ('captions', (('a', 'b'),), 'such as')])
+def test_values_that_no_run_could_use(key, value, expected, monkeypatch):
+    monkeypatch.setattr(common.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as caught:
         common.check_config({'seed': 7, key: value})
     one_line(caught, f'{key}=', expected)
@@ -108,6 +110,12 @@ def test_every_shipped_config_is_usable():
         numbers = {k for k, v in defaults.items() if type(v) in (int, float)} - {'encoder_layer'}
         assert numbers <= {*common.AT_LEAST, 'lr', 'beta1', 'beta2', 'warmup_ratio', 'text_share', 'image_ratio',
                            'instruct_share', 'seed'}                                 # no number is left unchecked
+
+
+def test_a_text_source_keeps_its_name_and_others_do_not_get_it():
+    names = {'text': 'text', 'text/*.tar': 'text', 'text/a': 'text/a', '/x/text/*.bin': '/x/text', '*.tar': '*.tar'}
+    assert {pattern: common.text_name(pattern, [pattern]) for pattern in names} == names
+    assert common.text_name('a/*.tar', ['a/*.tar', 'b']) == 'a/*.tar'
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -152,6 +152,10 @@ def test_scale_files_see_the_stage(run):
     assert run('scale.py')['name'] == 'text'
     assert run('recipe.py', 'scale.py')['name'] == 'mix' and run('recipe.py', 'scale.py')['steps'] == 6
     assert run('--init_from=out/x', 'scale.py')['name'] == 'mix'             # ratio 0 from a checkpoint is stage 2
+    message = run.fails('scale.py', 'recipe.py')                             # it would scale another stage
+    assert "scale.py was read for stage 'text', but recipe.py after it makes this stage 'mix'" in message
+    run('scale.py', '--image_ratio=0.2')
+    assert "!!! scale.py was read for stage 'text'" in run.out()
     for script in ('finetune', 'evaluate'):
         assert run('scale.py', script=script)['name'] == script == stage_of(script, {})
 

@@ -304,6 +304,15 @@ def test_captions_from_json_and_syn_json(tmp_path, tok):
     assert texts[:2] == ['the cat', 'the box'] and set(texts[2:]) == {'the red star', 'the blue cat'}
 
 
+def test_names_that_are_there_twice_are_two_samples(tmp_path, tok):
+    members = [(name, content) for seed, colour in enumerate(('red', 'blue')) for name, content in
+               (('a.jpg', jpeg(seed)), ('a.txt', f'the {colour} cat'.encode()))]
+    source = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 32, 4, 28)
+    assert len(source) == 2
+    batch = collate([source[0], source[1]], tok.pad_id)
+    assert len(batch.images) == 2 and not torch.equal(*batch.images)     # one key, not one image
+
+
 def test_bad_captions_are_named(tmp_path, tok):
     image = jpeg()
     bad = {'corrupt': [('.jpg', image[:len(image) // 2]), ('.txt', b'x')], 'noise': [('.jpg', b'junk'), ('.txt', b'x')],

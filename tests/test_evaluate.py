@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from random import Random
@@ -539,6 +540,42 @@ def test_run_writes_results_and_predictions(eval_dir, checkpoint, tmp_path, caps
     assert 'malformed' in printed and 'stable score, vision' in printed and 'over 4 of 5: pope, refcoco' in printed
 
 
+def test_results_are_kept_across_tasks_and_out_of_retentions_way(eval_dir, checkpoint, tmp_path, capsys):
+    step = tmp_path / 'run' / 'ckpt_step_5'
+    shutil.copytree(checkpoint[1], step)
+    (step.parent / 'ckpt_last').symlink_to('ckpt_step_5')
+    out = step.parent / 'eval' / 'ckpt_step_5'
+    args = f"--ckpt={step.parent / 'ckpt_last'}", f'--eval_dir={eval_dir}', '--device=cpu'
+    for task in ('copa', 'boolq'):
+        assert script(*args, f'--tasks={task}') is None
+    tasks = lambda: list(json.loads((out / 'results.json').read_text())['tasks'])
+    assert tasks() == ['copa', 'boolq'] and 'copa' in (out / 'table.txt').read_text()
+    assert script(*args, '--tasks=copa', '--choice_norm=sum') is None
+    assert tasks() == ['copa'] and 'made with another choice_norm and is replaced' in capsys.readouterr().out
+    assert 'nothing to do' in script(*args, '--tasks=pope')
+    assert not (out / 'results.part.json').exists() and tasks() == ['copa']
+
+
+def test_an_evaluation_that_is_killed_leaves_no_results(eval_dir, checkpoint, tmp_path, monkeypatch):
+    plain = evaluate.evaluate_task
+    monkeypatch.setattr(evaluate, 'evaluate_task', lambda model, tokenizer, task, opt: (
+        pytest.fail('killed') if task.name == 'copa' else plain(model, tokenizer, task, opt)))
+    with pytest.raises(pytest.fail.Exception):
+        evaluate.run(default_options(ckpt=checkpoint[1], eval_dir=eval_dir, device='cpu', out_dir=str(tmp_path),
+                                     tasks='boolq,copa'))
+    assert not (tmp_path / 'results.json').exists() and not (tmp_path / 'table.txt').exists()
+    assert list(json.loads((tmp_path / 'results.part.json').read_text())['tasks']) == ['boolq']
+
+
+def test_a_checkpoint_of_another_scale_is_told(eval_dir, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint[1], tmp_path / 'ckpt')
+    meta = json.loads((tmp_path / 'ckpt' / 'meta.json').read_text())
+    meta['config']['scale'] = 'tiny'
+    (tmp_path / 'ckpt' / 'meta.json').write_text(json.dumps(meta))
+    script(f"--ckpt={tmp_path / 'ckpt'}", f'--eval_dir={eval_dir}', '--device=cpu', '--tasks=copa')
+    assert "!!!" in (out := capsys.readouterr().out) and 'may need config/tiny.py' in out
+
+
 def test_text_only_checkpoint_skips_vision_and_names_it(eval_dir, checkpoint, capsys):
     assert script(f'--ckpt={checkpoint[1]}', f'--eval_dir={eval_dir}', '--device=cpu', '--tasks=pope,copa') is None
     assert 'pope: skipped' in capsys.readouterr().out
@@ -569,7 +606,9 @@ def test_one_photo_and_plain_text(checkpoint, tmp_path, capsys):
 def test_user_mistakes_end_in_one_line(tmp_path, eval_dir, checkpoint):
     for args, words in (((), "ckpt=''"), ((f'--ckpt={tmp_path}/no',), 'no meta.json'),
                         (('--choice_norm=x',), 'choice_norm'),
-                        (('--batch_size=0',), 'batch_size=0'), (('--resize=big',), 'resize'),
+                        (('--batch_size=0',), 'batch_size=0'), (('--n_thread=-3',), 'n_thread=-3'),
+                        (('--pope_words=(1, 2)',), 'pope_words'),
+                        (('--tasks=nope',), 'there is boolq, copa, pope, refcoco, textvqa'), (('--resize=big',), 'resize'),
                         (('--eval_dir=nowhere',), 'nowhere'), (("--pope_words=('Yes', 'yes')",), 'pope_words')):
         given = args if not args or args[0].startswith('--ckpt') else (f'--ckpt={checkpoint[0]}', *args)
         message = script(f'--eval_dir={eval_dir}', *given, '--device=cpu')

@@ -84,6 +84,15 @@ def test_what_is_no_text_is_named(tmp_path, name, content, words):
         list(prepare.documents(str(tmp_path / name)))
 
 
+def test_a_tokenizer_is_not_overwritten_and_its_size_is_named(tmp_path):
+    (tmp_path / 't.model').write_text('mine')
+    with pytest.raises(ValueError, match='is there already'):
+        prepare.train_tokenizer(['a text'], str(tmp_path / 't.model'), 300)
+    with pytest.raises(ValueError, match='--vocab_size=9999'):
+        prepare.train_tokenizer(['a short text'], str(tmp_path / 'u.model'), 9999)
+    assert (tmp_path / 't.model').read_text() == 'mine' and not (tmp_path / 'u.model').exists()
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone')
     (tmp_path / 'b.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "two"}\n')

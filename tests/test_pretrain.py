@@ -525,6 +525,11 @@ def test_a_checkpoint_without_its_encoder_finds_it_and_knows_it(world, scripts, 
 def test_dry_run_with_and_without_data(world, scripts, stage_1, tmp_path):
     out = scripts('pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "x"}', '--dry_run=true').out
     assert '12 steps of 384 tokens' in out and 'MISSING' not in out and 'text: 3,456 positions (75.0%)' in out
+    out = scripts('pretrain.py', *mix(world, stage_1), '--instruct_share=0.5', '--instruct=a.json', '--encoder_path=b',
+                  '--eval_every=1', '--val_text=val/*', '--dry_run=true').out
+    assert f"instruct: 576 positions (12.5%) from {world / 'data' / 'a.json'}" in out
+    assert [line.split('/')[-1] for line in out.splitlines() if 'MISSING' in line] == ['a.json', 'b']
+    assert f"found {world / 'data' / 'val/*'}" in out
     out = scripts('pretrain.py', 'config/ckpt80_img10.py', '--data_dir=/nowhere', '--dry_run=true').out
     assert 'MISSING /nowhere/tokenizer.json' in out and 'MISSING /nowhere/text' in out and '1,439,893,504' in out
     assert not (tmp_path / 'x').exists() and not Path('out/1b').exists()

@@ -178,6 +178,7 @@ def test_mean_interval_of_soft_scores():
     deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / 99)
     assert (low, high) == pytest.approx((mean - .196 * deviation, mean + .196 * deviation), abs=1e-4)
     assert mean_interval([1, 0, 1, 1]) == wilson_interval(.75, 4)
+    assert mean_interval([.3] * 5) == wilson_interval(.3, 5)             # five alike do not make it certain
 
 
 def test_interval_covers_its_own_truth():
