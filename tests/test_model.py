@@ -507,6 +507,7 @@ def test_sampling():
     picked = model_module._pick(logits, 0.5, 2, torch.Generator().manual_seed(0))
     share = float((picked == 1).float().mean())          # softmax of (6, 4): 0.881, three standard errors 0.015
     assert set(picked.tolist()) == {1, 2} and abs(share - 1 / (1 + math.exp(-2))) < 0.016
+    assert model_module._pick(logits, 1e-45, 0, None).unique().tolist() == [1]           # as good as greedy, not nan
 
 
 # --- OpenLM's files -------------------------------------------------------------------------------------------------
