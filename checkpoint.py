@@ -29,7 +29,7 @@ SCHEMA = 1                      # of meta.json; raised when an old checkpoint co
 # on resume these may differ; any other difference is refused
 MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', 'save_every', 'stop_after', 'resume',
               'log_every', 'wandb', 'tensorboard', 'dry_run', 'compile', 'keep_optimizer', 'keep_steps',
-              'max_bad_samples', 'eval_every', 'eval_rows', 'data_hint', 'activation_checkpointing'}
+              'max_bad_samples', 'eval_every', 'eval_rows', 'data_hint', 'cache_dir', 'activation_checkpointing'}
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

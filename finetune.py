@@ -25,6 +25,7 @@ scale = '1b'                            # names the folder; '{scale}' in init_fr
 name = 'finetune'                       # the recipe's name
 out_dir = ''                            # '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
+cache_dir = ''                          # for indexes of tars and JSON whose own folder is read-only
 data_hint = 'README.md, "Your own data", says what goes there'                   # shown when data is missing
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
@@ -133,12 +134,13 @@ model.encoder.requires_grad_(train_encoder)
 # --- data -------------------------------------------------------------------------------------------------------------
 try:
     chat = InstructSource(data_path(instruct), data_path(instruct_images), codec, seq_len, model.encoder.n_token,
-                          model.encoder.image_size, resize, system_prompt, loss_average, split_turns)
+                          model.encoder.image_size, resize, system_prompt, loss_average, split_turns,
+                          cache_dir=cache_dir)
     mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
     if text_share:
         names = [common.text_name(g, text) for g, _ in text]
         sources = [TextSource(data_path(g), codec, min(base['config']['seq_len'], seq_len), name,
-                              base.get('text_rows', {}).get(name, {}).get('row_len', 0))
+                              base.get('text_rows', {}).get(name, {}).get('row_len', 0), cache_dir)
                    for (g, _), name in zip(text, names)]
         rows = Mixture(sources, [w for _, w in text], base['text_seed'], start=base['cursor'],
                        max_bad_samples=max_bad_samples)

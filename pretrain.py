@@ -30,6 +30,7 @@ scale = '1b'                            # names the folder; '{scale}' in init_fr
 name = 'text'                           # the recipe's name
 out_dir = ''                            # '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
+cache_dir = ''                          # for indexes of tars and JSON whose own folder is read-only
 data_hint = 'README.md, "Your own data", says what goes there'                   # shown when data is missing
 tokenizer = 'tokenizer.json'            # in data_dir: HF tokenizer.json, or sentencepiece .model
 text = (('text', 1.0),)                 # ((folder or glob of .bin or .tar shards, weight), ...), in data_dir
@@ -195,13 +196,13 @@ def paths_of(pattern):
 
 def text_mixture(patterns, start):
     names = [common.text_name(g, patterns) for g, _ in patterns]
-    sources = [TextSource(paths_of(g), codec, seq_len, name, text_rows.get(name, {}).get('row_len', 0))
+    sources = [TextSource(paths_of(g), codec, seq_len, name, text_rows.get(name, {}).get('row_len', 0), cache_dir)
                for (g, _), name in zip(patterns, names)]
     return Mixture(sources, [w for _, w in patterns], text_seed, start=start, max_bad_samples=max_bad_samples)
 
 
 def caption_mixture(patterns):
-    sources = [CaptionSource(paths_of(g), codec, seq_len, encoder.n_token, encoder.image_size, resize, name=g)
+    sources = [CaptionSource(paths_of(g), codec, seq_len, encoder.n_token, encoder.image_size, resize, g, cache_dir)
                for g, _ in patterns]
     return Mixture(sources, [w for _, w in patterns], seed, max_bad_samples=max_bad_samples)
 
@@ -232,7 +233,7 @@ try:
             if not os.path.exists(data_path(instruct)):
                 sys.exit(f"instructions {data_path(instruct)} not found; {data_hint}")
             chat = InstructSource(data_path(instruct), data_path(instruct_images), codec, seq_len, encoder.n_token,
-                                  encoder.image_size, resize)
+                                  encoder.image_size, resize, cache_dir=cache_dir)
             images = Mixture([chat] if images is None else [images, chat],
                              [1.0] if images is None else [1 - instruct_share, instruct_share], seed,
                              max_bad_samples=max_bad_samples)

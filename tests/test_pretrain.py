@@ -325,6 +325,16 @@ def test_validation_counts_no_row_twice(world, scripts, tmp_path):
     assert loss[16] == loss[24] == loss[512]
 
 
+def test_indexes_of_read_only_data_go_elsewhere(world, scripts, stage_1, tmp_path):
+    data, cache = tmp_path / 'data', tmp_path / 'cache'
+    shutil.copytree(world / 'data', data, ignore=shutil.ignore_patterns('*.idx'))
+    for path in data.glob('*/*.tar'):
+        (path.parent / f'{path.name}.idx').mkdir()           # root may write anywhere, but not over a folder
+    scripts('pretrain.py', *mix(world, stage_1), f'--data_dir={data}', f'--cache_dir={cache}', '--max_steps=1',
+            '--instruct_share=0.5', f'--out_dir={tmp_path / "a"}')
+    assert len(list(cache.glob('*.idx'))) == 3 and (data / 'instruct' / 'llava.json.idx').is_file()      # 2 text, 1 caption
+
+
 def test_a_killed_loader_worker_is_one_line(world, scripts, tmp_path):
     hook = """
 import mixture, os, signal
