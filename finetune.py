@@ -4,6 +4,8 @@ Stage 3: instruction fine-tuning on LLaVA JSON (paper 2.1.3, appendix D): n_epoc
     python finetune.py config/finetune.py config/tiny.py                         # a laptop
     torchrun --nproc_per_node=8 finetune.py config/finetune.py                   # 8 x A100-80GB
     torchrun --nproc_per_node=8 finetune.py config/finetune.py --n_epoch=2 --name=finetune_2
+
+Sections, tables and appendices named below are those of arXiv 2503.07603.
 """
 import os
 import sys

@@ -6,6 +6,8 @@ Stage 2: a checkpoint resumed at its own learning rate, with a share of image-ca
     python pretrain.py config/ckpt80_img10.py config/tiny.py                     # stage 2 on a laptop
     torchrun --nproc_per_node=8 pretrain.py config/ckpt80_img10.py               # 8 x A100-80GB
     python pretrain.py config/ckpt80_img10.py --dry_run=true                     # what it would do and cost
+
+Sections, tables and appendices named below are those of arXiv 2503.07603.
 """
 import dataclasses
 import os
