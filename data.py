@@ -305,17 +305,16 @@ class TextSource:
 
     def _longest_row(self):
         """Return the number of ids in the longest of the first rows, or in a shard's first row that can be read."""
-        longest, error = 0, None
-        for row in [*range(min(8, self.shards.ends[-1])), *self.shards.ends[:-1]]:
-            if row >= 8 and longest:
-                break
-            try:
-                longest = max(longest, len(self._row(row)))
-            except BadSample as e:
-                error = error or e
-        if not longest:
-            raise error
-        return longest
+        for rows in (range(min(8, self.shards.ends[-1])), *([row] for row in self.shards.ends[:-1])):
+            lengths = []
+            for row in rows:
+                try:
+                    lengths.append(len(self._row(row)))
+                except BadSample as e:
+                    error = e
+            if lengths:
+                return max(lengths)
+        raise BadSample(str(error))
 
     def _row(self, row):
         if self.last[0] == row:  # the windows of a row are drawn one after another

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pickle import UnpicklingError
 
 import torch
@@ -495,13 +496,7 @@ def load_openlm(path, config=None):
     """
     state, beside = _read_state(path)
     given = _read_config(config if config is not None else beside) if (config is not None or beside) else {}
-    strip = ('module.', 'model.')
-    clean = {}
-    for key, value in state.items():
-        key = key.replace('_orig_mod.', '')
-        while key.startswith(strip):
-            key = key.split('.', 1)[1]
-        clean[key] = value
+    clean = {re.sub(r'^(module\.|model\.)+', '', key.replace('_orig_mod.', '')): v for key, v in state.items()}
     try:
         vocab_size, n_embd = clean['tok_embeddings.weight'].shape
         n_layer = 1 + max(int(key.split('.')[1]) for key in clean if key.startswith('layers.'))
