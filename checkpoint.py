@@ -313,8 +313,7 @@ def _tuples(value):
 
 def check_same_start(process, first_step, out_dir):
     """Exit with one line when the processes would start at different steps: they do not see the same out_dir."""
-    first = process.host_sum([float(first_step)])[0] / process.world_size
-    if first != first_step:
+    if len(set(process.gather([first_step]))) > 1:
         process.exit(f"process {process.rank} starts at step {first_step}, others do not: out_dir={out_dir} has to be "
                      "one folder that every node sees")
 

@@ -2,6 +2,7 @@
 What the training stages share: processes and devices, lr schedules, the optimizer, bookkeeping, dry runs, the log.
 Nothing here decides what is trained. Checkpoint folders are checkpoint.py's.
 """
+import atexit
 import dataclasses
 import glob
 import importlib.util
@@ -123,11 +124,19 @@ class Process:
         dist.all_gather_object(lists, list(items))
         return [item for part in lists for item in part]
 
-    def exit(self, message):
-        """Exit on all processes at once; the group goes first, or its threads may abort when another process is gone."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
-        sys.exit(message)
+    def exit(self, message=0):
+        """
+        End this process. One of several skips the interpreter's own teardown after the exit handlers: a gloo thread
+        that still holds a tensor would ask for the GIL there, and abort (pytorch issue 190489).
+        """
+        if self.world_size == 1:
+            sys.exit(message)
+        if isinstance(message, str):
+            print(message, file=sys.stderr)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if isinstance(message, str) else message)
 
     def barrier(self):
         self.host_sum([0.0])

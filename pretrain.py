@@ -16,7 +16,6 @@ import time
 from pickle import UnpicklingError
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 import checkpoint
@@ -386,7 +385,7 @@ def save(step, names):
             checkpoint.save_checkpoint(out_dir, names, model, optimizer, codec, info, save_encoder=save_encoder)
             checkpoint.prune_checkpoints(out_dir, keep_optimizer=keep_optimizer, keep_steps=keep_steps)
         except OSError as e:
-            sys.exit(str(e))
+            process.exit(str(e))
     process.barrier()
 
 
@@ -425,8 +424,8 @@ try:
             break
         bad_samples, n_bad_sample = bad_samples + bad, n_bad_sample + n_bad
         if n_bad_sample > max_bad_samples:
-            sys.exit(f"{n_bad_sample} bad samples are more than max_bad_samples={max_bad_samples}; "
-                     f"on this process: {'; '.join(bad_samples[-3:])}")
+            process.exit(f"{n_bad_sample} bad samples are more than max_bad_samples={max_bad_samples}; "
+                         f"on this process: {'; '.join(bad_samples[-3:])}")
         row_weight, share = common.loss_weights(counts, loss_weight)                     # (n_leaf,) a target's weight
         row_weight = process.send(row_weight)
         optimizer.zero_grad(set_to_none=True)
@@ -461,11 +460,10 @@ try:
     if stopped and last_step > first_step and last_step not in percent_steps:
         save(last_step, [f'ckpt_step_{last_step}'])
 except BadSample as e:
-    sys.exit(f"{e} (max_bad_samples={max_bad_samples})")
+    process.exit(f"{e} (max_bad_samples={max_bad_samples})")
 except (RuntimeError, EOFError, ConnectionError):
     batches.check_workers()
     raise
 logger.close()
 process.print(f"{out_dir}: {last_step} of {max_steps} steps done")
-if process.world_size > 1:
-    dist.destroy_process_group()
+process.exit()

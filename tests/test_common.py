@@ -133,6 +133,25 @@ def test_accumulation_says_what_would_divide():
         common.accumulation(8, 0, 1)
 
 
+@pytest.mark.parametrize('message, code', [('the reason', 1), (1, 1), (0, 0)])
+def test_one_of_several_processes_ends_without_a_teardown(scripts, message, code):
+    """Exit handlers run and nothing printed is lost, but no object lives to see the interpreter go (see exit)."""
+    hook = f"""
+import atexit, os, sys, torch, common
+class Witness:
+    def __del__(self, write=os.write):
+        write(2, b'torn down')
+sys.witness = Witness()
+atexit.register(print, 'handled')
+print('no newline', end='; ')
+common.Process(1, {{n}}, torch.device('cpu'), torch.float32).exit({message!r})
+"""
+    for n, torn in ((2, ''), (1, 'torn down')):
+        run = scripts.start('pretrain.py', hook=hook.replace('{n}', str(n)))
+        assert run.wait() == code
+        assert (run.out, run.err) == ('no newline; handled\n', (message + '\n' if code and message != 1 else '') + torn)
+
+
 def test_devices_and_dtypes_that_are_not_there():
     for call, word in [(lambda: common.pick_device('tpu'), "device='tpu': expected one of"),
                        (lambda: common.setup_process('cpu', 'float16'), "dtype='float16'")]:

@@ -269,7 +269,7 @@ def test_ranks_that_see_different_folders_do_not_start(world, scripts, tmp_path)
     shared = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     ranks = [scripts.start(*args, f'--out_dir={tmp_path / str(r)}', env=dict(shared, RANK=str(r), LOCAL_RANK=str(r)))
              for r in (0, 1)]
-    assert [run.wait() for run in ranks] == [1, 1]
+    assert [run.wait() for run in ranks] == [1, 1], [run.err for run in ranks]
     for r, run in enumerate(ranks):
         assert f'process {r} starts at step {2 - 2 * r}' in run.err and run.err.count('\n') == 1, run.err
 
@@ -471,7 +471,7 @@ model.VLM.forward = poisoned
 """
     runs = scripts.start_ranks(2, 'pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path / "b"}', '--save_every=2',
                                hook=hook)
-    assert [run.wait() for run in runs] == [1, 1]
+    assert [run.wait() for run in runs] == [1, 1], [run.err for run in runs]
     assert 'step 4: not finite: loss on ranks [1]; rank 1, samples' in runs[1].err and not runs[0].err, runs[0].err
     assert runs[1].err.split('samples ')[1].split(';')[0].count(',') == 0               # the row is known
     assert os.readlink(tmp_path / 'b' / 'ckpt_last') == 'ckpt_step_2' and len(steps(tmp_path / 'b')) == 3
