@@ -222,13 +222,17 @@ def sdpa_with(backend, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@functools.cache
+def output_gradient(shape, dtype, device):
+    """Random numbers, the same for every implementation, drawn outside of what is timed."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+
+
 def gradients(f, leaves, dtype=None):
     """The output and the leaves' gradients of f at random output gradients, float32 or in another dtype throughout."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
     out = f(*leaves)
-    generator = torch.Generator(out.device).manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient(out.shape, out.dtype, out.device))]
 
 
 def compare(title, leaves, names, flops, truth, peak):
@@ -249,8 +253,8 @@ def compare(title, leaves, names, flops, truth, peak):
             rate = flops / both / 1e9
             share = rate * 1e12 / peak
             print(f'{name:<28} {forward:8.3f} {both:8.3f} {rate:8.1f} {share:8.1%} {extra:7.2f} {error:8.1e}')
-        except (RuntimeError, ValueError) as e:
-            print(f'{name:<28} not run: {str(e).splitlines()[0][:80]}')
+        except Exception as e:                                  # no such backend here, no memory, no compiler, ...
+            print(f'{name:<28} not run: {type(e).__name__} {str(e).splitlines()[0][:80] if str(e) else ""}')
 
 
 def timed(f, cuda):
@@ -302,6 +306,10 @@ def tune(argv):
         print('bench.py tune: torch sees no GPU here, so there is nothing to tune')
         return
     device = torch.device('cuda')
+    obstacle = kernels._why_not('loss', device, torch.bfloat16, 64)
+    if obstacle:
+        print(f"bench.py tune: {obstacle}, so there is nothing to tune")
+        return
     arch = kernels._arch(device)
     print(conditions(device))
     for kernel, candidates in TUNE.items():

@@ -25,7 +25,9 @@ from data import TextSource, find
 from kernels import IGNORE_INDEX
 from model import Decoder
 
-PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}          # dense bf16, by substring of the device's name
+# dense bf16, by substring of the device's name: the first that fits
+PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
+              'H200': 989e12}
 MAX_THREADS = 1024              # OpenMP crashes on absurd numbers instead of refusing them
 AT_LEAST = {**dict.fromkeys('n_layer n_head n_embd vocab_size seq_len image_size global_batch_size micro_batch_size '
                             'eval_rows log_every'.split(), 1),

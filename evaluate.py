@@ -527,6 +527,8 @@ def load(opt):
     if opt.n_thread:
         torch.set_num_threads(opt.n_thread)
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
+    model.decoder.requires_grad_(opt.dtype == 'bfloat16')      # autocast then keeps its casts of weights over tokens
+    torch.backends.cuda.enable_cudnn_sdp(False)                # it plans every new length; here they all differ
     scale = meta['config'].get('scale', opt.scale)
     if scale != opt.scale and os.path.exists(os.path.join(os.path.dirname(__file__), 'config', f'{scale}.py')):
         print(f"!!! {opt.ckpt} is of scale {scale!r}: its prompts and sizes may need config/{scale}.py")

@@ -163,13 +163,14 @@ if dry_run:
 if resuming and first_step >= max_steps:
     process.print(f"{out_dir} is finished: {first_step} of {max_steps} steps")
     sys.exit(0)
-# the workers fork here, before CUDA starts
+# the workers fork here, before this process holds GPU memory
 last_step = max(first_step, min(max_steps, stop_after)) if stop_after else max_steps
 batches = Loader(mixture, start=first_step, stop=last_step, global_batch_size=global_batch_size,
                  micro_batch_size=micro_batch_size, rank=process.rank, world_size=process.world_size,
                  pad_id=codec.pad_id, n_worker=n_worker, group_window=length_window, total=max_steps, seed=seed,
                  pin_memory=process.device.type == 'cuda')
 process.start_device()
+torch.backends.cuda.enable_cudnn_sdp(False)                # it plans every new length; here they all differ
 
 # --- optimizer and resume ---------------------------------------------------------------------------------------------
 model.to(process.device)

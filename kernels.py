@@ -831,8 +831,8 @@ def _self_check(op, device, dtype, width):
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)                 # noqa: E731
     if op == 'loss':
-        leaves = [rand(300, width), rand(1000, width) * width ** -0.5]
-        targets = torch.randint(1000, (300,), generator=g)
+        leaves = [rand(300, width), rand(1024, width) * width ** -0.5]        # a V that 16 divides, as real ones
+        targets = torch.randint(1024, (300,), generator=g)
         targets[::3] = IGNORE_INDEX
         impls = ('triton', 'triton-keep')
         run = lambda impl, x: sum(linear_cross_entropy(*x, targets.to(device), impl=impl))   # noqa: E731
@@ -845,7 +845,9 @@ def _self_check(op, device, dtype, width):
 
     def with_gradients(impl, leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        keep = lambda x: x                                                   # noqa: E731, hides from checkpoint's count
+        with (torch.enable_grad(), torch.autocast(device.type, enabled=False),
+              torch.autograd.graph.saved_tensors_hooks(keep, keep)):
             y = run(impl, leaves)
             return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 
@@ -857,6 +859,6 @@ def _self_check(op, device, dtype, width):
                 error = float((a.float() - b).norm() / b.norm())
                 if not error < 0.02:                      # 16-bit rounding gives 0.002 to 0.01; nan fails, too
                     return f'self-check failed: {impl} {name} is off by {error:.3g}'
-    except (RuntimeError, triton.errors.TritonError) as e:
+    except Exception as e:                # Triton builds its launcher here: no compiler, no Python.h, no libcuda
         return f'self-check failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
     return ''

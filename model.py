@@ -376,7 +376,7 @@ class VLM(nn.Module):
         if n == 0 or length.min() <= n or not slots[:, :n].all() or slots[:, n:].any():
             return 0
         used, row = image_index.unique(return_inverse=True)
-        x = self.image_features(images[used])                                          # (N,n,C)
+        x = self.image_features(images[used]).to(self.decoder.tok_embeddings.weight.dtype)     # (N,n,C) as embed
         prefix = KVCache(self.decoder.config, len(used), n, x.device, cache.k.dtype)
         position = torch.arange(n, device=x.device).expand(len(used), -1)
         self.decoder.trunk(x, torch.zeros(1, dtype=torch.int64, device=x.device), Intervals.cached(position, n),

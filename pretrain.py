@@ -255,7 +255,7 @@ try:
 except (ValueError, OSError) as e:
     sys.exit(str(e))
 
-# the workers fork here, before CUDA starts
+# the workers fork here, before this process holds GPU memory
 last_step = max(first_step, min(max_steps, stop_after)) if stop_after else max_steps
 batches = loader(mixture, first_step, last_step, global_batch_size, micro_batch_size, n_worker)
 process.start_device()

@@ -28,9 +28,9 @@ torch.set_num_threads(1)
 
 
 def child_env(**extra):
-    """The environment for a child process: no interpreter, one thread, plus `extra`."""
+    """The environment for a child process: no interpreter, no GPU (its bits are not what they test), one thread."""
     env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    return {**env, 'OMP_NUM_THREADS': '1', **extra}
+    return {**env, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **extra}
 
 
 # --- running the stage scripts ----------------------------------------------------------------------------------------

@@ -16,13 +16,22 @@ def test_gpu_commands_say_so_without_one(argv, capsys):
     assert 'no GPU' in capsys.readouterr().out
 
 
+def test_tune_on_a_gpu_without_configs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (12, 0))
+    monkeypatch.setattr(bench.kernels, 'triton', bench.kernels.triton or object())
+    bench.tune([])
+    assert 'no configs for compute capability 12.0' in capsys.readouterr().out
+
+
 def test_unknown_command_ends_in_the_usage():
     done = subprocess.run([sys.executable, bench.__file__, 'stepp'], capture_output=True, text=True, env=child_env())
     assert done.returncode == 1 and 'expected one of: step, kernels, tune' in done.stderr
 
 
 def test_step_prints_the_breakdown(capsys):
-    bench.step(['config/tiny.py', '--image_ratio=0.25', '--encoder_path=patch', '--image_size=42', '--n_thread=1'])
+    bench.step(['config/tiny.py', '--image_ratio=0.25', '--encoder_path=patch', '--image_size=42', '--n_thread=1',
+                '--device=cpu'])
     out = capsys.readouterr().out
     for phase in ('encoder', 'forward', 'backward', 'optimizer', 'tokens/s', 'Python'):
         assert phase in out, phase

@@ -480,6 +480,17 @@ def test_an_image_prefix_is_prefilled_once(monkeypatch):
 
 
 @torch.no_grad()
+def test_under_autocast_the_residual_stream_stays_float32():
+    """In the images' own prefill, too: a model answers with the arithmetic that it was trained with."""
+    model, seen = tiny_vlm(4), []
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        model.generate([[IMAGE] * 4 + [5]], pictures(1), torch.tensor([0]), max_new_tokens=2)
+    assert len(seen) == 3 * len(model.decoder.layers) and set(seen) == {torch.float32}
+
+
+@torch.no_grad()
 def test_prompts_that_are_no_common_prefix_are_generated_plainly():
     model, images = tiny_vlm(22, spread=3.0), pictures(3)
     I = [IMAGE] * 4
