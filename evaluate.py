@@ -599,8 +599,8 @@ def run(opt):
         raise ValueError(f"{opt.ckpt} is a text-only checkpoint and {', '.join(t.name for t in found)} need images: "
                          "nothing to do")
     lines = [table(results),
-             "chance: an even draw from the answers of a question's type; blind: the better of the best constant answer",
-             "per type and, where the files allow it, an even draw from what the image holds (results.json has both)"]
+             "chance: an even draw from the answers of a question's type; blind: the better of the best constant",
+             "answer per type and, where the files allow it, an even draw from what the image holds (results.json has both)"]
     for title, stable in content['stable'].items():
         n, names = len(stable['tasks']), ', '.join(stable['tasks'])
         lines.append(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: "

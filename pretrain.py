@@ -245,8 +245,8 @@ try:
             process.print(f"!!! text source {leaf.name!r} is new: it starts at its first row; {init_from} knows "
                           f"{', '.join(map(repr, start_cursor))}")
         elif text_rows.get(leaf.name, {}).get('n_row', leaf.n_row) != leaf.n_row:
-            process.print(f"!!! text source {leaf.name!r} has {leaf.n_row} rows, in {last if resuming else init_from} it "
-                          f"had {text_rows[leaf.name]['n_row']}: their order is new, so text may come again")
+            process.print(f"!!! text source {leaf.name!r} has {leaf.n_row} rows, in {last if resuming else init_from} "
+                          f"it had {text_rows[leaf.name]['n_row']}: their order is new, so text may come again")
     validation = {}
     if eval_every and val_text:
         validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
