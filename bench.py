@@ -149,9 +149,11 @@ def step(argv):
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
-def loss_cases(N=8192, C=2048, V=50432, shares=(0.29, 0.91, 1.0)):
-    """What the loss is timed at: the kept shares of caption rows, the main recipe (10 % images) and plain text."""
-    return [dict(N=N, C=C, V=V, share=share) for share in shares]
+# the kept shares of caption rows, the main recipe (10 % images) and plain text
+LOSS_CASES = [dict(N=8192, C=2048, V=50432, share=share) for share in (0.29, 0.91, 1.0)]
+# plain causal, the image prefix of a caption row, documents in a text row
+ATTENTION_CASES = [dict(B=8, H=16, D=128, T=T, mask=mask)
+                   for T, mask in ((2048, 'causal'), (1024, 'prefix'), (2048, 'documents'))]
 
 
 def loss_candidates(case, device, dtype):
@@ -176,12 +178,6 @@ def loss_candidates(case, device, dtype):
     names = {'eager': eager, 'compact + torch.compile': compact}
     names.update({f"ours, impl='{impl}'": ours(impl) for impl in ('torch', 'triton', 'triton-keep', 'auto')})
     return (x, w), names, 6 * len(rows) * C * V
-
-
-def attention_cases(B=8, H=16, D=128):
-    """What attention is timed at: plain causal, the image prefix of a caption row, documents in a text row."""
-    return [dict(B=B, H=H, D=D, T=2048, mask='causal'), dict(B=B, H=H, D=D, T=1024, mask='prefix'),
-            dict(B=B, H=H, D=D, T=2048, mask='documents')]
 
 
 def attention_candidates(case, device, dtype):
@@ -279,11 +275,11 @@ def bench_kernels(argv):
     print(conditions(device))
     name = torch.cuda.get_device_name(device)
     peak = next((v for k, v in common.PEAK_FLOPS.items() if k in name), float('nan'))
-    for case in loss_cases():
+    for case in LOSS_CASES:
         leaves, names, flops = loss_candidates(case, device, torch.bfloat16)
         truth = gradients(names['eager'], leaves, torch.float32)
         compare(f"masked loss, {case}", leaves, names, flops, truth, peak)
-    for case in attention_cases():
+    for case in ATTENTION_CASES:
         leaves, names, flops = attention_candidates(case, device, torch.bfloat16)
         truth = gradients(names['SDPA, boolean mask'], leaves, torch.float32)
         compare(f"attention, {case}", leaves, names, flops, truth, peak)
