@@ -27,7 +27,8 @@ DIGIT_COMMA = re.compile(r'\d,\d')
 PERIOD = re.compile(r'(?!<=\d)(\.)(?!\d)')
 PERIOD_LIMIT = 32                                           # the official sub() gets re.UNICODE (= 32) as its count
 
-# the official table has 120 entries; 117 of them are one of these words with one of its apostrophes left out
+# the official table, 'dont' -> "don't", has 120 entries (GT-Vision-Lab/VQA, vqaEval.py); 117 of them are one of these
+# words with one of its apostrophes left out
 CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
 mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
@@ -35,27 +36,13 @@ somebody'll somebody's someone'd someone'd've someone'll someone's something'd s
 there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-
-
-def contraction_table():
-    """The official VQA table as a dict, 'dont' -> "don't" (GT-Vision-Lab/VQA, vqaEval.py), 120 entries."""
-    table = {"let's": "let's", "she's": "she's", "somebody'd": 'somebodyd'}
-    for word in CONTRACTED:
-        for i, letter in enumerate(word):
-            if letter == "'":
-                table[word[:i] + word[i + 1:]] = word
-    return table
-
-
-def backtick_table(table):
-    """The same table as VizWiz's evaluator holds it: backticks instead of apostrophes, but for ten entries."""
-    kept = {'aint', 'arent', 'cant', 'couldve', 'couldnt', 'weve', 'wheres', 'whove'}
-    half = {"couldn'tve", "hadn'tve"}                       # the key keeps its apostrophe, the value does not
-    return {k if k in half else k.replace("'", '`'): v if k in kept else v.replace("'", '`') for k, v in table.items()}
-
-
-CONTRACTIONS = contraction_table()
-VIZWIZ_CONTRACTIONS = backtick_table(CONTRACTIONS)
+CONTRACTIONS = {"let's": "let's", "she's": "she's", "somebody'd": 'somebodyd'} | {
+    word[:i] + word[i + 1:]: word for word in CONTRACTED for i, letter in enumerate(word) if letter == "'"}
+# the same table as VizWiz's evaluator holds it: backticks instead of apostrophes, but for ten entries
+KEPT_VALUES = {'aint', 'arent', 'cant', 'couldve', 'couldnt', 'weve', 'wheres', 'whove'}
+KEPT_KEYS = {"couldn'tve", "hadn'tve"}
+VIZWIZ_CONTRACTIONS = {k if k in KEPT_KEYS else k.replace("'", '`'): v if k in KEPT_VALUES else v.replace("'", '`')
+                       for k, v in CONTRACTIONS.items()}
 
 
 def clean_space(text):
