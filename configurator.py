@@ -109,7 +109,6 @@ def _run_file(path, keys, values, script):
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
         sys.exit(f"config file {path}: {e}")
     scope = dict(values, stage=stage_of(script, values), __file__=path)
-    before = dict(scope)
     try:
         exec(code, scope)
     except (NameError, TypeError, ValueError, LookupError, AttributeError, ImportError, ArithmeticError, AssertionError,
@@ -117,7 +116,7 @@ def _run_file(path, keys, values, script):
         sys.exit(f"config file {path}: {type(e).__name__}: {e}")
     changed = {}
     for key, value in scope.items():
-        if key.startswith('_') or key == 'stage' or (key in before and before[key] is value):
+        if key.startswith('_') or key == 'stage' or (key in values and values[key] is value):
             continue
         if key not in keys:
             _unknown(key, keys, path)
