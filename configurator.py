@@ -63,13 +63,10 @@ def convert(key, given, default, source):
     value = given
     if isinstance(given, str) and kind is not str:
         text = given.strip()
-        if text.lower() in ('true', 'false'):
-            value = text.lower() == 'true'
-        else:
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                value = given
+        try:
+            value = ast.literal_eval(text.capitalize() if text.lower() in ('true', 'false') else text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            pass                                         # still a str, which the type check below refuses
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
