@@ -796,9 +796,8 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
     square = Tq == k.shape[2]
     situation, obstacle = 'no mask', ''
     if mask is not None:
-        one_prefix = mask.kind == 'prefix' and mask.n_prefix is not None
         situation = ('cache' if mask.kind == 'cached' else 'causal' if mask.kind == 'causal' and square else
-                     'one prefix' if one_prefix and square else 'intervals')
+                     'one prefix' if mask.n_prefix is not None and square else 'intervals')
         if mask.qlo is None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             obstacle = 'the mask has no qlo, qhi for the backward'
         elif mask.qlo is not None and mask.qlo.shape != (B, k.shape[2]):
