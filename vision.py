@@ -322,24 +322,24 @@ class SigLIP(nn.Module):
         returns  SigLIP on the CPU, float32, eval()
         Raises ValueError naming the file and the key that is missing or of another shape or dtype.
         """
-        folder, files, headers, prefix = _find_tower(path)
-        n_saved = sum(key.startswith('encoder.layers.') and key.endswith('.layer_norm1.weight') for key in headers)
+        folder, saved, prefix = _find_tower(path)
+        n_saved = sum(key.startswith('encoder.layers.') and key.endswith('.layer_norm1.weight') for key in saved)
         config_file = os.path.join(folder, 'config.json')
         if os.path.exists(config_file):
             config = _read_config(config_file, n_saved)
         else:
-            config = _config_from_shapes(path, headers, n_saved)
+            config = _config_from_shapes(path, saved, n_saved)
         with torch.device('meta'):
             model = cls(config, layer, norm, keep_all)
         n_built, wanted = len(model.encoder['layers']), model.state_dict()
         if n_built > n_saved:
             raise ValueError(f"{path}: layer={layer} of {config.num_hidden_layers} needs {n_built} blocks, "
                              f"the file holds {n_saved}: vision key encoder.layers.{n_saved}.* is missing")
-        _check_headers(path, prefix, headers, wanted)
-        for file in sorted({files[key] for key in wanted}):
+        _check_headers(path, prefix, saved, wanted)
+        for file in sorted({saved[key][0] for key in wanted}):
             with safe_open(file, 'pt') as f:
                 for key in wanted:
-                    if files[key] == file:                  # a copy: the file may be rewritten while the tower lives
+                    if saved[key][0] == file:               # a copy: the file may be rewritten while the tower lives
                         wanted[key] = f.get_tensor(prefix + key).to(torch.float32, copy=True)
         model.load_state_dict(wanted, assign=True)
         model.mean, model.std = _read_mean_std(os.path.join(folder, 'preprocessor_config.json'))
@@ -435,12 +435,12 @@ def _read_config(path, n_saved):
         raise ValueError(f"{path}: {error}") from error
 
 
-def _config_from_shapes(path, headers, n_saved):
+def _config_from_shapes(path, saved, n_saved):
     keys = {PATCH_KEY: 4, 'embeddings.position_embedding.weight': 2, 'encoder.layers.0.mlp.fc1.weight': 2}
     for key, n_dim in keys.items():
-        if key not in headers or len(headers[key][0]) != n_dim:
+        if key not in saved or len(saved[key][1]) != n_dim:
             raise ValueError(f"{path}: vision key {key} with {n_dim} dimensions is missing")
-    (C, *_, patch), (n_token, _), (hidden, _) = (headers[key][0] for key in keys)
+    (C, *_, patch), (n_token, _), (hidden, _) = (saved[key][1] for key in keys)
     n_head = {768: 12, 1024: 16, 1152: 16, 1536: 16}.get(C)                      # published towers of SigLIP 1 and 2
     if n_head is None:
         if C % 64:
@@ -463,7 +463,7 @@ def _read_mean_std(path):
 
 
 def _find_tower(path):
-    # -> folder, {key: file}, {key: (shape, dtype)}, prefix; keys without the prefix; headers only, no weights read yet
+    # -> folder, {key without prefix: (file, shape, dtype)}, prefix; from headers only, no weights read yet
     path = os.fspath(path)
     folder, names = os.path.dirname(path), [os.path.basename(path)]
     if os.path.isdir(path):
@@ -474,7 +474,7 @@ def _find_tower(path):
     elif not path.endswith('.safetensors'):
         raise ValueError(f"{path}: expected 'patch', a folder with model.safetensors, or a .safetensors file"
                          + ("" if os.path.exists(path) else "; nothing is there"))
-    files, headers = {}, {}
+    saved = {}
     for name in names:
         file = os.path.join(folder, os.path.basename(name))                      # an index names no files elsewhere
         if not os.path.isfile(file):
@@ -483,22 +483,20 @@ def _find_tower(path):
             with safe_open(file, 'pt') as f:
                 for key in f.keys():
                     header = f.get_slice(key)
-                    files[key], headers[key] = file, (list(header.get_shape()), header.get_dtype())
+                    saved[key] = file, list(header.get_shape()), header.get_dtype()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
     for prefix in ('vision_model.', ''):
-        if prefix + PATCH_KEY in headers:
-            files, headers = ({key[len(prefix):]: value for key, value in table.items() if key.startswith(prefix)}
-                              for table in (files, headers))
-            return folder, files, headers, prefix
+        if prefix + PATCH_KEY in saved:
+            return folder, {k[len(prefix):]: v for k, v in saved.items() if k.startswith(prefix)}, prefix
     raise ValueError(f"{path}: no SigLIP vision tower in it: neither vision_model.{PATCH_KEY} nor {PATCH_KEY}")
 
 
-def _check_headers(path, prefix, headers, wanted):
+def _check_headers(path, prefix, saved, wanted):
     for key, tensor in wanted.items():
-        shape, dtype = headers.get(key, (None, None))
-        if shape is None:
+        if key not in saved:
             raise ValueError(f"{path}: vision key {prefix}{key} is missing")
+        _, shape, dtype = saved[key]
         if shape != list(tensor.shape):
             raise ValueError(f"{path}: {prefix}{key} has shape {shape}, expected {list(tensor.shape)}")
         if dtype not in ('F64', 'F32', 'F16', 'BF16'):
