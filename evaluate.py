@@ -466,8 +466,7 @@ def progress(task, total, unit='questions'):
 
 
 def autocast(opt):
-    kind = torch.device(opt.device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=opt.dtype == 'bfloat16')
+    return torch.autocast(opt.device, dtype=torch.bfloat16, enabled=opt.dtype == 'bfloat16')
 
 
 def image_size(model):
