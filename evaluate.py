@@ -582,7 +582,6 @@ def run(opt):
     content = {'schema': 1, 'ckpt': str(real), 'config': vars(opt),
                'meta': {k: v for k, v in meta.items() if k != 'rng'}, 'torch': torch.__version__}
     results = content['tasks'] = earlier_results(out / 'results.json', content)
-    n_new = 0
     for task in found:
         if task.examples[0].image and model.encoder is None:
             print(f"{task.name}: skipped, {opt.ckpt} is text-only")
@@ -591,10 +590,9 @@ def run(opt):
         print(f"{task.name}: {100 * results[task.name]['score']:.2f} on {results[task.name]['n']} "
               f"in {results[task.name]['seconds']:.0f} s", flush=True)
         content['stable'] = stable_scores(results, opt.vqav2_baseline)
-        n_new += 1
         write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
         write_whole(out / 'results.part.json', json.dumps(content, indent=1))
-    if not n_new:
+    if 'stable' not in content:                              # no task was asked
         raise ValueError(f"{opt.ckpt} is a text-only checkpoint and {', '.join(t.name for t in found)} need images: "
                          "nothing to do")
     lines = [table(results),
