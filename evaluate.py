@@ -370,12 +370,13 @@ def load_image(path, size, resize):
     return RESIZE[resize](open_image(path), size)
 
 
-def load_images(batches, images, size, opt):
+def load_images(images, lengths, model, opt):
     """Yield (batch, (N,3,S,S) uint8 or None, image_index (len(batch),) or None), decoding one batch ahead."""
+    batches = make_batches(images, lengths, opt.batch_size)
     with ThreadPoolExecutor(max(1, opt.n_worker)) as pool:
         def submit(batch):
             paths = list(dict.fromkeys(images[i] for i in batch if images[i]))
-            return paths, [pool.submit(load_image, path, size, opt.resize) for path in paths]
+            return paths, [pool.submit(load_image, path, model.encoder.image_size, opt.resize) for path in paths]
         ahead = submit(batches[0]) if batches else None
         for n, batch in enumerate(batches):
             (paths, loading), ahead = ahead, submit(batches[n + 1]) if n + 1 < len(batches) else None
@@ -399,8 +400,7 @@ def write_answers(model, tokenizer, task, opt):
     prompts = [prompt_ids(e, task, model, tokenizer, opt) for e in task.examples]
     images, answers, cut = [e.image for e in task.examples], [''] * len(prompts), 0
     bar = progress(task, len(prompts))
-    for batch, pixels, index in load_images(make_batches(images, list(map(len, prompts)), opt.batch_size), images,
-                                            image_size(model), opt):
+    for batch, pixels, index in load_images(images, list(map(len, prompts)), model, opt):
         with autocast(opt):
             new = model.generate([prompts[i] for i in batch], pixels, index, max_new_tokens=opt.max_new_tokens,
                                  stop_ids=(tokenizer.sep_id, tokenizer.eot_id))
@@ -440,8 +440,7 @@ def pick_choices(model, tokenizer, task, opt):
             images.append(e.image)
     nats = [[] for _ in examples]
     bar, scored = progress(task, len(rows), 'choices'), [0.0] * len(rows)
-    batches = make_batches(images, [len(c) + len(ids) for _, c, ids, _ in rows], opt.batch_size)
-    for batch, pixels, index in load_images(batches, images, image_size(model), opt):
+    for batch, pixels, index in load_images(images, [len(c) + len(ids) for _, c, ids, _ in rows], model, opt):
         width = max(len(rows[i][1]) + len(rows[i][2]) for i in batch) - 1
         tokens = torch.full((len(batch), width), tokenizer.pad_id)
         targets = torch.full((len(batch), width), IGNORE_INDEX)
@@ -467,10 +466,6 @@ def progress(task, total, unit='questions'):
 
 def autocast(opt):
     return torch.autocast(opt.device, dtype=torch.bfloat16, enabled=opt.dtype == 'bfloat16')
-
-
-def image_size(model):
-    return model.encoder.image_size if model.encoder is not None else 0
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
