@@ -234,18 +234,16 @@ def gradients(f, leaves, dtype=None):
 def compare(title, leaves, names, flops, truth, peak):
     """Time forward and backward of each implementation, its memory and its error against `truth`; print a table."""
     print(f"\n{title}\n{'':<28} {'fwd ms':>8} {'fwd+bwd':>8} {'TFLOP/s':>8} {'of peak':>8} {'GiB':>7} {'error':>8}")
-    cuda = leaves[0].is_cuda
     for name, f in names.items():
         try:
             error = max(float((a.float() - b.float()).norm() / b.float().norm())
                         for a, b in zip(gradients(f, leaves), truth))
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated() if cuda else 0
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
             gradients(f, leaves)
-            extra = ((torch.cuda.max_memory_allocated() if cuda else 0) - held) / 2 ** 30
-            forward, both = timed(lambda: f(*leaves), cuda), timed(lambda: gradients(f, leaves), cuda)
+            extra = (torch.cuda.max_memory_allocated() - held) / 2 ** 30
+            forward, both = timed(lambda: f(*leaves)), timed(lambda: gradients(f, leaves))
             rate = flops / both / 1e9
             share = rate * 1e12 / peak
             print(f'{name:<28} {forward:8.3f} {both:8.3f} {rate:8.1f} {share:8.1%} {extra:7.2f} {error:8.1e}')
@@ -253,17 +251,10 @@ def compare(title, leaves, names, flops, truth, peak):
             print(f'{name:<28} not run: {type(e).__name__} {str(e).splitlines()[0][:80] if str(e) else ""}')
 
 
-def timed(f, cuda):
-    """Median milliseconds of a call."""
-    if cuda:
-        from triton.testing import do_bench
-        return do_bench(f, return_mode='median')
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        f()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
+def timed(f):
+    """Median milliseconds of a call on the GPU."""
+    from triton.testing import do_bench
+    return do_bench(f, return_mode='median')
 
 
 def bench_kernels(argv):
@@ -331,7 +322,7 @@ def fastest(kernel, key, long, candidates, f):
     for config in (before[long], *candidates):
         kernels.CONFIG[key] = (config, config)
         try:
-            times[config] = timed(f, True)
+            times[config] = timed(f)
         except (RuntimeError, ValueError, triton.OutOfResources, triton.CompilationError):
             continue
     kernels.CONFIG[key] = before
