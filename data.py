@@ -82,11 +82,6 @@ class Tokenizer:
         """Return the text of a sequence of ids; special ids and ids beyond the tokenizer's are dropped."""
         return self.engine.decode([int(i) for i in ids if 0 <= i < self.image_id and i != self.eot_id])
 
-    def single(self, text):
-        """Return the one id that encodes `text`, or None when it takes several."""
-        ids = self.encode(text)
-        return ids[0] if len(ids) == 1 else None
-
     def name(self, i):
         """Return a readable name for one id, specials in angle brackets."""
         names = {self.eot_id: '<eot>', self.image_id: '<image>', self.sep_id: '<sep>', self.pad_id: '<pad>'}

@@ -108,7 +108,6 @@ def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
     parts['added_tokens'][0]['special'] = False                          # then the engine itself would find it in the text
     (tmp_path / 'tokenizer.json').write_text(json.dumps(parts))
     assert 0 not in load_tokenizer(str(tmp_path)).encode(text)
-    assert t.single('a') is not None and t.single('zqzqzq') is None
 
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
