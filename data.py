@@ -82,11 +82,6 @@ class Tokenizer:
         """Return the text of a sequence of ids; special ids and ids beyond the tokenizer's are dropped."""
         return self.engine.decode([int(i) for i in ids if 0 <= i < self.image_id and i != self.eot_id])
 
-    def name(self, i):
-        """Return a readable name for one id, specials in angle brackets."""
-        names = {self.eot_id: '<eot>', self.image_id: '<image>', self.sep_id: '<sep>', self.pad_id: '<pad>'}
-        return names.get(int(i)) or self.decode([i])
-
 
 def load_tokenizer(path):
     """Return the Tokenizer of a sentencepiece .model, a tokenizer.json or a folder holding one; raises ValueError."""

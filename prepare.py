@@ -269,9 +269,10 @@ def describe(sample, tokenizer):
 
 
 def _readable(ids, tokenizer):
-    special = {tokenizer.eot_id, tokenizer.image_id, tokenizer.sep_id, tokenizer.pad_id}
+    special = {tokenizer.eot_id: '<eot>', tokenizer.image_id: '<image>', tokenizer.sep_id: '<sep>',
+               tokenizer.pad_id: '<pad>'}
     parts = []
-    for name, run in itertools.groupby(ids, lambda i: tokenizer.name(i) if i in special else ''):
+    for name, run in itertools.groupby(ids, lambda i: special.get(i, '')):
         run = list(run)
         parts.append(f'{name} x {len(run)}' if name and len(run) > 1 else name or json.dumps(tokenizer.decode(run)))
     return ' '.join(parts)
