@@ -194,17 +194,17 @@ def read_meta(folder):
     return meta
 
 
-def load_weights(model, folder, *, parts=('decoder', 'projector', 'encoder')):
+def load_weights(model, folder):
     """
-    Copy a checkpoint's tensors into the parts of a VLM, by name.
+    Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     returns  the names of the model's tensors that the checkpoint does not have (a fresh projector, say)
     Raises ValueError naming the first tensor whose shape differs, or that the model does not have.
     """
     path = os.path.join(folder, 'model.safetensors')
     saved = read_safetensors(path)
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(p + '.' for p in parts))}
+    own = model.state_dict()
     for key, value in saved.items():
-        if key.startswith(tuple(p + '.' for p in parts)) and getattr(model, key.split('.')[0]) is not None:
+        if getattr(model, key.split('.')[0], None) is not None:
             if key not in own:
                 raise ValueError(f"{path}: holds {key}, which this model does not have")
             if own[key].shape != value.shape:
