@@ -270,12 +270,8 @@ def load_vlm(folder, device='cpu'):
                              "with")
     if missing:
         raise ValueError(f"{folder}: model.safetensors lacks {missing[0]} ({len(missing)} tensors missing)")
-    return model.to(device).eval().requires_grad_(False), checkpoint_tokenizer(folder, meta), meta
-
-
-def checkpoint_tokenizer(folder, meta):
-    """The tokenizer that a checkpoint carries."""
-    return load_tokenizer(os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
+    tokenizer = load_tokenizer(os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
+    return model.to(device).eval().requires_grad_(False), tokenizer, meta
 
 
 def tensor_digest(module):
