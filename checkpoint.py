@@ -123,9 +123,9 @@ def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
     Bound the disk: drop all but the newest `keep_steps` ckpt_step_N, and optimizer states the policy does not keep.
     keep_optimizer  'all', 'percent' (ckpt_NNN and the last), 'last', 'none' (none but the last's: a run must resume)
     """
-    last = os.path.basename(os.path.realpath(os.path.join(out_dir, 'ckpt_last')))
-    named = {os.path.basename(os.path.realpath(os.path.join(out_dir, n))) for n in os.listdir(out_dir)
-             if re.fullmatch(r'ckpt_\d\d\d', n)}
+    folder_of = lambda name: os.path.basename(os.path.realpath(os.path.join(out_dir, name)))         # what a link means
+    last = folder_of('ckpt_last')
+    named = {folder_of(n) for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_\d\d\d', n)}
     steps = [n for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_step_\d+', n)]
     steps = sorted((n for n in steps if n not in named), key=lambda n: int(n[10:]))
     for name in steps[:-keep_steps or None]:
@@ -136,8 +136,7 @@ def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
     keep = {'all': None, 'percent': named | {last}, 'last': {last}, 'none': {last}}[keep_optimizer]
     for name in os.listdir(out_dir):
         path = os.path.join(out_dir, name, 'optim.pt')
-        if keep is not None and re.fullmatch(r'ckpt_.*', name) and os.path.basename(
-                os.path.realpath(os.path.join(out_dir, name))) not in keep and os.path.exists(path):
+        if keep is not None and name.startswith('ckpt_') and folder_of(name) not in keep and os.path.exists(path):
             os.remove(path)
 
 
