@@ -202,13 +202,11 @@ class StopSignal:
 
 def accumulation(global_batch_size, micro_batch_size, world_size):
     """Micro-steps per optimizer step; exits with one line that says which sizes would divide the batch."""
-    if min(global_batch_size, micro_batch_size) < 1:
-        sys.exit(f"global_batch_size={global_batch_size}, micro_batch_size={micro_batch_size}: expected at least 1")
     n, rest = divmod(global_batch_size, micro_batch_size * world_size)
-    if rest or n == 0:
+    if rest:
         fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % m == 0]
         near = min((m for m in fit if m * world_size in fit), key=lambda m: abs(m - micro_batch_size), default=None)
-        hint = f"{near}" if near else f"1 with a number of processes among {fit[:8]}"
+        hint = near or f"1 with a number of processes among {fit[:8]}"
         sys.exit(f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
                  f"{world_size} processes; --micro_batch_size={hint} would")
     return n

@@ -91,6 +91,7 @@ def test_cooldown_goes_on_where_the_main_schedule_stood():
 
 @pytest.mark.parametrize('key, value, expected', [
     ('seq_len', 0, 'at least 1'), ('n_layer', 0, 'at least 1'), ('n_worker', -1, 'at least 0'), ('lr', 0.0, 'above 0'),
+    ('micro_batch_size', 0, 'at least 1'), ('global_batch_size', 0, 'at least 1'),
     ('lr', -1.0, 'above 0'), ('weight_decay', -0.1, 'at least 0'), ('beta1', 1.5, 'below 1'),
     ('warmup_ratio', 2.0, 'below 1'), ('text_share', 1.0, 'below 1'), ('image_ratio', 1.5, 'between 0 and 1'),
     ('keep_percent', (150,), 'from 1 to 100'), ('keep_percent', (0.5,), 'from 1 to 100'),
@@ -129,8 +130,6 @@ def test_accumulation_says_what_would_divide():
             common.accumulation(*given)
         G, mb, W = given
         one_line(caught, f'global_batch_size={G} is not a multiple of micro_batch_size={mb} x {W} processes', words)
-    with pytest.raises(SystemExit, match='expected at least 1'):
-        common.accumulation(8, 0, 1)
 
 
 @pytest.mark.parametrize('message, code', [('the reason', 1), (1, 1), (0, 0)])
