@@ -35,6 +35,9 @@ AT_LEAST = {**dict.fromkeys('n_layer n_head n_embd vocab_size seq_len image_size
                             'moments_warmup_steps final_lr start_lr rewarm_lr projector_lr encoder_lr weight_decay '
                             'grad_clip z_loss n_thread n_worker save_every keep_steps eval_every length_window '
                             'max_bad_samples'.split(), 0)}
+ONE_OF = {'schedule': ('main', 'cooldown', 'rewarm'), 'cooldown_shape': ('cosine', 'remaining'),
+          'loss_weight': ('source', 'token'), 'loss_average': ('token', 'answer'), 'resume': ('auto', 'never'),
+          'keep_optimizer': ('all', 'percent', 'last', 'none')}
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -44,6 +47,8 @@ def check_config(config):
     for key, value in config.items():
         if key in AT_LEAST and value < AT_LEAST[key]:
             sys.exit(f"{key}={value}: expected at least {AT_LEAST[key]}")
+        if key in ONE_OF and value not in ONE_OF[key]:
+            sys.exit(f"{key}={value!r}: expected one of {', '.join(ONE_OF[key])}")
         if key == 'lr' and not value > 0:
             sys.exit(f"lr={value}: expected above 0")
         if key == 'seed' and not 0 <= value < 2 ** 63:

@@ -84,10 +84,6 @@ init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
 common.check_config(config)
-for key, given, allowed in (('resume', resume, ('auto', 'never')), ('loss_average', loss_average, ('token', 'answer')),
-                            ('keep_optimizer', keep_optimizer, ('all', 'percent', 'last', 'none'))):
-    if given not in allowed:
-        sys.exit(f"{key}={given!r}: expected one of {', '.join(allowed)}")
 if train_encoder and not save_encoder:
     sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 last = os.path.join(out_dir, 'ckpt_last')

@@ -105,13 +105,6 @@ init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
 common.check_config(config)
-for key, given, allowed in (('schedule', schedule, ('main', 'cooldown', 'rewarm')),
-                            ('resume', resume, ('auto', 'never')),
-                            ('cooldown_shape', cooldown_shape, ('cosine', 'remaining')),
-                            ('loss_weight', loss_weight, ('source', 'token')),
-                            ('keep_optimizer', keep_optimizer, ('all', 'percent', 'last', 'none'))):
-    if given not in allowed:
-        sys.exit(f"{key}={given!r}: expected one of {', '.join(allowed)}")
 if schedule == 'cooldown' and not init_from:
     sys.exit("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER, or --schedule=rewarm from "
              "scratch")
