@@ -319,7 +319,7 @@ class StepReader:
         self.process, self.logger, self.names = process, logger, names
         self.pending, self.time = None, time.perf_counter()
 
-    def push(self, line, micro, row_loss, norm, skipped, counts, share, seen, flops):
+    def push(self, line, micro, row_loss, norm, skipped, counts, share, seen, flops_per_token):
         """Queue step `line['step']`; row_loss list of (2,B) device tensors, norm and skipped () device tensors."""
         row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
         source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
@@ -341,8 +341,8 @@ class StepReader:
         self.time = now
         rate = 1 / (now - before)
         tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
-        line.update(n_kept=int(counts['n_kept'].sum()), tokens_per_s=tokens * rate,
-                    mfu=model_flops_utilisation(flops * rate, device.device, self.process.world_size))
+        mfu = model_flops_utilisation(flops_per_token * tokens * rate, device.device, self.process.world_size)
+        line.update(n_kept=int(counts['n_kept'].sum()), tokens_per_s=tokens * rate, mfu=mfu)
         sources = {name: dict(seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(share[i]))
                    for i, name in enumerate(self.names)}
         previous, self.pending = self.pending, (line, host, event, sources, [i for batch in micro for i in batch.ids])

@@ -256,11 +256,10 @@ try:
         lr_now = main_lr(step, **schedule)
         norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
         common.add_counts(seen, counts, mixture.names)
-        positions = sum(float(counts[key].sum()) for key in ('n_text', 'n_image_position', 'n_pad'))
         reader.push(dict(step=step + 1, tokens=tokens_seen(), lr=lr_now, data_wait_s=waited,
                          mem_gib=common.memory_gib(process.device)),
                     micro, row_loss, norm, skipped, counts, share, seen,
-                    flops=model.decoder.config.flops_per_token(micro[0].tokens.shape[1]) * positions)
+                    model.decoder.config.flops_per_token(micro[0].tokens.shape[1]))
         done = step + 1
         if done == last_step or (save_every and done % save_every == 0):
             reader.flush()                                                              # the log reaches the checkpoint

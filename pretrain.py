@@ -438,7 +438,7 @@ try:
         reader.push(dict(step=step + 1, tokens=(step + 1) * tokens_per_step, lr=lr_at(step), data_wait_s=waited,
                          mem_gib=common.memory_gib(process.device)),
                     micro, row_loss, norm, skipped, counts, share, seen,
-                    flops=model_config.flops_per_token(seq_len) * tokens_per_step)
+                    model_config.flops_per_token(seq_len))
         done = step + 1
         names = percent_steps.get(done, [])
         if not names and (done == last_step or (save_every and done % save_every == 0)):
