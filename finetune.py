@@ -181,9 +181,7 @@ try:
         sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
 except ValueError as e:
     sys.exit(str(e))
-network = model
-if process.world_size > 1:
-    network = common.distributed(model)
+network = common.distributed(model) if process.world_size > 1 else model
 schedule = dict(peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps)
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

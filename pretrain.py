@@ -346,9 +346,7 @@ except ValueError as e:
 warmup = {'main': warmup_steps, 'rewarm': rewarm_steps}.get(schedule, moments_warmup_steps * (moments == 'none'))
 if warmup >= max_steps:
     process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")
-network = model
-if process.world_size > 1:
-    network = common.distributed(model)
+network = common.distributed(model) if process.world_size > 1 else model
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 if process.master:
