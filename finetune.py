@@ -173,8 +173,7 @@ model.to(process.device)
 if compile:
     for block in model.decoder.layers:
         block.compile(dynamic=None)
-shares = {'decoder': 1.0, 'projector': projector_lr / lr if projector_lr else 1.0,
-          'encoder': encoder_lr / lr if encoder_lr else 1.0}
+shares = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
 optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2))
 try:
     if resuming and checkpoint.load_optimizer(optimizer, last) is None:

@@ -327,8 +327,8 @@ def lr_at(step):
 # --- optimizer and resume ---------------------------------------------------------------------------------------------
 shares = {'decoder': 1.0}
 if multimodal:
-    shares['projector'] = projector_lr / top if projector_lr else 1.0
-    shares['encoder'] = encoder_lr / top if encoder_lr else 1.0
+    shares['projector'] = (projector_lr or top) / top
+    shares['encoder'] = (encoder_lr or top) / top
 optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2))
 moments = 'fresh'                                    # whose AdamW moments this run began with; recorded in meta.json
 try:
