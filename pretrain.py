@@ -201,10 +201,10 @@ def caption_mixture(patterns):
     return Mixture(sources, [w for _, w in patterns], seed, max_bad_samples=max_bad_samples)
 
 
-def loader(mixture, start, stop, batch, micro, n_worker):
-    return Loader(mixture, start=start, stop=stop, global_batch_size=batch, micro_batch_size=micro, rank=process.rank,
-                  world_size=process.world_size, pad_id=codec.pad_id, pad_to=seq_len, n_worker=n_worker,
-                  pin_memory=process.device.type == 'cuda')
+def loader(mixture, start, stop, batch, n_worker):
+    return Loader(mixture, start=start, stop=stop, global_batch_size=batch, micro_batch_size=micro_batch_size,
+                  rank=process.rank, world_size=process.world_size, pad_id=codec.pad_id, pad_to=seq_len,
+                  n_worker=n_worker, pin_memory=process.device.type == 'cuda')
 
 
 if not os.path.exists(data_path(tokenizer)):
@@ -250,7 +250,7 @@ except (ValueError, OSError) as e:
 
 # the workers fork here, before this process holds GPU memory
 last_step = max(first_step, min(max_steps, stop_after)) if stop_after else max_steps
-batches = loader(mixture, first_step, last_step, global_batch_size, micro_batch_size, n_worker)
+batches = loader(mixture, first_step, last_step, global_batch_size, n_worker)
 process.start_device()
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def validate(step):
         there = sum(len(leaf.source) for leaf in held_out.leaves.values())               # none twice, if that can be
         rows = max(1, min(eval_rows, there) // per_micro) * per_micro
         nll = kept = 0
-        for batch in loader(held_out, 0, 1, rows, micro_batch_size, 0):
+        for batch in loader(held_out, 0, 1, rows, 0):
             batch = batch.to(process.device)
             with process.autocast():
                 model(batch.tokens, batch.targets, batch.images, batch.image_index, rows=batch.rows)
