@@ -222,17 +222,16 @@ try:
         encoder = load_encoder(path, encoder_layer, encoder_norm, image_size)
     parts = [(text_mixture(text, start_cursor), 1 - image_ratio)] if image_ratio < 1 else []
     if image_ratio > 0:
-        images = caption_mixture(captions) if instruct_share < 1 else None
+        images = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
         if instruct_share > 0:
             if not os.path.exists(data_path(instruct)):
                 sys.exit(f"instructions {data_path(instruct)} not found; {data_hint}")
             chat = InstructSource(data_path(instruct), data_path(instruct_images), codec, seq_len, encoder.n_token,
                                   encoder.image_size, resize, cache_dir=cache_dir)
-            images = Mixture([chat] if images is None else [images, chat],
-                             [1.0] if images is None else [1 - instruct_share, instruct_share], seed,
-                             max_bad_samples=max_bad_samples)
+            images.append((chat, instruct_share))
+        images = Mixture([m for m, _ in images], [w for _, w in images], seed, max_bad_samples=max_bad_samples)
         parts.append((images, image_ratio))
-    mixture = parts[0][0] if len(parts) == 1 else Mixture([m for m, _ in parts], [w for _, w in parts], seed)
+    mixture = Mixture([m for m, _ in parts], [w for _, w in parts], seed)
     for leaf in parts[0][0].leaves.values() if start_cursor and image_ratio < 1 else []:
         if leaf.name not in start_cursor:
             process.print(f"!!! text source {leaf.name!r} is new: it starts at its first row; {init_from} knows "
