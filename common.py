@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data import TextSource, find
 from kernels import IGNORE_INDEX
+from mixture import COUNTS
 from model import Decoder
 
 # dense bf16, by substring of the device's name: the first that fits
@@ -256,10 +257,6 @@ def drop_gradients(*modules):
 
 
 # --- one step's bookkeeping -------------------------------------------------------------------------------------------
-
-# per source of the data: what Batch.stats counts
-COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')
-
 
 def count(process, micro, names, *flags):
     """

@@ -21,7 +21,7 @@ import torch
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16  # rows are shuffled within this many shards: reads stay local, 16 x 8192 rows mix well
-STATS = ('n_sample', 'n_text', 'n_image_position', 'n_kept', 'n_pad', 'n_image', 'n_truncated')  # counts per source
+COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')  # per source
 
 
 class BadSample(ValueError):
@@ -56,7 +56,7 @@ class Batch:
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
     slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids B
     str; rows (kept,) int64 flat positions of the kept targets in the (B*T) grid; bad: messages of replaced items;
-    stats {source: {one of STATS: int}}.
+    stats {source: {one of COUNTS: int}}.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -100,7 +100,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
     weights = np.zeros((len(rows), T), np.float32) if any(w is not None for _, _, _, w in rows) else None
     names = list(names) if names is not None else list(dict.fromkeys(s.source for s in samples))
     place, images, slots = {}, [], []
-    stats = {s.source: dict.fromkeys(STATS, 0) for s in samples}
+    stats = {s.source: dict.fromkeys(COUNTS, 0) for s in samples}
     for b, (s, t, y, w) in enumerate(rows):
         n = len(t)
         tokens[b, :n], targets[b, :n] = t, y
