@@ -317,13 +317,10 @@ class Loader:
         workers = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
         self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
                                                         generator=generator, **(workers if n_worker else {})))
-        self.n_left, self.n_worker = len(order), n_worker
+        self.n_worker = n_worker
         if n_worker:
             # before multiprocessing's own, which would wait for workers that ignore SIGTERM
             atexit.register(self.close)
-
-    def __len__(self):
-        return self.n_left
 
     def __iter__(self):
         return self
@@ -334,7 +331,6 @@ class Loader:
         except StopIteration:
             self.close()
             raise
-        self.n_left -= 1
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
             raise BadSample(batch)
         return batch.pin_memory() if self.pin_memory else batch          # DataLoader's thread would start CUDA on GPU 0
