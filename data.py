@@ -48,8 +48,7 @@ class Tokenizer:
         if self.hf:
             os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')     # its threads and forked workers do not mix
             import tokenizers
-            with open(path, encoding='utf-8') as f:
-                parts = json.load(f)
+            parts = json.loads(self.content.decode('utf-8'))
             if not isinstance(parts, dict) or not isinstance(parts.get('model'), dict):
                 raise ValueError("not a Hugging Face tokenizer.json: it has no 'model'")
             self.engine = tokenizers.Tokenizer.from_file(path)
