@@ -258,7 +258,6 @@ class TextSource:
         self.group_sizes = self.shards.sizes
         if sum(self.group_sizes) == 0:
             raise ValueError(f"{files[0]}: no row of text in {len(files)} file(s)")
-        self.items_per_row = 1
         if not self.binary:
             self.row_len = self._longest_row() - 1                       # 2048 in OpenLM's shards of 2049 ids
         self.items_per_row = -(-self.row_len // seq_len)
