@@ -521,12 +521,12 @@ class InstructSource:
         rows = []
         for p, (question, answer) in enumerate(pairs):
             if p == 0 or self.split_turns:
-                rows.append([instruct_prompt(question, n_token, self.tokenizer, self.system_prompt), []])
-                rows[-1][1] += [0.0] * len(rows[-1][0])                  # a weight for each id, as a target
+                ids = instruct_prompt(question, n_token, self.tokenizer, self.system_prompt)
+                rows.append(([], []))                                    # ids, and a weight for each id as a target
             else:
                 ids = encode(_clean(question)) + [sep]
-                rows[-1][0].extend(ids)
-                rows[-1][1].extend([0.0] * len(ids))
+            rows[-1][0].extend(ids)
+            rows[-1][1].extend([0.0] * len(ids))
             ids = encode(_clean(answer)) + [sep]
             rows[-1][0].extend(ids)
             rows[-1][1].extend([1 / len(ids) if self.loss_average == 'answer' else 1.0] * len(ids))
