@@ -188,12 +188,11 @@ def pair(folder, out, captions='', samples_per_shard=1000):
     """
     if captions:
         with open(captions, encoding='utf-8-sig') as f:
-            lines = [(n, line) for n, line in enumerate(f, 1) if line.strip()]
-        pairs = [(_field(captions, n, line, 'image'), _field(captions, n, line, 'caption')) for n, line in lines]
+            pairs = [(_field(captions, n, line, 'image'), _field(captions, n, line, 'caption'))
+                     for n, line in enumerate(f, 1) if line.strip()]
     else:
         suffixes = tuple('.' + s for s in data.IMAGE_SUFFIXES)
-        images = [os.path.relpath(p, folder) for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
-        pairs = [(image, None) for image in images]
+        pairs = [(os.path.relpath(p, folder), None) for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
         other = [p for _, _, names in os.walk(folder) for p in names if p.lower().endswith(OTHER_IMAGES)]
         if other:
             print(f"!!! {len(other)} images left out, such as {other[0]}: expected {' '.join(suffixes)}")
