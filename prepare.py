@@ -342,8 +342,8 @@ def main(argv=None):
         return 1 if damaged else 0
     else:
         tokenizer = data.load_tokenizer(a.tokenizer)
-        prompt = {'system_prompt': a.system_prompt} if a.system_prompt else {}
-        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size, a.kind, **prompt)
+        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size, a.kind,
+                             system_prompt=a.system_prompt)
         if a.command == 'show':
             show(source, tokenizer, a.n, a.seed, a.image_out)
             return 0
