@@ -297,16 +297,13 @@ class Loader:
     """
     def __init__(self, mixture, *, start, stop, global_batch_size, micro_batch_size, rank=0, world_size=1, pad_id,
                  pad_to=0, n_worker=0, seed=0, group_window=0, total=None, pin_memory=False):
-        per_rank = global_batch_size // world_size
-        for name, value, whole in (('number of processes', world_size, global_batch_size),
-                                   ('micro_batch_size', micro_batch_size, per_rank)):
-            if value < 1 or whole % value:
-                fit = [d for d in range(1, whole + 1) if whole % d == 0]
-                raise ValueError(f"{name} {value} does not divide {whole} sequences (global_batch_size="
-                                 f"{global_batch_size}, {world_size} processes); these do: {', '.join(map(str, fit))}")
+        self.n_micro, rest = divmod(global_batch_size, world_size * micro_batch_size)
+        if rest:
+            raise ValueError(f"global_batch_size={global_batch_size} is not a multiple of {world_size} processes x "
+                             f"micro_batch_size={micro_batch_size}")
         self.mixture, self.rank, self.W = mixture, rank, world_size
         self.G, self.mb = global_batch_size, micro_batch_size
-        self.n_micro, self.pad_id, self.pad_to = per_rank // micro_batch_size, pad_id, pad_to
+        self.pad_id, self.pad_to = pad_id, pad_to
         self.seed, self.group_window, self.total, self.pin_memory = seed, group_window, total or stop, pin_memory
         self._window = lru_cache(maxsize=2)(self._sorted_window)
         if n_worker and 'fork' not in multiprocessing.get_all_start_methods():
