@@ -209,19 +209,19 @@ def tar_members(path, cache_dir=''):
 class _Shards:
     """Which shard holds row i: stamps of files, rows of each, and the row of the file each begins with."""
     def __init__(self):
-        self.stamps, self.sizes, self.first, self.ends = [], [], [], []
+        self.stamps, self.sizes, self.first, self.ends = [], [], [], [0]
 
     def add(self, stamp, n_row, first=0):
         self.stamps.append(stamp)
         self.sizes.append(n_row)
         self.first.append(first)
-        self.ends.append((self.ends[-1] if self.ends else 0) + n_row)
+        self.ends.append(self.ends[-1] + n_row)
 
     def locate(self, row):
-        if not 0 <= row < (self.ends[-1] if self.ends else 0):
-            raise IndexError(f"row {row}: expected 0..{(self.ends[-1] if self.ends else 0) - 1}")
-        s = bisect_right(self.ends, row)
-        return self.stamps[s], self.first[s] + row - (self.ends[s] - self.sizes[s])
+        if not 0 <= row < self.ends[-1]:
+            raise IndexError(f"row {row}: expected 0..{self.ends[-1] - 1}")
+        s = bisect_right(self.ends, row) - 1
+        return self.stamps[s], self.first[s] + row - self.ends[s]
 
 
 # --- sources: len(source), source[i] -> Sample; .name, .items_per_row, .group_sizes, .damaged, .length(i) for Mixture
@@ -293,7 +293,7 @@ class TextSource:
 
     def _longest_row(self):
         """Return the number of ids in the longest of the first rows, or in a shard's first row that can be read."""
-        for rows in (range(min(8, self.shards.ends[-1])), *([row] for row in self.shards.ends[:-1])):
+        for rows in (range(min(8, self.shards.ends[-1])), *([row] for row in self.shards.ends[1:-1])):
             lengths = []
             for row in rows:
                 try:
