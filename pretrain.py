@@ -152,7 +152,6 @@ if init_from and os.path.lexists(os.path.join(init_from, 'ckpt_last')):
 process = common.setup_process(device, dtype, n_thread)
 n_micro = common.accumulation(global_batch_size, micro_batch_size, process.world_size)
 stop_signal = common.StopSignal()
-torch.manual_seed(seed)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
 try:
