@@ -502,7 +502,6 @@ class InstructSource:
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)
         begin, end = self.entries[index, :2].tolist()
-        where = f"{os.path.basename(stamp[0])}:{r}"
         try:
             entry = json.loads(_read(stamp, begin, end - begin))
             turns = _turns(entry)
@@ -513,7 +512,7 @@ class InstructSource:
                 sample.image_keys = [image]
         except (ValueError, OSError, RecursionError) as e:
             raise BadSample(f"{stamp[0]}: entry {r}: {e}") from None
-        sample.source, sample.id = self.name, where
+        sample.source, sample.id = self.name, f"{os.path.basename(stamp[0])}:{r}"
         return sample
 
     def _layout(self, pairs, n_token):
