@@ -28,16 +28,11 @@ from configurator import configure
 from model import VLM, Decoder, ModelConfig, Projector
 from vision import SigLIP, SigLIPConfig, load_encoder
 
-try:
-    import triton
-except ImportError:
-    triton = None
-
 
 def conditions(device):
     """One line: device, versions, commit, date."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    version = triton.__version__ if triton else 'absent'
+    version = kernels.triton.__version__ if kernels.triton else 'absent'
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, triton {version}, python "
             f"{platform.python_version()}, commit {checkpoint.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
 
@@ -70,9 +65,9 @@ def synthetic_batch(c, encoder, image_id, device):
     if n_image:
         n, size = encoder.n_token, encoder.image_size
         tokens[:n_image, :n] = image_id
-        targets[:n_image, :n] = targets[:n_image, n + 41:] = -100
+        targets[:n_image, :n] = targets[:n_image, n + 41:] = kernels.IGNORE_INDEX
         images = torch.randint(0, 256, (n_image, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
-    rows = (targets.flatten() != -100).nonzero().squeeze(1)
+    rows = (targets.flatten() != kernels.IGNORE_INDEX).nonzero().squeeze(1)
     return tokens.to(device), targets.to(device), images, rows.to(device)
 
 
@@ -323,9 +318,11 @@ def fastest(kernel, key, long, candidates, f):
         kernels.CONFIG[key] = (config, config)
         try:
             times[config] = timed(f)
-        except (RuntimeError, ValueError, triton.OutOfResources, triton.CompilationError):
-            continue
+        except Exception as e:                                  # too large for this GPU, not compiled, ...
+            failure = e
     kernels.CONFIG[key] = before
+    if not times:
+        sys.exit(f"bench.py tune: no config of {key} runs here: {type(failure).__name__} {failure}")
     return min(times, key=times.get)
 
 

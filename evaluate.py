@@ -305,9 +305,8 @@ def read_text(folder, opt):
             blind = [choices.index(b) for b in row.get('blind_answers') or ()]
             examples.append(Example(str(i), (query.strip() + delimiter).rstrip(), [gold], types=type_labels(row),
                                     choices=[choice.strip() for choice in choices], blind=blind))
-        if examples:
-            found.append(Task(file[:-6], 'text', subset(examples, opt.n_example), same, chat=False,
-                              variant=f'nats per {opt.choice_norm}'))
+        found.append(Task(file[:-6], 'text', subset(examples, opt.n_example), same, chat=False,
+                          variant=f'nats per {opt.choice_norm}'))
     return found
 
 
@@ -339,7 +338,11 @@ def find_tasks(opt):
         raise ValueError(f"eval_dir={opt.eval_dir}: no {unknown[0] if unknown else 'benchmark'} found; there is "
                          f"{', '.join(sorted(names | {t.name for t in found})) or 'nothing that can be read'}; "
                          "evaluate.py's first lines say which files go there")
-    return [task for task in found if not asked or task.name in asked]
+    found = [task for task in found if not asked or task.name in asked]
+    empty = [task.name for task in found if not task.examples]
+    if empty:
+        raise ValueError(f"eval_dir={opt.eval_dir}: {empty[0]} holds no question: mend it or leave it out (--tasks)")
+    return found
 
 
 # --- asking the model ---------------------------------------------------------------------------------------------
@@ -510,7 +513,8 @@ def check(opt):
                              ('n_thread', 0, common.MAX_THREADS)):
         if not least <= getattr(opt, key) <= most:
             raise ValueError(f"{key}={getattr(opt, key)}: expected from {least} to {most}")
-    if len({str(word).lower() for word in opt.pope_words}) != 2 or not all(isinstance(w, str) for w in opt.pope_words):
+    words = [word.lower() for word in opt.pope_words if isinstance(word, str)]
+    if len(opt.pope_words) != 2 or len(set(words)) != 2:
         raise ValueError(f"pope_words={opt.pope_words}: expected two different words, the one for yes first")
 
 
@@ -591,8 +595,9 @@ def run(opt):
         raise ValueError(f"{opt.ckpt} is a text-only checkpoint and {', '.join(t.name for t in found)} need images: "
                          "nothing to do")
     lines = [table(results),
-             "chance: an even draw from the answers of a question's type; blind: the better of the best constant",
-             "answer per type and, where the files allow it, an even draw from what the image holds (results.json has both)"]
+             "chance: an even draw from the answers of a question's type",
+             "blind: the better of the best constant answer per type and, where the files allow it, an even draw from",
+             "what the image holds (results.json has both)"]
     for title, stable in content['stable'].items():
         n, names = len(stable['tasks']), ', '.join(stable['tasks'])
         lines.append(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: "

@@ -469,6 +469,9 @@ QUESTIONS, ANNOTATIONS = 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoc
      'entry 1 has 9'),
     (write_textvqa, lambda f: (f / 'textvqa_val_v051_ocr.jsonl').write_text('{"text": "a"}\n'),
      '1 lines, expected one per'),
+    (write_text, lambda f: (f / 'copa.jsonl').write_text(''), 'copa holds no question'),
+    (write_vqav2, lambda f: [edit(f / QUESTIONS, lambda c: c.update(questions=[])),
+                             edit(f / ANNOTATIONS, lambda c: c.update(annotations=[]))], 'vqav2 holds no question'),
     (write_text, lambda f: (f / 'copa.jsonl').write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}'),
      'copa.jsonl: entry 0 has gold=2 for 2 choices')])
 def test_broken_files_are_named_in_one_line(tmp_path, write, damage, message):
@@ -609,7 +612,8 @@ def test_user_mistakes_end_in_one_line(tmp_path, eval_dir, checkpoint):
                         (('--batch_size=0',), 'batch_size=0'), (('--n_thread=-3',), 'n_thread=-3'),
                         (('--pope_words=(1, 2)',), 'pope_words'),
                         (('--tasks=nope',), 'there is boolq, copa, pope, refcoco, textvqa'), (('--resize=big',), 'resize'),
-                        (('--eval_dir=nowhere',), 'nowhere'), (("--pope_words=('Yes', 'yes')",), 'pope_words')):
+                        (('--eval_dir=nowhere',), 'nowhere'), (("--pope_words=('Yes', 'yes')",), 'pope_words'),
+                        (("--pope_words=('Yes', 'No', 'no')",), 'pope_words')):
         given = args if not args or args[0].startswith('--ckpt') else (f'--ckpt={checkpoint[0]}', *args)
         message = script(f'--eval_dir={eval_dir}', *given, '--device=cpu')
         assert isinstance(message, str) and words in message and '\n' not in message, args
