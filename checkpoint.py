@@ -243,6 +243,14 @@ def load_moments(optimizer, saved):
     return fresh
 
 
+def restore_rng(meta, folder):
+    """Torch's CPU random state as it was saved. The stages draw nothing after the start; a fork's dropout would."""
+    try:
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(meta['rng'])), dtype=torch.uint8))
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{folder}: meta.json holds no random state ({first_line(e)})") from e
+
+
 def load_vlm(folder, device='cpu'):
     """
     A checkpoint as a model for evaluation.

@@ -112,11 +112,11 @@ try:
     model, codec, base = checkpoint.load_vlm(last if resuming else init_from)
     base = meta['base'] if resuming else base
     path = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
+    torch.manual_seed(seed + 1)
     if model.encoder is None:                           # a base that never saw images: Prismatic's way
         if path != 'patch' and not os.path.exists(path):
             sys.exit(f"encoder {path} not found; {data_hint}")
         model.encoder = load_encoder(path, encoder_layer, encoder_norm, image_size)
-        torch.manual_seed(seed + 1)
         model.projector = Projector(model.encoder.width, model.decoder.config.n_embd)
         process.print(f"{last if resuming else init_from} has no projector: a fresh one")
     if not save_encoder and not resuming:
@@ -176,8 +176,10 @@ if compile:
 shares = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
 optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2))
 try:
-    if resuming and checkpoint.load_optimizer(optimizer, last) is None:
-        sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
+    if resuming:
+        if checkpoint.load_optimizer(optimizer, last) is None:
+            sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
+        checkpoint.restore_rng(meta, last)
 except ValueError as e:
     sys.exit(str(e))
 network = common.distributed(model) if process.world_size > 1 else model

@@ -113,6 +113,8 @@ tokens_per_step = global_batch_size * seq_len
 max_steps = max_steps or round(max_tokens / tokens_per_step)
 if max_steps < 1:
     sys.exit(f"max_tokens={max_tokens}: less than one step of {tokens_per_step} tokens; give more, or --max_steps=N")
+if train_encoder and not save_encoder:
+    sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 percent_steps = {}                                                                       # step: its checkpoints' names
 for p in dict.fromkeys(keep_percent):
     percent_steps.setdefault(round(p / 100 * max_steps), []).append(f'ckpt_{p:03d}')
@@ -137,8 +139,6 @@ if dry_run:
     sys.exit(0)
 last = os.path.join(out_dir, 'ckpt_last')
 resuming = resume == 'auto' and os.path.exists(last)
-if train_encoder and not save_encoder:
-    sys.exit("train_encoder=True with save_encoder=False would lose what the encoder learns: give --save_encoder=true")
 checkpoint.check_last(last)
 if resume == 'never' and os.path.lexists(last):
     sys.exit(f"{out_dir} already holds a run and resume='never': remove it, or give another --out_dir")
@@ -334,6 +334,7 @@ try:
         moments = meta['moments']
         if checkpoint.load_optimizer(optimizer, last) is None:
             sys.exit(f"{last}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of a new run")
+        checkpoint.restore_rng(meta, last)
     elif schedule == 'cooldown':
         fresh = checkpoint.load_optimizer(optimizer, init_from) if base else None
         moments = 'none' if fresh is None else 'loaded'

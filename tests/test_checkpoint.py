@@ -75,6 +75,18 @@ def test_a_text_checkpoint_leaves_the_projector_fresh(tmp_path, vocabulary):
     assert checkpoint.load_vlm(str(tmp_path / 'ckpt_080'))[0].projector is None
 
 
+def test_the_random_state_comes_back(tmp_path, vocabulary):
+    torch.manual_seed(5)
+    checkpoint.save_checkpoint(str(tmp_path), ['ckpt_100'], tiny_vlm(), None, load_tokenizer(vocabulary), meta_for())
+    expected = torch.randn(9)
+    meta = checkpoint.read_meta(str(tmp_path / 'ckpt_100'))
+    checkpoint.restore_rng(meta, 'here')
+    assert torch.equal(torch.randn(9), expected)
+    for rng in (None, 'a', 'AAAA', 3):
+        with pytest.raises(ValueError, match='here: meta.json holds no random state'):
+            checkpoint.restore_rng(dict(meta, rng=rng), 'here')
+
+
 def test_a_save_needs_no_file_of_the_base(tmp_path, vocabulary):
     path = tmp_path / 'tokenizer.json'
     shutil.copy(vocabulary, path)
