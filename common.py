@@ -367,6 +367,7 @@ class StepReader:
             if not ranks or bad:
                 print(f"step {line['step']}: not finite: {where}; rank {self.process.rank}, samples {named}; "
                       "the step changed nothing and the run stops", file=sys.stderr)
+            self.process.barrier()                       # nobody leaves before the others have read what they were sent
             self.process.exit(1)
         for i, name in enumerate(self.names):
             sources[name]['loss'] = float(nll[i]) / sources[name]['n_kept_now'] if sources[name]['n_kept_now'] else None

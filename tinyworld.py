@@ -566,7 +566,9 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
         target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
         labels = torch.full((target.numel(), n_cell * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
         region = siglip_loss(x[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
-        captions = (vectors[torch.arange(len(CELLS)), column[shown]] * (shown < len(NAMES) - 1)[..., None]).sum(1)
+        # not by indexing, whose backward adds in an order that differs from run to run on two threads
+        named = F.embedding(torch.arange(len(CELLS)) * len(seen) + column[shown], vectors.flatten(0, 1))
+        captions = (named * (shown < len(NAMES) - 1)[..., None]).sum(1)     # (B, C)
         pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)    # (B, C), as are the captions
         length = (x.norm(dim=-1) / width ** 0.5 - 1).square().mean()        # keeps features near sqrt(width) long
         loss = region + 0.1 * siglip_loss(pooled, captions, *scales[1]) + length
