@@ -285,7 +285,8 @@ class VLM(nn.Module):
             return x
         features = self.image_features(images)                                         # (N,n_token,C)
         if image_index is not None:
-            features = features[image_index]                                           # (M,n_token,C)
+            # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
+            features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
         # the slots come first in a stable sort; how many they are is known, so that a GPU is not asked and waited for
         features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]

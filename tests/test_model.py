@@ -360,6 +360,8 @@ class Watch(TorchDispatchMode):
         self.ran.add(name)
         if name.startswith('index') and isinstance(args[1], (list, tuple)):
             self.ran |= {'nonzero' for i in args[1] if i is not None and i.dtype == torch.bool}         # inside it
+            if args[3:4] == (True,) and any(len(i.unique()) < i.numel() for i in args[1] if i is not None):
+                self.ran.add('unordered sum')            # on several threads its last bits differ from run to run
         return func(*args, **(kwargs or {}))
 
 
@@ -381,7 +383,7 @@ def test_a_training_step_asks_the_device_for_nothing(frozen, monkeypatch):
         loss.backward()
         common.optimizer_step(optimizer, 1e-3, 1.0)
     assert {'linear_nll_backward', 'index_copy', '_fused_adamw_'} <= watch.ran, "the watch saw forward, backward, update"
-    assert not watch.ran & WAITS
+    assert not watch.ran & {*WAITS, 'unordered sum'}
 
 
 def test_a_batch_without_images_keeps_the_projector_in_the_graph():
