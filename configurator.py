@@ -10,7 +10,7 @@ where a resumed run may have another value. Bounds of a tuple are those of its i
 
 A config file is Python that assigns some of the script's keys (names that start with `_` are free). It sees the values
 so far and `stage` ('text', 'mix', 'finetune', 'evaluate'), so that one file can hold a scale for every stage. Files
-that use `stage` are read after the other files.
+that read `stage` come after the others, wherever they stand on the command line.
 Config files are code, like the scripts: run only those you would run as a script.
 """
 import ast
@@ -150,10 +150,13 @@ def _unknown(key, keys, source):
 
 
 def _compiled(path):
-    """A config file's code."""
+    """A config file's code, and whether it reads `stage`."""
     try:
         with open(path, encoding='utf-8') as f:
-            return compile(f.read(), path, 'exec')
+            tree = ast.parse(f.read(), path)
+            reads = any(isinstance(node, ast.Name) and node.id == 'stage' and isinstance(node.ctx, ast.Load)
+                        for node in ast.walk(tree))
+            return compile(tree, path, 'exec'), reads
     except FileNotFoundError:
         folder = os.path.dirname(path) or '.'
         there = sorted(p for p in os.listdir(folder) if p.endswith('.py')) if os.path.isdir(folder) else []
@@ -182,10 +185,10 @@ def _run_file(path, code, keys, values, stage):
     return changed
 
 
-def _stage_last(argv, code):
-    """argv with its files in another order: those that use `stage` behind the others, `--key=value` where it was."""
-    files = sorted((arg for arg in argv if arg in code), key=lambda arg: 'stage' in code[arg].co_names)
-    return [files.pop(0) if arg in code else arg for arg in argv]
+def _stage_last(argv, compiled):
+    """argv with its files in another order: those that read `stage` behind the others, `--key=value` where it was."""
+    files = sorted((arg for arg in argv if arg in compiled), key=lambda arg: compiled[arg][1])
+    return [files.pop(0) if arg in compiled else arg for arg in argv]
 
 
 def configure(namespace, argv=None):
@@ -205,9 +208,9 @@ def configure(namespace, argv=None):
         for key, rule in keys.items():
             print(f"  --{key}={rule.default!r}".ljust(36) + f"  {f'[{rule.rule}] ' if rule.rule else ''}{rule.comment}")
         sys.exit(0)
-    code = {arg: _compiled(arg) for arg in argv if arg.endswith('.py') and not arg.startswith('-')}
+    compiled = {arg: _compiled(arg) for arg in argv if arg.endswith('.py') and not arg.startswith('-')}
     scaled = {}                                          # file: the stage it was read for
-    for arg in _stage_last(argv, code):
+    for arg in _stage_last(argv, compiled):
         match = re.match(r'--([A-Za-z_][A-Za-z0-9_]*)=(.*)$', arg, re.S)
         if match:
             key, given = match.groups()
@@ -216,12 +219,13 @@ def configure(namespace, argv=None):
             values[key] = convert(key, given, keys[key], 'command line')
         elif arg.startswith('-'):
             raise UserError(f"command line: {arg}: expected --key=value (with the equals sign) or a config file")
-        elif arg not in code:
+        elif arg not in compiled:
             raise UserError(f"command line: {arg}: expected a config file that ends in .py, or --key=value")
         else:
             stage = values.get('stage', script)
-            values.update(_run_file(arg, code[arg], keys, values, stage))
-            if 'stage' in code[arg].co_names:
+            code, reads_stage = compiled[arg]
+            values.update(_run_file(arg, code, keys, values, stage))
+            if reads_stage:
                 scaled[arg] = stage
     for path, stage in scaled.items():
         if stage != values.get('stage', script):
