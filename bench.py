@@ -62,7 +62,7 @@ def synthetic_batch(c, encoder, image_id, device):
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image = round(B * c['image_ratio'])
+    n_image = round(B * c['image_ratio']) if encoder is not None else 0
     images = None
     if n_image:
         n, size = encoder.n_token, encoder.image_size
