@@ -101,10 +101,10 @@ def curves(folders, path):
     logs = [read_log(folder) for folder in folders]
     try:
         from matplotlib.figure import Figure                     # without pyplot: no window, nothing global
-        from matplotlib.ticker import LogLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator
     except ImportError as e:
         raise UserError(f"the curves need matplotlib ({e}): pip install -r requirements.txt") from e
-    figure = Figure(figsize=(1 + 4.5 * len(logs), 5), layout='constrained')
+    figure = Figure(figsize=(0.6 + 3.4 * len(logs), 4.8), layout='constrained')
     losses, rates = figure.subplots(2, len(logs), sharex='col', sharey='row', squeeze=False, height_ratios=(3, 1))
     names = list(dict.fromkeys(name for log in logs for name in log['sources']))
     style = {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}      # a source looks the same in each stage
@@ -112,10 +112,9 @@ def curves(folders, path):
         for name, points in log['sources'].items():
             steps, values = zip(*points)
             window = max(1, len(values) // 50)
-            label = name if window == 1 else f'{name}, mean of {window}'
             color, line = style[name]
             loss.plot(steps, values, color=color, linewidth=0.5, alpha=0.2)
-            loss.plot(steps, running_mean(values, window), color=color, linestyle=line, linewidth=1.8, label=label)
+            loss.plot(steps, running_mean(values, window), color=color, linestyle=line, linewidth=1.8, label=name)
         for name, points in log['validation'].items():
             loss.plot(*zip(*points), color='black', linestyle='', marker=VALIDATION[name], markersize=5,
                       markerfacecolor='white', label=name)
@@ -124,14 +123,16 @@ def curves(folders, path):
         loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         loss.yaxis.set_major_formatter('{x:g}')
         loss.yaxis.set_minor_formatter('')
-        loss.legend(frameon=False, fontsize=9)
         loss.grid(alpha=0.3)
         rate.grid(alpha=0.3)
         rate.set_xlabel('step')
         rate.set_ylim(bottom=0)
         rate.ticklabel_format(axis='y', scilimits=(0, 0))
-    losses[0].set_ylabel('loss (nats per target)')
+        rate.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+    losses[0].set_ylabel('loss (nats per target)\npale: a step, bold: running mean')
     rates[0].set_ylabel('learning rate')
+    entries = {label: handle for loss in losses for handle, label in zip(*loss.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc='outside lower center', ncols=2 * len(logs), frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as e:
