@@ -8,6 +8,7 @@ Prints the ladder and writes curves.png into the last folder. Reads eval/results
 each run, nothing else.
 """
 import json
+import math
 import os
 import re
 import sys
@@ -20,9 +21,15 @@ STYLES = (('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':
 VALIDATION = {'val_text_loss': 'o', 'val_caption_loss': 's'}              # key in log.jsonl -> marker
 
 
+def titles(folders):
+    """Short names of run folders: the last part of each, or all of it where two would be called the same."""
+    short = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return short if len(set(short)) == len(short) else list(folders)
+
+
 # --- scores -------------------------------------------------------------------------------------------------------
 
-def read_scores(folder):
+def read_scores(folder, title):
     """The (column title, {task: (score in percent, n)}) of each ckpt_NNN of a run that was evaluated, in order."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; expected the folder of a run, such as out/tiny/text")
@@ -33,7 +40,7 @@ def read_scores(folder):
             with reading(path, 'a results.json of evaluate.py'), open(path, encoding='utf-8') as f:
                 scores = {name: (100 * float(task['score']), int(task['n']))
                           for name, task in json.load(f)['tasks'].items()}
-            columns.append((f"{os.path.basename(os.path.abspath(folder))}/{ckpt[5:]}", scores))
+            columns.append((f'{title}/{ckpt[5:]}', scores))
     return columns
 
 
@@ -44,7 +51,7 @@ def ladder(folders):
     returns  str; cells in percent, '-' where a checkpoint was not asked; n is a range where it was not the same
     Raises UserError for a folder that is not there, a file that is not evaluate.py's, or no score at all.
     """
-    columns = [column for folder in folders for column in read_scores(folder)]
+    columns = [column for run in zip(folders, titles(folders)) for column in read_scores(*run)]
     if not columns:
         raise UserError(f"{', '.join(folders)}: no ckpt_NNN there has eval/results.json; evaluate.py makes it")
     rows = [['task', 'n'] + [title for title, _ in columns]]
@@ -62,9 +69,10 @@ def ladder(folders):
 def read_log(folder):
     """
     The curves of a run: {'lr': ..., 'sources': {name: ...}, 'validation': {key: ...}}, each a list of (step, value).
-    A source has a point where the step held a row of it. Torn lines are skipped; UserError when there is no step at all.
+    A source has a point where the step held a row of it and its loss is finite. Torn lines are skipped.
+    Raises UserError for a log that is not there, is not a run's, or holds no step.
     """
-    path, curves = os.path.join(folder, 'log.jsonl'), {'lr': [], 'sources': {}, 'validation': {}}
+    path, found = os.path.join(folder, 'log.jsonl'), {'lr': [], 'sources': {}, 'validation': {}}
     with reading(path, 'a log of a run'), open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
             try:
@@ -72,15 +80,15 @@ def read_log(folder):
             except ValueError:                                    # the run is writing it, or was killed there
                 continue
             for key in VALIDATION.keys() & row.keys():
-                curves['validation'].setdefault(key, []).append((int(row['step']), float(row[key])))
+                found['validation'].setdefault(key, []).append((int(row['step']), float(row[key])))
             if 'loss' in row:
-                curves['lr'].append((int(row['step']), float(row['lr'])))
+                found['lr'].append((int(row['step']), float(row['lr'])))
                 for name, source in row['sources'].items():
-                    if source['loss'] is not None:
-                        curves['sources'].setdefault(name, []).append((int(row['step']), float(source['loss'])))
-    if not curves['lr']:
+                    if source['loss'] is not None and math.isfinite(source['loss']):
+                        found['sources'].setdefault(name, []).append((int(row['step']), float(source['loss'])))
+    if not found['lr']:
         raise UserError(f"{path}: holds no step yet")
-    return curves
+    return found
 
 
 def running_mean(values, window):
@@ -108,7 +116,7 @@ def curves(folders, path):
     losses, rates = figure.subplots(2, len(logs), sharex='col', sharey='row', squeeze=False, height_ratios=(3, 1))
     names = list(dict.fromkeys(name for log in logs for name in log['sources']))
     style = {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}      # a source looks the same in each stage
-    for folder, log, loss, rate in zip(folders, logs, losses, rates):
+    for title, log, loss, rate in zip(titles(folders), logs, losses, rates):
         for name, points in log['sources'].items():
             steps, values = zip(*points)
             window = max(1, len(values) // 50)
@@ -119,7 +127,7 @@ def curves(folders, path):
             loss.plot(*zip(*points), color='black', linestyle='', marker=VALIDATION[name], markersize=5,
                       markerfacecolor='white', label=name)
         rate.plot(*zip(*log['lr']), color='black', linewidth=1.2)
-        loss.set(title=os.path.basename(os.path.abspath(folder)), yscale='log')
+        loss.set(title=title, yscale='log')
         loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         loss.yaxis.set_major_formatter('{x:g}')
         loss.yaxis.set_minor_formatter('')

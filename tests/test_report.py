@@ -21,7 +21,7 @@ def make_run(folder, scores, sources=('text',), n_step=30, torn=False):
     lines = [{'step': i, 'loss': 8 / i, 'lr': 1e-3 / i, 'sources': {name: {'loss': 8 / i if i % 2 else None}
                                                                     for name in sources}} for i in range(1, n_step + 1)]
     lines += [{'step': n_step, 'val_text_loss': 1.5, 'val_caption_loss': 2.5}]
-    Path(folder).mkdir(exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)) + ('\n{"step": 31, "lo' if torn else '\n'))
     return str(folder)
 
@@ -47,11 +47,25 @@ def test_checkpoints_without_scores_have_no_column(runs):
     assert '040' not in report.ladder(runs) and 'last' not in report.ladder(runs)
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / seed / 'text', {'ckpt_100': {'facts': (0.5, 9)}}) for seed in ('tiny', 'tiny_365')]
+    assert [f'{folder}/100' for folder in folders] == report.ladder(folders).split()[2:4]
+    assert report.titles(['out/tiny/text', 'out/tiny/finetune/']) == ['text', 'finetune']
+
+
 def test_a_torn_line_of_a_log_is_skipped(tmp_path):
     whole = report.read_log(make_run(tmp_path / 'a', {}))
     assert report.read_log(make_run(tmp_path / 'b', {}, torn=True)) == whole
     assert [step for step, _ in whole['sources']['text']] == list(range(1, 31, 2))        # null: no row in that step
     assert whole['validation'] == {'val_text_loss': [(30, 1.5)], 'val_caption_loss': [(30, 2.5)]}
+
+
+def test_a_loss_that_is_not_finite_has_no_point(tmp_path):
+    folder = make_run(tmp_path / 'a', {})
+    with open(os.path.join(folder, 'log.jsonl'), 'a') as f:
+        f.write('{"step": 31, "loss": NaN, "lr": 0.001, "sources": {"text": {"loss": NaN}}}\n')
+    assert report.read_log(folder)['sources']['text'][-1][0] == 29
+    report.curves([folder], str(tmp_path / 'a.png'))
 
 
 def test_running_mean_looks_back_only():
