@@ -4,8 +4,8 @@ What one looks at after a run: a ladder of scores over the checkpoints, and the 
     python report.py out/tiny/text out/tiny/ckpt80_img10 out/tiny/finetune          # run folders, in their order
     python report.py out/tiny/text --out=curves.pdf                                 # .png, .pdf or .svg
 
-Prints the ladder and writes curves.png into the last folder. Reads eval/results.json of each checkpoint and log.jsonl of
-each run, nothing else.
+Prints the ladder and writes curves.png into the last folder. Reads eval/results.json of each checkpoint and log.jsonl
+of each run, nothing else.
 """
 import json
 import math

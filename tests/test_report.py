@@ -30,7 +30,7 @@ def make_run(folder, scores, sources=('text',), n_step=30, torn=False):
 def runs(tmp_path):
     return [make_run(tmp_path / 'text', {'ckpt_020': {'facts': (0.5, 120)}, 'ckpt_100': {'facts': (1.0, 60)},
                                          'ckpt_step_90': {'facts': (0.0, 120)}}),
-            make_run(tmp_path / 'finetune', {'ckpt_100': {'vqav2': (0.98765, 40), 'facts': (0.25, 120)}}, ('instruct',))]
+            make_run(tmp_path / 'finetune', {'ckpt_100': {'vqav2': (0.98765, 40), 'facts': (0.25, 120)}})]
 
 
 def test_ladder_has_a_row_per_task_and_a_column_per_checkpoint(runs):
