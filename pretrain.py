@@ -122,7 +122,7 @@ for percent in dict.fromkeys(keep_percent):
     step = round(percent / 100 * max_steps)
     if step == 0 or step in keep:
         raise UserError(f"keep_percent={keep_percent}: {percent} % of {max_steps} steps is step {step}"
-                        + (f", as is {keep[step]}" if step else '') + ': give fewer percents, or more steps')
+                        + (f", as is {keep[step]}" if step else '') + ': give fewer, such as --keep_percent=(100,), or more steps')
     keep[step] = f'ckpt_{percent:03d}'
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
