@@ -296,8 +296,8 @@ def text_name(pattern, patterns):
 
 def text_rows(mixture):
     """How a mixture's text is cut, {source: {'row_len', 'n_row'}}: what a cursor counts, so that it holds later."""
-    return {leaf.name: dict(row_len=leaf.source.row_len, n_row=leaf.n_row) for leaf in mixture.leaves.values()
-            if isinstance(leaf.source, TextSource)}
+    return {name: dict(row_len=shuffled.source.row_len, n_row=shuffled.n_row)
+            for name, shuffled in mixture.sources.items() if isinstance(shuffled.source, TextSource)}
 
 
 def add_counts(seen, counts, names):

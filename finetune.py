@@ -18,8 +18,11 @@ import common
 from common import main_lr
 from configurator import configure
 from data import BadSample, InstructSource, Loader, Mixture, TextSource
+from errors import user_error_hook
 from model import Projector
 from vision import load_encoder
+
+sys.excepthook = user_error_hook
 
 # --- config: change with a file and --key=value -----------------------------------------------------------------------
 scale = '1b'                            # names the folder; '{scale}' in init_from is replaced by it
@@ -247,7 +250,7 @@ try:
             weights = row_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
             weights = weights if batch.weights is None else weights * batch.weights
             with process.autocast():
-                loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)
+                loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.kept)
             (loss_sum * process.world_size).backward()                           # ddp averages ranks: undo 1/world_size
             row_loss.append(model.row_loss)
         if counts['n_image'].sum() == 0:

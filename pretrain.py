@@ -23,8 +23,11 @@ import common
 from common import cooldown_lr, main_lr, remaining_lr
 from configurator import configure
 from data import (BadSample, CaptionSource, InstructSource, Loader, Mixture, TextSource, find, load_tokenizer)
+from errors import user_error_hook
 from model import VLM, Decoder, ModelConfig, Projector, load_openlm
 from vision import load_encoder
+
+sys.excepthook = user_error_hook
 
 # --- config: change with a file and --key=value -----------------------------------------------------------------------
 scale = '1b'                            # names the folder; '{scale}' in init_from is replaced by it
@@ -231,13 +234,14 @@ try:
         images = Mixture([m for m, _ in images], [w for _, w in images], seed, max_bad_samples=max_bad_samples)
         parts.append((images, image_ratio))
     mixture = Mixture([m for m, _ in parts], [w for _, w in parts], seed)
-    for leaf in parts[0][0].leaves.values() if start_cursor and image_ratio < 1 else []:
-        if leaf.name not in start_cursor:
-            process.print(f"!!! text source {leaf.name!r} is new: it starts at its first row; {init_from} knows "
+    for shuffled in parts[0][0].sources.values() if start_cursor and image_ratio < 1 else []:
+        if shuffled.name not in start_cursor:
+            process.print(f"!!! text source {shuffled.name!r} is new: it starts at its first row; {init_from} knows "
                           f"{', '.join(map(repr, start_cursor))}")
-        elif text_rows.get(leaf.name, {}).get('n_row', leaf.n_row) != leaf.n_row:
-            process.print(f"!!! text source {leaf.name!r} has {leaf.n_row} rows, in {last if resuming else init_from} "
-                          f"it had {text_rows[leaf.name]['n_row']}: their order is new, so text may come again")
+        elif text_rows.get(shuffled.name, {}).get('n_row', shuffled.n_row) != shuffled.n_row:
+            process.print(f"!!! text source {shuffled.name!r} has {shuffled.n_row} rows, in "
+                          f"{last if resuming else init_from} it had {text_rows[shuffled.name]['n_row']}: their order "
+                          "is new, so text may come again")
     validation = {}
     if eval_every and val_text:
         validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
@@ -385,14 +389,14 @@ def validate(step):
     model.eval()
     line, per_micro = {'step': step}, micro_batch_size * process.world_size
     for key, held_out in validation.items():
-        there = sum(len(leaf.source) for leaf in held_out.leaves.values())               # none twice, if that can be
+        there = sum(len(s.source) for s in held_out.sources.values())  # no item comes twice if there are enough
         rows = max(1, min(eval_rows, there) // per_micro) * per_micro
         nll = kept = 0
         for batch in loader(held_out, 0, 1, rows, 0):
             batch = batch.to(process.device)
             with process.autocast():
-                model(batch.tokens, batch.targets, batch.images, batch.image_index, rows=batch.rows)
-            nll, kept = nll + float(model.row_loss[0].sum()), kept + len(batch.rows)
+                model(batch.tokens, batch.targets, batch.images, batch.image_index, rows=batch.kept)
+            nll, kept = nll + float(model.row_loss[0].sum()), kept + len(batch.kept)
         nll, kept = process.host_sum([nll, kept])
         line[key] = nll / kept
     model.train()
@@ -425,7 +429,7 @@ try:
             batch = batch.to(process.device, non_blocking=True)
             weights = row_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
             with process.autocast():
-                loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.rows)
+                loss_sum, _ = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights, batch.kept)
             (loss_sum * process.world_size).backward()                           # ddp averages ranks: undo 1/world_size
             row_loss.append(model.row_loss)
         if multimodal and counts['n_image'].sum() == 0:
