@@ -145,7 +145,8 @@ def _choose(op, situation, impl, device, dtype, width, obstacle=''):
 
 
 # torch.compile runs _choose while it traces and takes the answer as a constant, so that a compiled model decides and
-# prints as any other does. (operator.index, where it is called, makes a number of a size that is a symbol to the tracer.)
+# prints as any other does. (operator.index, where it is called, makes a number of a size that the tracer holds as a
+# symbol.)
 # The mark is what torch.compiler.assume_constant_result sets in torch 2.11 to 2.13; calling that would import
 # torch._dynamo, 1 to 3 s that commands without a model do not need.
 _choose._dynamo_marked_constant = True
@@ -454,7 +455,8 @@ def linear_cross_entropy(x, weight, targets, *, rows=None, impl='auto'):
     returns  nll (N,), lse (N,) float32 in nats, 0 at ignored rows; gradients flow through both to x and weight
     Raises ValueError for shapes that do not fit and, on a CPU or with CKPT80_KERNELS=debug, for a target out of range.
     The loss is then plain PyTorch: (w * (nll + z * lse**2)).sum() / denominator. Dropping rows without loss first is
-    torchtune's way; working in chunks is Cut Cross-Entropy's (arXiv 2411.09009), whose filter of gradients we leave out.
+    torchtune's way; working in chunks is Cut Cross-Entropy's (arXiv 2411.09009), whose filter of small gradients we
+    leave out.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f'linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, '
