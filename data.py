@@ -34,7 +34,6 @@ CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn')
 ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
 ROWS_PER_SHARD = 8192                # a .bin file is shuffled as if cut into shards of so many rows (OpenLM's tars)
 MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a gzip bomb)
-MAX_FILES = 1_000_000                # so many names at most may a pattern with braces stand for
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -106,10 +105,9 @@ def load_tokenizer(path):
 # --- files: found, indexed once, read in place ----------------------------------------------------
 def find(paths, *suffixes):
     """
-    Return the files that a path, folder or pattern means, or a list of them; the files of each are sorted.
-    A folder means the files below it that end in a suffix. A pattern has *, ? and [], which mean what is there, and
-    braces, {00000..00009}.tar or {a,b}.bin, which mean files that all must be there. Raises UserError naming what is
-    missing.
+    Return the files of a path, folder or pattern, or of a list of them; the files of each are sorted.
+    A folder stands for the files below it that end in a suffix, *, ? and [] for what is there, and braces, as in
+    {00000..00009}.tar and {a,b}.bin, for files that must all be there. Raises UserError naming what is missing.
     """
     found = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -124,8 +122,8 @@ def find(paths, *suffixes):
             hits += here
             missing += [] if here else [name]
         if missing:
-            few = ', '.join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else '')
-            raise UserError(f"{path}: no such file" + (f": {few}" if missing != [path] else ''))
+            names = ', '.join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else '')
+            raise UserError(f"{path}: no such file" + (f": {names}" if missing != [path] else ''))
         packed = [p for p in hits if '.tar' in suffixes and p.endswith(COMPRESSED_TARS)]
         if packed:
             raise UserError(f"{packed[0]}: compressed tars cannot be read in place; unpack it first (gunzip for .gz)")
@@ -134,22 +132,19 @@ def find(paths, *suffixes):
 
 
 def _expand_braces(pattern):
-    """Return the names that {01..10} and {a,b} in a pattern stand for, as in a shell, each once."""
-    braces = re.search(r'\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}', pattern)    # an innermost pair
+    """Return the names that {08..11} and {a,b} in a pattern stand for, as in a shell, each once."""
+    braces = re.search(r'\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}', pattern)      # a pair with none inside it
     if not braces:
         return [pattern]
     first, last, words = braces.groups()
     if words is None:
-        step = 1 if int(first) <= int(last) else -1
-        if abs(int(last) - int(first)) >= MAX_FILES:
-            raise UserError(f"{pattern}: {braces[0]} stands for more than {MAX_FILES:,} names")
-        width = max(len(first), len(last)) if first[0] == '0' or last[0] == '0' else 0
-        words = [f'{i:0{width}d}' for i in range(int(first), int(last) + step, step)]
-    else:
-        words = words.split(',')
-    names = [pattern[:braces.start()] + word + pattern[braces.end():] for word in words]
-    names = dict.fromkeys(name for expanded in names for name in _expand_braces(expanded))
-    return list(names)
+        padded = re.match('0.', first) or re.match('0.', last)
+        width = max(len(first), len(last)) if padded else 0
+        low, high = sorted((int(first), int(last)))
+        words = ','.join(f'{i:0{width}d}' for i in range(low, high + 1))
+    before, after = pattern[:braces.start()], pattern[braces.end():]
+    names = [name for word in words.split(',') for name in _expand_braces(before + word + after)]
+    return list(dict.fromkeys(names))
 
 
 @contextmanager

@@ -292,16 +292,13 @@ class Mixture:
 
     def cursor(self, n):
         """Return {source name: rows used up by samples [0, n) and before start}, a later stage's `start`."""
-        return {name: self.sources[name].start - (-count // self.sources[name].per_row)
-                for name, count in self.counts(n).items()}
+        counts, sources = self.counts(n), self.sources.items()
+        return {name: s.start - (-counts[name] // s.per_row) for name, s in sources}
 
     def epochs(self, n):
         """Return {source name: passes over its rows made by samples [0, n), the rows before start included}."""
-        passes = {}
-        for name, count in self.counts(n).items():
-            shuffled = self.sources[name]
-            passes[name] = (shuffled.start + count / shuffled.per_row) / shuffled.n_row
-        return passes
+        counts, sources = self.counts(n), self.sources.items()
+        return {name: (s.start + counts[name] / s.per_row) / s.n_row for name, s in sources}
 
 
 # --- loader ---------------------------------------------------------------------------------------
@@ -348,11 +345,12 @@ class Loader:
         except StopIteration:
             self.close()
             raise
-        except Exception:  # torch raises many kinds, and nobody else, when the other end of a pipe is gone
-            gone = multiprocessing.connection.wait([w.sentinel for w in self.workers], timeout=3)
+        except Exception:                                                # torch raises many kinds when a worker is gone
+            sentinels = [w.sentinel for w in self.workers]
+            gone = multiprocessing.connection.wait(sentinels, timeout=3) if sentinels else []
             for worker in self.workers:
-                if worker.sentinel in gone:                              # its files are closed, its exit code may take
-                    worker.join()
+                if worker.sentinel in gone:
+                    worker.join()                                        # it is ending: its exit code comes last
             self.check_workers()
             raise
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
@@ -384,9 +382,9 @@ class Loader:
 
     def _watch_workers(self):
         """
-        Make the death of a worker something that only __next__ tells. torch's own handler of SIGCHLD raises wherever
-        the main thread is, in the middle of a save, too. Ours raises nothing: it kills the other workers. Then nobody
-        holds the writing end of the pipe of batches, so a read that waits for the rest of one ends with an error.
+        Let only __next__ tell that a worker has died. torch's own handler of SIGCHLD raises wherever the main thread
+        is, even inside a save. Ours raises nothing and kills the other workers: with the last of them the writing end
+        of the pipe of batches is closed, so a read that waits for the rest of a batch ends with an error.
         """
         self.workers = self.batches._workers
         self.batches._worker_result_queue._writer.close()                # our own copy of the writing end
@@ -426,6 +424,6 @@ class Loader:
 
 
 def _init_worker(_):
-    # the main process decides; a worker whose main process is gone ends by itself within 5 s
+    # signals are for the main process; a worker whose main process is gone ends by itself within 5 s
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)

@@ -62,7 +62,7 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.filename or ''} {e.strerror or e})") from e
+        raise UserError(f"{path}: cannot be written ({first_line(e)})") from e
 
 
 # --- documents in ---------------------------------------------------------------------------------
@@ -118,27 +118,17 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     import sentencepiece
     if os.path.exists(out):
         raise UserError(f"{out}: is there already; remove it or choose another --out")
-    model, bad_text = io.BytesIO(), []
-
-    def lines():
-        try:
-            for text in texts:
-                for line in text.split('\n'):
-                    yield from (line[i:i + 1000] for i in range(0, len(line), 1000))
-        except UserError as e:                                           # the trainer would hide what it says
-            bad_text.append(e)
+    lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
+    lines = list(itertools.islice(lines, max_lines))                     # the trainer hides an error that reading raises
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(lines(), max_lines), model_writer=model, vocab_size=vocab_size,
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
             model_type=model_type, byte_fallback=True, normalization_rule_name='identity', num_threads=1, minloglevel=2,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1)
     except (RuntimeError, OSError) as e:
-        if bad_text:
-            raise bad_text[0] from None
         raise UserError(f"train_tokenizer: --vocab_size={vocab_size}: "
                         f"{first_line(str(e).strip().splitlines()[-1].split('] ')[-1])}") from None
-    if bad_text:
-        raise bad_text[0]
     write_file(out + '.tmp', model.getvalue())
     os.replace(out + '.tmp', out)
 
@@ -220,9 +210,9 @@ def pair(folders, out, captions='', samples_per_shard=1000):
     Write images and their captions as WebDataset tars into the new folder `out`; image files are stored as they are.
     folders   a folder or a list of them; each image has its caption beside it, `<image>.txt`
     captions  instead of these, a .jsonl of {"image": path in the one folder, "caption": text}
-    A sample's key is its number and the image's name, so that bad items can be told. Other formats than IMAGE_SUFFIXES
-    are left out, with a line. Returns the number of samples. Raises UserError for an image that is not there or has no
-    caption, an empty caption, or a path outside the folder.
+    A sample's key is its number and the image's name, so that a bad item is easily found. Formats other than
+    IMAGE_SUFFIXES are left out, with a line. Returns the number of samples. Raises UserError for an image that is not
+    there, a caption that is missing or empty, or a path outside the folder.
     """
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     for folder in folders:
@@ -274,7 +264,7 @@ def _members(i, folder, image, caption):
     if not caption.strip():
         raise UserError(f"{path}: its caption is empty")
     with reading(path, 'a file'), open(path, 'rb') as f:
-        return [(key + suffix.lower(), f.read()), (key + '.txt', caption.strip().encode('utf-8'))]
+        return [(key + suffix.lower(), f.read()), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
 
 
 # --- a look at a data set -------------------------------------------------------------------------
@@ -387,19 +377,21 @@ def parse(argv=None):
 
 def main(argv=None):
     a = parse(argv)
+    with writing(getattr(a, 'out', '') or getattr(a, 'image_out', '') or 'output'):
+        return run(a)
+
+
+def run(a):
+    """Run a parsed command; returns the exit status."""
     if a.command == 'train_tokenizer':
-        with writing(a.out):
-            train_tokenizer(documents(a.paths, a.key), a.out, a.vocab_size, a.model_type, a.max_lines)
+        train_tokenizer(documents(a.paths, a.key), a.out, a.vocab_size, a.model_type, a.max_lines)
         print(f"{a.out}: {data.load_tokenizer(a.out).vocab_size} ids with the four special ones")
     elif a.command == 'tokenize':
-        with writing(a.out):
-            n, tokens = tokenize(documents(a.paths, a.key), a.tokenizer, a.out, a.layout, a.row_len, a.rows_per_shard,
-                                 a.n_process)
+        n, tokens = tokenize(documents(a.paths, a.key), a.tokenizer, a.out, a.layout, a.row_len, a.rows_per_shard,
+                             a.n_process)
         print(f"{a.out}: {n:,} documents, {tokens:,} tokens")
     elif a.command == 'pair':
-        with writing(a.out):
-            n = pair(a.paths, a.out, a.captions, a.samples_per_shard)
-        print(f"{a.out}: {n:,} samples")
+        print(f"{a.out}: {pair(a.paths, a.out, a.captions, a.samples_per_shard):,} samples")
     elif a.command == 'index':
         damage = [data.tar_members(path, a.cache_dir)[1] for path in tqdm(data.find(a.paths, '.tar'), disable=None)]
         damaged = [d for d in damage if d]
