@@ -176,7 +176,7 @@ for step in range(run.first_step, run.last_step):
         weights = weights if batch.weights is None else weights * batch.weights
         with process.autocast():
             loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.rows)
+                                        batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
         row_loss.append(nats)
     if counts['n_image'].sum() == 0:

@@ -170,7 +170,10 @@ def text_mixture(patterns, start):
 def caption_mixture(patterns):
     eye = model.encoder
     sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, eye.n_token, eye.image_size, resize, pattern,
-                             cache_dir) for pattern, _ in patterns]
+                             cache_dir, caption_field) for pattern, _ in patterns]
+    for source in sources:
+        if source.note:
+            process.print(source.note)           # which of several captions is read
     return Mixture(sources, [w for _, w in patterns], seed, max_bad_samples=max_bad_samples)
 
 
@@ -269,15 +272,15 @@ def validate():
     model.eval()
     line, per_micro = {'step': run.step}, run.micro_batch_size * process.world_size
     for key, held_out in validation.items():
-        there = sum(len(leaf.source) for leaf in held_out.leaves.values())
+        there = sum(len(shuffled.source) for shuffled in held_out.sources.values())
         rows = max(1, min(eval_rows, there) // per_micro) * per_micro    # whole micro-batches, each row at most once
         nll = n_kept = 0
         for batch in run.loader(held_out, tokenizer.pad_id, start=0, stop=1, global_batch_size=rows, n_worker=0,
                                 pad_to=seq_len):
             batch = batch.to(process.device)
             with process.autocast():
-                _, _, row_loss = model(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.rows)
-            nll, n_kept = nll + float(row_loss[0].sum()), n_kept + len(batch.rows)
+                _, _, row_loss = model(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.kept)
+            nll, n_kept = nll + float(row_loss[0].sum()), n_kept + len(batch.kept)
         nll, n_kept = process.host_sum([nll, n_kept])
         line[key] = nll / n_kept
     model.train()
@@ -301,7 +304,7 @@ for step in range(run.first_step, run.last_step):
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         with process.autocast():
             loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.rows)
+                                        batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
         row_loss.append(nats)
     if images and counts['n_image'].sum() == 0:
