@@ -224,7 +224,7 @@ def test_braces_mean_files_that_all_must_be_there(tmp_path):
         return [os.path.basename(p)[:-4] for p in data.find(f'{tmp_path}/{pattern}.bin', '.bin')]
     assert found('{00008..00011}') == ['00008', '00009', '00010', '00011']
     assert found('000{11..10}') == ['00010', '00011']
-    assert data._expand_braces('{9..10}{0..1}') == '90 91 100 101'.split()
+    assert data.expand_braces('{9..10}{0..1}') == '90 91 100 101'.split()
     assert found('{a{1..2},b}') == ['a1', 'a2', 'b'] and found('{a?,b}') == ['a1', 'a2', 'b']
     assert found('odd{1}') == ['odd{1}']                                 # a name with braces is itself
     with pytest.raises(UserError, match='no such file: .*/00012.bin, .*/00013.bin$'):
