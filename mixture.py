@@ -155,8 +155,8 @@ def _mix(x):
 
 def permute(i, n, key):
     """
-    Return where a bijection of range(n), chosen by a 64-bit key, sends i: a Feistel network over the next power of four,
-    applied again until the result is below n.
+    Return where a bijection of range(n), chosen by a 64-bit key, sends i.
+    A Feistel network over the next power of four, applied again until the result is below n.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
