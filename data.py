@@ -40,8 +40,8 @@ MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a
 class Tokenizer:
     """
     A sentencepiece `.model` or Hugging Face `tokenizer.json` with four special ids; use load_tokenizer.
-    eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free rows above its ids, so text
-    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size is the embedding rows that all need.
+    eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free ids above its own, so text
+    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size counts them all.
     """
     def __init__(self, path):
         self.path = path
@@ -468,7 +468,7 @@ class CaptionSource:
             field = 'txt'
             text = _read(stamp, *members['txt']).decode('utf-8') if 'txt' in members else None
         if field in ('json', 'auto'):
-            about = json_of('json' if 'json' in members else 'syn.json')
+            about = json_of('json' if 'json' in members or field == 'json' else 'syn.json')
             text = about.get('caption') or about.get('text')
         if field == 'syn' or field == 'auto' and text is None:
             options = json_of('syn.json').get('syn_text')
@@ -499,7 +499,7 @@ def _caption_groups(stamp, cache_dir):
 def _check_room(name, seq_len, n_token, resize):
     if seq_len < n_token + 2:
         raise UserError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
-                         f"expected at least {n_token + 2}")
+                        f"expected at least {n_token + 2}")
     if resize not in RESIZE:
         raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
 

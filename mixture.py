@@ -147,13 +147,17 @@ def _hash(*parts):
 
 
 def _mix(x):
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF  # splitmix64, written out: the order of the data
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF        # may not depend on a version of numpy
+    # splitmix64, written out: the order of the data may not depend on a version of numpy
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
 
 
 def permute(i, n, key):
-    """Return where a bijection of range(n), picked by a 64-bit key, sends i: a Feistel network, walked into range."""
+    """
+    Return where a bijection of range(n), chosen by a 64-bit key, sends i.
+    A Feistel network over the next power of four, applied again until the result is below n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

@@ -119,7 +119,7 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     if os.path.exists(out):
         raise UserError(f"{out}: is there already; remove it or choose another --out")
     lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
-    lines = list(itertools.islice(lines, max_lines))                     # the trainer hides an error that reading raises
+    lines = list(itertools.islice(lines, max_lines))                     # the trainer hides what reading raises
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -173,8 +173,8 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
         shutil.rmtree(partial)
         raise UserError("tokenize: no text in the input")
     if layout == 'tar':                                                  # OpenLM's --dataset-manifest
-        rows = [{'shard': f'{i:08d}', 'num_sequences': n_row} for i, (_, n_row) in enumerate(shards)]
-        write_file(os.path.join(partial, 'manifest.jsonl'), rows)
+        manifest = [{'shard': f'{i:08d}', 'num_sequences': n_row} for i, (_, n_row) in enumerate(shards)]
+        write_file(os.path.join(partial, 'manifest.jsonl'), manifest)
     os.replace(partial, out)
     return n_document, sum(s[0] for s in shards)
 

@@ -5,9 +5,9 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
 
 A scene is a grid of 3 x 3 cells of 14 px, so that one image token sees one cell. Three or four cells hold an object (4
 shapes x 4 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
-worded the same in text, instructions and benchmarks: text teaches what images need, lookup of attributes.
+worded the same in text, instructions and benchmarks: the text teaches to look up attributes, as images will ask.
 Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the text but in no
-training image. All bytes follow from the seed, and from the Python version, whose own documentation is the English.
+training image. All bytes follow from the seed and the Python version (the English text is Python's documentation).
 """
 import argparse
 import functools
@@ -96,7 +96,7 @@ class Scene(NamedTuple):
 
 
 class Draws:
-    """Uniform numbers from one numpy generator, drawn in blocks: a scalar call of numpy costs more than a scene."""
+    """Uniform numbers from one numpy generator, drawn in blocks: a numpy call for each costs more than a scene."""
     def __init__(self, *seed):
         self.rng, self.block = np.random.default_rng(seed), []
 
