@@ -31,10 +31,13 @@ from model import build_vlm
 #
 # A schedule is one dict: its kind, and the constants of that kind's function. meta.json keeps it; lr_at reads it.
 
-def main_lr(step, *, peak, final, warmup, total):
-    """The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1)."""
+def main_lr(step, *, peak, final, warmup, total, from_zero=False):
+    """
+    The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1).
+    from_zero  the first step's lr is 0 (Prismatic) instead of one part of the warmup (OpenLM)
+    """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step + (not from_zero)) / warmup
     if step >= total:
         return final
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2

@@ -69,6 +69,7 @@ schedule = 'main'                       # ['main' | 'cooldown' | 'rewarm'] 'cool
 lr = 1e-2                               # [> 0] peak of the main schedule
 final_lr = 1e-5                         # [>= 0] paper; the DCLM records say 3e-5
 warmup_steps = 5000                     # [>= 0] of 'main'
+warmup_from_zero = False                # the first step's lr: 0, or one part of the warmup (OpenLM's rule)
 cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] flat start from lr(x), or the rest of the main arc
 start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the checkpoint's schedule says
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
@@ -232,9 +233,11 @@ elif schedule == 'cooldown':
 if run.resumed:
     curve = run.meta['schedule']
 elif schedule == 'main':
-    curve = dict(kind='main', peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps)
+    curve = dict(kind='main', peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps,
+                 from_zero=warmup_from_zero)
 elif schedule == 'rewarm':
-    curve = dict(kind='rewarm', peak=rewarm_lr or 0.3 * lr, final=final_lr, warmup=rewarm_steps, total=max_steps)
+    curve = dict(kind='rewarm', peak=rewarm_lr or 0.3 * lr, final=final_lr, warmup=rewarm_steps, total=max_steps,
+                 from_zero=warmup_from_zero)
 else:
     before = run.meta and run.meta['schedule']                   # the checkpoint's own
     if not start_lr and not before:

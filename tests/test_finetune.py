@@ -42,6 +42,22 @@ def test_epochs_under_one_cosine(world, stage_2, tuned):
         assert not equal(tensors(tuned / 'ckpt_100', part), tensors(stage_2 / 'ckpt_100', part))
 
 
+def test_stage_3_warms_up_from_zero_and_spares_gains_as_prismatic_does(world, scripts, stage_2, tmp_path):
+    lrs, weights = {}, {}
+    for name, more in (('default', ()), ('openlm', ('--warmup_from_zero=false', '--decay=all'))):
+        scripts(*chat(world, stage_2 / 'ckpt_100', '--warmup_ratio=0.5', '--weight_decay=0.9', '--stop_after=4', *more,
+                      f'--out_dir={tmp_path / name}'))
+        lrs[name] = [line['lr'] for line in steps(tmp_path / name)]
+        weights[name] = tensors(tmp_path / name / 'ckpt_last', 'decoder')
+    assert lrs == {'default': [0.0, 3e-3 / 4, 3e-3 / 2, 3e-3 * 3 / 4], 'openlm': [3e-3 / 4, 3e-3 / 2, 3e-3 * 3 / 4, 3e-3]}
+    scripts(*chat(world, stage_2 / 'ckpt_100', '--warmup_ratio=0.5', '--weight_decay=0.0', '--stop_after=4',
+                  f'--out_dir={tmp_path / "none"}'))
+    apart = tensors(tmp_path / 'none' / 'ckpt_last', 'decoder')
+    change = {k: float((weights['default'][k] - v).norm() / v.norm()) for k, v in apart.items() if 'inv_freq' not in k}
+    gains = [v for k, v in change.items() if 'norm' in k]
+    assert max(gains) < 1e-3 < min(v for k, v in change.items() if 'norm' not in k)          # decay moved matrices alone
+
+
 def test_killed_and_resumed_gives_the_same_bits_without_its_base(world, scripts, stage_2, tuned, tmp_path):
     shutil.copytree(stage_2 / 'ckpt_100', tmp_path / 'base')
     args = chat(world, tmp_path / 'base', '--max_steps=0', '--n_epoch=2', '--length_window=3', '--save_every=2',

@@ -21,7 +21,7 @@ from common import cooldown_lr, main_lr, remaining_lr
 from model import Projector, save_openlm
 from vision import load_encoder
 
-MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20)                   # stage_1's schedule
+MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20, from_zero=False)                   # stage_1's schedule
 
 # dies by SIGKILL when the named function is called for the n-th time; 'torn' leaves a part of its file behind first
 KILL = """
