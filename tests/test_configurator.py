@@ -299,3 +299,13 @@ sys.excepthook = user_error_hook'''))
     for argv in (['--stepz=1'], ['c.py'], ['--steps=x']):
         bad = child(*argv)
         assert bad.returncode == 1 and bad.stdout == '' and bad.stderr.count('\n') == 1 and 'Traceback' not in bad.stderr
+
+
+def test_figure_6s_cell_without_images_is_of_stage_2():
+    """Ratio 0 from scratch (F.4) trains stage 2's tokens, 20 per parameter, not stage 1's."""
+    argv = ['config/ckpt80_img10.py', 'config/79m.py', '--init_from=', '--image_ratio=0', '--schedule=rewarm']
+    cell = configure({'__file__': os.path.join(ROOT, 'pretrain.py')}, [os.path.join(ROOT, a) if a.endswith('.py') else a
+                                                                       for a in argv])
+    assert cell['max_tokens'] == 20 * 78_914_048 and cell['n_embd'] == 512
+    text = configure({'__file__': os.path.join(ROOT, 'pretrain.py')}, [os.path.join(ROOT, 'config/79m.py')])
+    assert text['max_tokens'] == 237_000_000_000
