@@ -8,6 +8,7 @@ safetensors, weights_only, JSON.
 import base64
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,15 +19,32 @@ import torch
 from safetensors.torch import save_file
 
 from data import load_tokenizer
-from errors import UserError, first_line
+from errors import Field, UserError, check, first_line, reading
+from mixture import COUNTS
 from model import build_vlm
-from weights import fill, read_json, read_pt, tensors
+from weights import fill, finite, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
 SCHEMA = 2                      # of meta.json; raised when an old checkpoint could be misread
-# what every meta.json holds beside what the stage adds
-META = {'schema': int, 'stage': str, 'spec': dict, 'config': dict, 'step': int, 'seen': dict, 'cursor': dict,
-        'schedule': dict, 'tokenizer_path': str, 'tokenizer_sha256': str}
+COUNT = Field(int, 0)
+META = {                        # what every meta.json holds
+    'stage': Field(str), 'config': Field(dict), 'base': Field(dict, optional=True), 'init_from': Field(str),
+    'step': COUNT, 'tokens': COUNT, 'samples': COUNT, 'text_seed': COUNT,
+    'seen': Field(dict, of=Field(dict, of={name: COUNT for name in COUNTS})),
+    'cursor': Field(dict, of=COUNT), 'start_cursor': Field(dict, of=COUNT),
+    'text_rows': Field(dict, of=Field(dict, of={'row_len': Field(int, 1), 'n_row': Field(int, 1)})),
+    'bad_samples': Field(list, of=Field(str)), 'moments': Field(str),
+    'schedule': Field(dict, of={'kind': Field(str)}),
+    'spec': Field(dict, of={
+        'decoder': Field(dict, of={
+            'n_layer': Field(int, 1, 1000), 'n_head': Field(int, 1, 1000), 'n_embd': Field(int, 1, 1 << 17),
+            'n_ffn': Field(int, 1, 1 << 20), 'vocab_size': Field(int, 1, 1 << 22), 'seq_len': Field(int, 1, 1 << 24)}),
+        'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
+        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+    'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
+    'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
+    'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
+}
 
 
 # --- write ------------------------------------------------------------------------------------------------------------
@@ -57,11 +75,15 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
         shutil.rmtree(tmp, ignore_errors=True)
         full = '; is the disk full?' if getattr(e, 'errno', None) in (None, errno.ENOSPC, errno.EDQUOT) else ''
         raise OSError(f"saving {final} failed ({first_line(e)}{full}); the checkpoints before it are untouched") from e
+    last = os.path.join(out_dir, 'ckpt_last')
+    if os.path.isdir(last) and not os.path.islink(last):                  # a run that was copied with its links followed
+        os.rename(last, os.path.join(out_dir, '.tmp_old_ckpt_last'))
+        shutil.rmtree(os.path.join(out_dir, '.tmp_old_ckpt_last'), ignore_errors=True)
     link = os.path.join(out_dir, '.link_ckpt_last')
     if os.path.lexists(link):
         os.remove(link)
     os.symlink(name, link)
-    os.replace(link, os.path.join(out_dir, 'ckpt_last'))
+    os.replace(link, last)
     _fsync(out_dir)
 
 
@@ -79,6 +101,7 @@ def _write_checkpoint(folder, model, optimizer, tokenizer, meta, encoder_file):
         torch.save(optimizer_state(optimizer), os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
         f.write(tokenizer.content)                           # its file may be gone by now, with a base that was pruned
+    meta['files'] = {name: _digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     for name in os.listdir(folder):
@@ -101,6 +124,11 @@ def optimizer_state(optimizer):
     return {name: {k: v.detach().cpu() for k, v in optimizer.state[p].items()}
             for group in optimizer.param_groups for name, p in zip(group['names'], group['params'])
             if p in optimizer.state}
+
+
+def _digest(path):
+    with open(path, 'rb') as f:
+        return dict(size=os.path.getsize(path), sha256=hashlib.file_digest(f, 'sha256').hexdigest())
 
 
 def _fsync(path):
@@ -182,30 +210,48 @@ def read_meta(folder):
     meta = read_json(path)
     if meta.get('schema') != SCHEMA:
         raise UserError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA}: made by another version")
-    for key, kind in META.items():
-        if type(meta.get(key)) is not kind:
-            raise UserError(f"{path}: has no '{key}'; the checkpoint is damaged")
+    check(meta, Field(dict, of=META), path)
     return meta
 
 
-def load_weights(model, folder, may_lack=()):
+def whole(folder, meta, name):
+    """The path of a checkpoint's file, its bytes compared with what meta.json says of them; UserError otherwise."""
+    path = os.path.join(folder, name)
+    with reading(path, f'a file of the checkpoint {folder}'):
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file; the checkpoint is damaged")
+        found, expected = _digest(path), meta['files'].get(name)
+        if found != expected:
+            was = f"{expected['size']} bytes with sha256 {expected['sha256'][:12]}..." if expected else 'no such file'
+            raise UserError(f"{path}: {found['size']} bytes with sha256 {found['sha256'][:12]}..., meta.json says {was}: "
+                            "damaged, or from another checkpoint")
+        return path
+
+
+def read_tokenizer(folder, meta):
+    """The Tokenizer of a checkpoint folder, checked against its meta."""
+    return load_tokenizer(whole(folder, meta, os.path.basename(meta['tokenizer_path'])))
+
+
+def load_weights(model, folder, meta, may_lack=()):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
+    meta      its meta.json
     may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
-    source = tensors(os.path.join(folder, 'model.safetensors'))
-    encoder = os.path.join(folder, 'encoder.safetensors')
-    if os.path.exists(encoder):
-        source.update(tensors(encoder))
+    source = tensors(whole(folder, meta, 'model.safetensors'))
+    if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
+        source.update(tensors(whole(folder, meta, 'encoder.safetensors')))
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
 
-def load_optimizer(optimizer, folder, may_lack=()):
+def load_optimizer(optimizer, folder, meta, may_lack=()):
     """
     Load a checkpoint's moments by parameter name.
+    meta      its meta.json
     may_lack  prefixes of the names of parameters that may start fresh
     returns   the names that do, or None when the checkpoint holds no optim.pt
     Raises UserError for moments that are missing, misshapen or unreadable.
@@ -213,7 +259,7 @@ def load_optimizer(optimizer, folder, may_lack=()):
     path = os.path.join(folder, 'optim.pt')
     if not os.path.exists(path):
         return None
-    saved = read_pt(path)
+    saved = read_pt(whole(folder, meta, 'optim.pt'))
     if not isinstance(saved, dict):
         raise UserError(f"{path}: holds a {type(saved).__name__}, expected moments by parameter name")
     return load_moments(optimizer, saved, may_lack, path)
@@ -233,6 +279,8 @@ def load_moments(optimizer, saved, may_lack=(), path='optim.pt'):
                      for k, v in found.items()} if isinstance(found, dict) else found
             if found != shapes:
                 raise UserError(f"{path}: moments of {name} are {found}, expected floats of shapes {shapes}")
+            if not all(map(finite, saved[name].values())):
+                raise UserError(f"{path}: moments of {name} hold values that are not finite")
             # the step count lives where the fused kernel wants it: beside the parameter
             optimizer.state[p] = {k: v.to(p.device, copy=True) for k, v in saved[name].items()}
     return fresh
@@ -255,9 +303,8 @@ def load_vlm(folder, device='cpu'):
     folder = os.path.realpath(folder)            # once: a run that goes on may swap ckpt_last while its files are read
     meta = read_meta(folder)
     model = build_vlm(meta['spec'])
-    load_weights(model, folder)
-    tokenizer = load_tokenizer(os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
-    return model.to(device).eval().requires_grad_(False), tokenizer, meta
+    load_weights(model, folder, meta)
+    return model.to(device).eval().requires_grad_(False), read_tokenizer(folder, meta), meta
 
 
 # --- check ------------------------------------------------------------------------------------------------------------

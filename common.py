@@ -103,7 +103,7 @@ class Process:
         return tensor.to(self.device, non_blocking=True)
 
     def print(self, *args):
-        if self.master:
+        if self.master and sys.stdout is not None:           # None: the shell closed it
             tqdm.write(' '.join(str(a) for a in args), file=sys.stdout)
             sys.stdout.flush()
 
@@ -143,11 +143,16 @@ def setup_process(device='auto', dtype='', n_thread=0):
     returns  Process
     """
     device = pick_device(device)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    local = int(os.environ.get('LOCAL_RANK', 0))
+    told = {key: os.environ.get(key, default) for key, default in
+            (('RANK', '0'), ('WORLD_SIZE', '1'), ('LOCAL_RANK', '0'), ('LOCAL_WORLD_SIZE', '1'))}
+    rank, world, local, local_world = (int(text) if text.isdecimal() else -1 for text in told.values())
+    half = ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ)
+    if half or not 0 <= rank < world or not 0 <= local < local_world:
+        raise UserError(f"{', '.join(f'{key}={text}' for key, text in told.items())}: not an environment that torchrun "
+                        "makes; start the script by torchrun, or unset these")
     dtype = getattr(torch, dtype or ('bfloat16' if device == 'cuda' else 'float32'))
     if device == 'cpu':
-        torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // local_world))
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device('cpu'), dtype)
@@ -300,10 +305,10 @@ class Run:
             checkpoint.check_resume(self.meta, config, self.folder, stages, free)
             self.base = self.meta.get('base')
         elif init_from:
-            self.folder = init_from
-            if os.path.isdir(init_from) and not glob.glob(os.path.join(glob.escape(init_from), '*.safetensors')) \
-                    or os.path.exists(os.path.join(init_from, 'meta.json')):
-                self.meta = checkpoint.read_meta(init_from)          # else weights of others, such as OpenLM's
+            self.folder = os.path.realpath(init_from)                # once: a run that goes on may swap its ckpt_last
+            if os.path.isdir(init_from) and not glob.glob(os.path.join(glob.escape(self.folder), '*.safetensors')) \
+                    or os.path.exists(os.path.join(self.folder, 'meta.json')):
+                self.meta = checkpoint.read_meta(self.folder)          # else weights of others, such as OpenLM's
             self.base = self.meta and {key: value for key, value in self.meta.items() if key != 'rng'}
         else:
             self.base = None
@@ -370,6 +375,20 @@ class Run:
                 self.process.print(f"!!! text source {name!r} has {text.n_row} rows, in {self.folder} it had {n_row}: "
                                    "their order is new, so text may come again")
 
+    def _compare_sources(self, mixture):
+        """The description of each source for meta.json; UserError where a resumed run would read other data."""
+        sources = {name: shuffled.source.shards.describe() for name, shuffled in mixture.sources.items()}
+        for name, now in sources.items() if self.resumed else ():
+            then = self.meta['sources'].get(name, now)
+            if now != then:
+                line = (f"the data of {name!r} has changed: {now['n_file']} files with {now['n_row']} rows now, "
+                        f"{then['n_file']} with {then['n_row']} when {self.folder} was saved"
+                        + (' (other sizes)' if (now['n_file'], now['n_row']) == (then['n_file'], then['n_row']) else ''))
+                if not self.config['allow_changed_data']:
+                    raise UserError(f"{line}: put it back, or go on with --allow_changed_data=true")
+                self.process.print(f"!!! {line}")
+        return sources
+
     def load_moments(self, optimizer):
         """
         AdamW's moments of the checkpoint that this run goes on from; of a base, those of parts that it lacks start fresh.
@@ -377,7 +396,7 @@ class Run:
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
         may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
-        fresh = checkpoint.load_optimizer(optimizer, self.folder, may_lack)
+        fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
             raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of "
                             "a new run")
@@ -401,7 +420,7 @@ class Run:
         self.model, self.optimizer, self.tokenizer, self.mixture = model, optimizer, tokenizer, mixture
         self.schedule, self.saved = schedule, None
         self.about = dict(stage=stage, spec=spec, schedule=schedule, moments=moments, init_from=self.init_from,
-                          base=self.base, config=self.config)
+                          base=self.base, config=self.config, sources=self._compare_sources(mixture))
         self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())

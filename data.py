@@ -260,6 +260,12 @@ class _Shards:
         self.first.append(first)
         self.ends.append(self.ends[-1] + n_row)
 
+    def describe(self):
+        """What a checkpoint remembers of its data, so that a change is noticed: files, rows, and a digest of both."""
+        files = [(os.path.basename(path), size, n) for (path, size, _), n in zip(self.stamps, self.sizes)]
+        return dict(n_file=len({stamp[0] for stamp in self.stamps}), n_row=sum(self.sizes),
+                    sha256=hashlib.sha256(repr(files).encode()).hexdigest())
+
     def locate(self, row):
         if not 0 <= row < self.ends[-1]:
             raise IndexError(f"row {row}: expected 0..{self.ends[-1] - 1}")

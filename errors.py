@@ -4,13 +4,17 @@ The one error that a user can cause, the one line it ends in, and the one bounda
     raise UserError(f"lr={lr}: expected above 0")        # anywhere; its message is what the user reads
     sys.excepthook = user_error_hook                     # in a script: such an error is one line and status 1
     with reading(path, 'JSON'):                          # whatever a parser raises becomes one UserError that names path
+    check(meta, Field(dict, of=META), path)              # a schema: types and ranges, declared once
 
 A traceback is what it should be: our bug.
 """
 import atexit
 import contextlib
+import errno
+import math
 import os
 import sys
+from typing import NamedTuple
 
 
 class UserError(ValueError):
@@ -39,24 +43,87 @@ def reading(path, what):
         raise UserError(f"{path}: not readable as {what} ({reason})") from e
 
 
+class Field(NamedTuple):
+    """What a schema says of one value that was read: its type, its range, and the same of what it holds."""
+    kind: object                # a type, or a tuple of types
+    low: float = -math.inf      # of a number; of a list, a dict or a str: of its length
+    high: float = math.inf
+    of: object = None           # Field of a list's items or a dict's values, or a dict name -> Field of a dict's keys
+    optional: bool = False      # may be missing, or None
+
+
+NUMBER = (int, float)
+
+
+def check(value, field, where):
+    """
+    Raise UserError, naming `where`, unless a value read from JSON keeps its Field; numbers have to be finite.
+    Keys that no schema names are free.
+    """
+    kinds = field.kind if isinstance(field.kind, tuple) else (field.kind,)
+    if value is None and field.optional:
+        return
+    if type(value) not in kinds:
+        expected = ' or '.join(kind.__name__ for kind in kinds)
+        raise UserError(f"{where} is {_short(value)}, expected {expected}" if value is not None else
+                        f"{where} is missing, expected {expected}")
+    size = value if type(value) in NUMBER else len(value) if isinstance(value, (list, dict, str)) else 0
+    if not (field.low <= size <= field.high and math.isfinite(size)):
+        what = '' if size is value else f' {size} long'
+        raise UserError(f"{where} is{what or ' ' + _short(value)}, expected from {field.low:g} to {field.high:g}")
+    if isinstance(field.of, dict):
+        for key, inner in field.of.items():
+            check(value.get(key), inner, f"{where}: '{key}'")
+    elif field.of is not None:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check(item, field.of, f"{where}: {key}")
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def world_size():
+    """How many processes torchrun started; 1 where its variable is absent or no number."""
+    text = os.environ.get('WORLD_SIZE', '1')
+    return int(text) if text.isdecimal() else 1
+
+
 def leave(code):
     """
     End this process. One of several skips the interpreter's own teardown after the exit handlers: a gloo thread that
     still holds a tensor would ask for the GIL there, and abort (pytorch issue 190489).
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+    if world_size() == 1:
         sys.exit(code)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.__stderr__.flush()
+    for stream in (sys.stdout, sys.__stderr__):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(code)
 
 
+# what the machine, not the code, is to blame for: stdout's reader is gone, a disk is full, too many files are open
+ENVIRONMENT = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO}
+
+
 def user_error_hook(kind, error, trace):
-    """A sys.excepthook: the line of a UserError on stderr and status 1; everything else as usual."""
-    if not issubclass(kind, UserError):
+    """A sys.excepthook: one line on stderr and status 1 for a UserError, Ctrl-C or a sick machine; else as usual."""
+    if issubclass(kind, KeyboardInterrupt):
+        line = 'stopped by Ctrl-C'
+    elif issubclass(kind, OSError) and error.errno in ENVIRONMENT:
+        line = f"stopped: {error.filename or 'stdout or another stream'}: {error.strerror}; what was saved is whole"
+    elif issubclass(kind, UserError):
+        line = str(error)
+    else:
         sys.__excepthook__(kind, error, trace)
         return
-    print(error, file=sys.__stderr__, flush=True)        # torch.distributed's own hook holds sys.stderr back meanwhile
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if issubclass(kind, OSError) and sys.stdout is not None:             # what stdout still holds cannot be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if sys.__stderr__ is not None:               # not sys.stderr, which torch.distributed's own hook holds back meanwhile
+        with contextlib.suppress(OSError):
+            print(line, file=sys.__stderr__, flush=True)
+    if world_size() > 1:
         leave(1)

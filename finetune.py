@@ -16,7 +16,7 @@ import checkpoint
 import common
 from common import lr_at
 from configurator import configure
-from data import InstructSource, Mixture, TextSource, load_tokenizer
+from data import InstructSource, Mixture, TextSource
 from errors import UserError, user_error_hook
 from model import add_images, build_vlm
 from vision import fill_encoder
@@ -73,6 +73,7 @@ activation_checkpointing = False        # [free] recompute the blocks in backwar
 n_worker = 2                            # [>= 0, free] loader processes per rank; 0 = inline
 resume = 'auto'                         # ['auto' | 'never', free] 'auto' = from ckpt_last, which wins over init_from
 max_bad_samples = 0                     # [>= 0, free] replace, count and list up to N unreadable samples; 0 = stop
+allow_changed_data = False              # [free] resume although files of the data are others than at the checkpoint
 save_every = 500                        # [>= 0, free] steps between ckpt_step_N; 0 = off
 keep_steps = 2                          # [>= 0, free] how many ckpt_step_N stay
 keep_optimizer = 'last'                 # ['all' | 'percent' | 'last' | 'none', free] whose optim.pt stays
@@ -98,7 +99,7 @@ process = common.setup_process(device, dtype, n_thread)
 run = common.Run(process, __file__, config, out_dir, init_from, stages=('finetune',))
 if not run.meta:
     raise UserError(f"{init_from} is not a checkpoint of these scripts: stage 3 needs one, of stage 2 or of stage 1")
-tokenizer = load_tokenizer(os.path.join(run.folder, os.path.basename(run.meta['tokenizer_path'])))
+tokenizer = checkpoint.read_tokenizer(run.folder, run.meta)
 spec = run.meta['spec']
 fresh_projector = spec['encoder'] is None                        # a base that never saw images: Prismatic's way
 if fresh_projector:
@@ -142,7 +143,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 # --- model ------------------------------------------------------------------------------------------------------------
 if fresh_projector:
     fill_encoder(model.encoder, encoder_file)
-checkpoint.load_weights(model, run.folder, ('encoder.', 'projector.') if fresh_projector else ())
+checkpoint.load_weights(model, run.folder, run.meta, ('encoder.', 'projector.') if fresh_projector else ())
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 model.encoder.requires_grad_(train_encoder)
 model.to(process.device)

@@ -92,6 +92,7 @@ activation_checkpointing = False        # [free] recompute the blocks in backwar
 n_worker = 2                            # [>= 0, free] loader processes per rank; 0 = inline
 resume = 'auto'                         # ['auto' | 'never', free] 'auto' = from ckpt_last, which wins over init_from
 max_bad_samples = 0                     # [>= 0, free] replace, count and list up to N unreadable samples; 0 = stop
+allow_changed_data = False              # [free] resume although files of the data are others than at the checkpoint
 save_every = 1000                       # [>= 0, free] steps between ckpt_step_N; 0 = off
 keep_percent = (20, 40, 60, 80, 100)    # [>= 1, <= 100] keep ckpt_NNN at these percents of max_steps
 keep_steps = 2                          # [>= 0, free] how many ckpt_step_N stay
@@ -208,7 +209,7 @@ process.start_device()
 if images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
     fill_encoder(model.encoder, encoder_file)
 if run.meta:
-    checkpoint.load_weights(model, run.folder, () if run.resumed else ('encoder.', 'projector.'))
+    checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
 elif init_from:
     imported = load_openlm(init_from)
     mine = {**spec['decoder'], 'seq_len': imported.config.seq_len}

@@ -30,9 +30,16 @@ class LazyTensor(NamedTuple):
     read: Callable
 
 
+MAX_JSON_BYTES = 4 << 30        # VQAv2's annotations have 0.4 GB
+
+
 def read_json(path, key=None):
     """The object (dict) that a JSON file holds, or holds under `key`; UserError with the path and the reason."""
     with reading(path, 'JSON'):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: not a file")       # a pipe would wait for ever
+        if os.path.getsize(path) > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {os.path.getsize(path)} bytes, expected at most {MAX_JSON_BYTES}")
         with open(path, encoding='utf-8') as f:
             content = json.load(f)
         where = ''
@@ -98,6 +105,11 @@ def _pt(file):
     return {str(name): LazyTensor(file, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
 
 
+def finite(tensor):
+    """Are all values finite? Without the temporary copies that isfinite makes."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def fill(module, source, rename=None, may_lack=None):
     """
     Copy tensors into a module's parameters and buffers by name, each converted to the dtype it has there.
@@ -105,7 +117,8 @@ def fill(module, source, rename=None, may_lack=None):
     rename     function of a name in source: the module's name for it, or None for a tensor that is not wanted
     may_lack   prefixes of the module's names that source need not hold; None = any
     returns    names of the module's tensors left as they were, sorted
-    Raises UserError naming file, tensor and both shapes for what does not fit; nothing is copied then.
+    Raises UserError naming file, tensor and both shapes for what does not fit, before anything is copied, and naming a
+    tensor whose values are not finite.
     """
     own = module.state_dict()
     wanted = {}
@@ -128,5 +141,8 @@ def fill(module, source, rename=None, may_lack=None):
         raise UserError(f"{files[0]}: lacks {lacking[0]}{more}")
     for name, tensor in wanted.items():
         with reading(tensor.file, f'the tensor {name}'), torch.no_grad():
-            own[name].copy_(tensor.read())
+            value = tensor.read()
+            if not finite(value):
+                raise UserError(f"{tensor.file}: {name} holds values that are not finite")
+            own[name].copy_(value)
     return fresh

@@ -41,7 +41,9 @@ def meta_for(model=None):
         spec.update(encoder=None, projector=None)
     elif model is not None:
         spec.update(encoder=model.encoder.spec())
-    return dict(stage='mix', spec=spec, config=dict(seed=7, text=[['a', 1.0]]), step=2, seen={}, cursor={}, schedule={})
+    return dict(stage='mix', spec=spec, config=dict(seed=7, text=[['a', 1.0]]), step=2, tokens=0, samples=0, seen={},
+                cursor={}, start_cursor={}, text_seed=7, text_rows={}, bad_samples=[], moments='', init_from='',
+                schedule=dict(kind='main'), sources={})
 
 
 def same_weights(a, b):
@@ -63,8 +65,8 @@ def test_a_checkpoint_comes_back(tmp_path, vocabulary):
     assert torch.load(tmp_path / 'ckpt_020' / 'optim.pt', weights_only=True)['decoder.norm.weight']['step'] == 2
     other = tiny_vlm(1)
     again = tiny_optimizer(other)
-    assert checkpoint.load_weights(other, str(tmp_path / 'ckpt_last')) == []
-    assert checkpoint.load_optimizer(again, str(tmp_path / 'ckpt_last')) == []
+    assert checkpoint.load_weights(other, str(tmp_path / 'ckpt_last'), meta) == []
+    assert checkpoint.load_optimizer(again, str(tmp_path / 'ckpt_last'), meta) == []
     for m, o in ((model, optimizer), (other, again)):    # and both go on alike, to the bit
         give_gradients(m, 9)
         common.optimizer_step(o, 0.01, 1.0)
@@ -88,7 +90,7 @@ def test_a_frozen_encoder_is_stored_once(tmp_path, vocabulary):
                                encoder_file=str(tmp_path / 'ckpt_step_1' / 'encoder.safetensors'))
     assert same_weights(model, checkpoint.load_vlm(str(tmp_path / 'ckpt_last'))[0])
     os.remove(tmp_path / 'ckpt_step_4' / 'encoder.safetensors')
-    with pytest.raises(UserError, match='ckpt_step_4/model.safetensors: lacks encoder.embeddings'):
+    with pytest.raises(UserError, match='ckpt_step_4/encoder.safetensors: no such file; the checkpoint is damaged'):
         checkpoint.load_vlm(str(tmp_path / 'ckpt_step_4'))
 
 
@@ -110,12 +112,13 @@ def test_a_text_checkpoint_leaves_the_projector_fresh(tmp_path, vocabulary):
     text = VLM(model.decoder, image_id=9)
     checkpoint.save_checkpoint(str(tmp_path), 'ckpt_080', text, None, load_tokenizer(vocabulary), meta_for(text))
     other = tiny_vlm(3)
+    folder, meta = str(tmp_path / 'ckpt_080'), checkpoint.read_meta(str(tmp_path / 'ckpt_080'))
     with pytest.raises(UserError, match='lacks projector.fc1.bias and 3 more tensors'):
-        checkpoint.load_weights(other, str(tmp_path / 'ckpt_080'))
-    fresh = checkpoint.load_weights(other, str(tmp_path / 'ckpt_080'), ['projector.'])
+        checkpoint.load_weights(other, folder, meta)
+    fresh = checkpoint.load_weights(other, folder, meta, ['projector.'])
     assert fresh == sorted(f'projector.{k}' for k in other.projector.state_dict())
     assert same_weights(model.decoder, other.decoder)
-    assert checkpoint.load_optimizer(tiny_optimizer(other), str(tmp_path / 'ckpt_080')) is None
+    assert checkpoint.load_optimizer(tiny_optimizer(other), folder, meta) is None
     assert checkpoint.load_vlm(str(tmp_path / 'ckpt_080'))[0].projector is None
 
 
@@ -239,6 +242,12 @@ def rewrite_meta(folder, **kw):
     (folder / 'meta.json').write_text(json.dumps({k: v for k, v in {**meta, **kw}.items() if v is not None}))
 
 
+def resign(folder, *names):
+    """Make meta.json vouch for files that a test has changed, so that what is behind its sums is tested."""
+    files = json.loads((folder / 'meta.json').read_text())['files']
+    rewrite_meta(folder, files={**files, **{name: checkpoint._digest(folder / name) for name in names}})
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-50])
 
@@ -247,6 +256,7 @@ def drop_tensor(folder, name):
     state = load_file(folder / 'model.safetensors')
     del state[name]
     save_file(state, folder / 'model.safetensors')
+    resign(folder, 'model.safetensors')
 
 
 def respec(folder, **kw):
@@ -255,24 +265,53 @@ def respec(folder, **kw):
 
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=12, n_ffn=8)
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def poison(folder):
+    state = load_file(folder / 'model.safetensors')
+    state['decoder.norm.weight'][3] = float('nan')
+    save_file(state, folder / 'model.safetensors')
+    resign(folder, 'model.safetensors')
+
+
 DAMAGE = {
     'schema': (lambda f: rewrite_meta(f, schema=1), 'schema 1, this code reads schema 2'),
     'no schema': (lambda f: rewrite_meta(f, schema=None), 'schema None'),
-    'no spec': (lambda f: rewrite_meta(f, spec=None), "has no 'spec'"),
-    'spec of a list': (lambda f: rewrite_meta(f, spec=[1]), "has no 'spec'"),
-    'no decoder': (lambda f: respec(f, decoder=dict(n_layer=1)), "not a model's description"),
-    'tokenizer 3': (lambda f: rewrite_meta(f, tokenizer_path=3), "has no 'tokenizer_path'"),
+    'no spec': (lambda f: rewrite_meta(f, spec=None), "meta.json: 'spec' is missing, expected dict"),
+    'spec of a list': (lambda f: rewrite_meta(f, spec=[1]), "'spec' is [1], expected dict"),
+    'no decoder': (lambda f: respec(f, decoder=dict(n_layer=1)), "'spec': 'decoder': 'n_head' is missing"),
+    'step': (lambda f: rewrite_meta(f, step=-5), "'step' is -5, expected from 0 to inf"),
+    'step of true': (lambda f: rewrite_meta(f, step=True), "'step' is True, expected int"),
+    'step of 2.0': (lambda f: rewrite_meta(f, step=2.0), "'step' is 2.0, expected int"),
+    'no stage': (lambda f: rewrite_meta(f, stage=None), "'stage' is missing, expected str"),
+    'seen': (lambda f: rewrite_meta(f, seen=dict(text=3)), "'seen': text is 3, expected dict"),
+    'seen text': (lambda f: rewrite_meta(f, seen=dict(text=dict(n_sample='x'))), "'seen': text: 'n_sample' is 'x'"),
+    'cursor': (lambda f: rewrite_meta(f, cursor=dict(text=None)), "'cursor': text is missing, expected int"),
+    'schedule': (lambda f: rewrite_meta(f, schedule={}), "'schedule': 'kind' is missing"),
+    'layers': (lambda f: respec(f, decoder=dict(SHAPE, seq_len=8, n_layer=10 ** 9)),
+               "'n_layer' is 1000000000, expected from 1 to 1000"),
+    'tokenizer 3': (lambda f: rewrite_meta(f, tokenizer_path=3), "'tokenizer_path' is 3, expected str"),
     'a list': (lambda f: (f / 'meta.json').write_text('[]'), 'expected a JSON object'),
     'meta cut': (lambda f: cut(f / 'meta.json'), 'meta.json: not readable as JSON'),
     'no meta': (lambda f: (f / 'meta.json').unlink(), 'no meta.json there'),
-    'weights cut': (lambda f: cut(f / 'model.safetensors'), 'model.safetensors: not readable'),
+    'a pipe': (lambda f: ((f / 'meta.json').unlink(), os.mkfifo(f / 'meta.json')), 'no meta.json there'),
+    'weights cut': (lambda f: cut(f / 'model.safetensors'), 'model.safetensors: '),
+    'weights flipped': (lambda f: flip(f / 'model.safetensors'), 'damaged, or from another checkpoint'),
+    'weights cut and signed': (lambda f: (cut(f / 'model.safetensors'), resign(f, 'model.safetensors')),
+                               'model.safetensors: not readable as safetensors'),
     'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'model.safetensors: no such file'),
-    'weights empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'model.safetensors: not readable'),
-    'no tokenizer': (lambda f: (f / 'tokenizer.json').unlink(), 'tokenizer.json'),
+    'weights empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'model.safetensors: 0 bytes'),
+    'nan': (poison, 'model.safetensors: decoder.norm.weight holds values that are not finite'),
+    'no tokenizer': (lambda f: (f / 'tokenizer.json').unlink(), 'tokenizer.json: no such file'),
+    'another tokenizer': (lambda f: flip(f / 'tokenizer.json'), 'tokenizer.json: '),
     'no tensor': (lambda f: drop_tensor(f, 'decoder.norm.weight'), 'lacks decoder.norm.weight'),
-    'another shape': (lambda f: respec(f, decoder=dict(SHAPE, n_embd=16)), "this model's is"),
-    'fewer layers': (lambda f: respec(f, encoder=None, decoder=dict(SHAPE, n_layer=0)),
-                     'which this model does not have')}
+    'another shape': (lambda f: respec(f, decoder=dict(SHAPE, seq_len=8, n_embd=16)), "this model's is"),
+    'fewer layers': (lambda f: respec(f, encoder=None, decoder=dict(SHAPE, seq_len=8, n_layer=1, n_ffn=4)),
+                     "this model's is")}
 
 
 @pytest.mark.parametrize('case', DAMAGE)
@@ -282,43 +321,54 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, vocabulary, case):
     act(tmp_path / 'ckpt_080')
     with pytest.raises(UserError) as caught:
         checkpoint.load_vlm(str(tmp_path / 'ckpt_080'))
-    one_line(caught, word, 'ckpt_080' if case != 'no decoder' else '')
+    one_line(caught, word, 'ckpt_080')
     with pytest.raises(ValueError) as caught:            # a file instead of its folder
         checkpoint.read_meta(str(tmp_path / 'ckpt_080' / 'model.safetensors' / ''))
     one_line(caught, 'expected a checkpoint folder')
 
 
+def loads(optimizer, folder):
+    """load_optimizer of a folder that holds optim.pt alone, vouched for."""
+    files = {'optim.pt': checkpoint._digest(folder / 'optim.pt')} if (folder / 'optim.pt').exists() else {}
+    return checkpoint.load_optimizer(optimizer, str(folder), dict(files=files))
+
+
 def test_a_damaged_optimizer_state_is_named(tmp_path):
     optimizer = tiny_optimizer(tiny_vlm())
-    assert checkpoint.load_optimizer(optimizer, str(tmp_path)) is None           # none: the caller decides
+    assert loads(optimizer, tmp_path) is None            # none: the caller decides
     path = tmp_path / 'optim.pt'
     torch.save({'decoder.norm.weight': {'step': torch.ones(())}}, path)
-    with pytest.raises(ValueError, match="moments of decoder.tok_embeddings.weight are None, expected floats of shapes .'step'"):
-        checkpoint.load_optimizer(optimizer, str(tmp_path))
+    with pytest.raises(UserError, match="moments of decoder.tok_embeddings.weight are None, expected floats of shapes"):
+        loads(optimizer, tmp_path)
+    meta = dict(files={'optim.pt': checkpoint._digest(path)})
+    flip(path)
+    with pytest.raises(UserError, match='optim.pt: .*damaged, or from another checkpoint'):
+        checkpoint.load_optimizer(optimizer, str(tmp_path), meta)
     cut(path)
     for content in (path.read_bytes(), b'', b'garbage'):
         path.write_bytes(content)
-        with pytest.raises(ValueError) as caught:
-            checkpoint.load_optimizer(optimizer, str(tmp_path))
+        with pytest.raises(UserError) as caught:
+            loads(optimizer, tmp_path)
         one_line(caught, 'optim.pt: not readable')
     torch.save([1], path)
-    with pytest.raises(ValueError, match='holds a list'):
-        checkpoint.load_optimizer(optimizer, str(tmp_path))
+    with pytest.raises(UserError, match='holds a list'):
+        loads(optimizer, tmp_path)
 
 
 def test_moments_of_another_shape_or_type_never_reach_the_optimizer(tmp_path):
     model, optimizer = trained()
     good = checkpoint.optimizer_state(optimizer)
     for key, value in (('exp_avg_sq', torch.zeros(3)), ('exp_avg', torch.zeros(8, dtype=torch.int64)), ('step', 2.0),
-                       ('step', torch.ones(2)), ('exp_avg', None), ('more', torch.zeros(()))):
+                       ('step', torch.ones(2)), ('exp_avg', None), ('more', torch.zeros(())),
+                       ('exp_avg', torch.full((8,), float('nan')))):
         bad = {**good, 'decoder.norm.weight': {**good['decoder.norm.weight'], key: value}}
         torch.save(bad, tmp_path / 'optim.pt')
         with pytest.raises(UserError) as caught:
-            checkpoint.load_optimizer(tiny_optimizer(model), str(tmp_path))
-        one_line(caught, 'optim.pt: moments of decoder.norm.weight are')
+            loads(tiny_optimizer(model), tmp_path)
+        one_line(caught, 'optim.pt: moments of decoder.norm.weight')
     torch.save({}, tmp_path / 'optim.pt')
     with pytest.raises(UserError, match='optim.pt: moments of decoder.tok_embeddings.weight are None'):
-        checkpoint.load_optimizer(tiny_optimizer(model), str(tmp_path))
+        loads(tiny_optimizer(model), tmp_path)
 
 
 def test_check_resume_names_the_difference():
