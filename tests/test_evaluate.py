@@ -130,7 +130,8 @@ def script(*args):
 def test_a_perfect_model_scores_100_on_every_format(eval_dir, tokenizer):
     opt = options(eval_dir)
     tasks = find_tasks(opt)
-    assert [t.name for t in tasks] == ['vqav2', 'pope', 'textvqa', 'textvqa_ocr', 'refcoco', 'captions', 'boolq', 'copa']
+    names = ['vqav2', 'pope', 'textvqa', 'textvqa_ocr', 'refcoco', 'captions', 'boolq', 'copa']
+    assert [task.name for task in tasks] == names
     for task in tasks:
         result, records = evaluate_task(Oracle(tokenizer, [task]), tokenizer, task, opt)
         assert (result['score'], result['malformed'], result['n']) == (1.0, 0, len(task.examples)), task.name
