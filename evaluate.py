@@ -20,7 +20,6 @@ each reported apart) and `blind_answers` (answers that somebody might guess who 
 about it). Beside each score stands what guessers score. The best constant answers are chosen on the train annotations
 of VQAv2 and TextVQA, and on RefCOCO's own train split; where those are missing, on the test questions themselves.
 """
-import contextlib
 import json
 import os
 import sys
@@ -338,9 +337,11 @@ def answer(opt):
             print(caption)
     if sys.stdin.isatty():
         print(f"ask about {opt.image}; an empty line ends")
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
+        try:
             while question := input('> ').strip():
                 print(reply(question))
+        except (EOFError, KeyboardInterrupt):
+            print()                                          # the shell goes on on a line of its own
     elif answers_questions:
         print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
 
