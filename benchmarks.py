@@ -144,9 +144,13 @@ def read_vqav2(path, name, opt):
     examples = []
     for i, row in enumerate(rows):
         types, guesses = optional(row)
-        examples.append(Example(str(row['question_id']), text[row['question_id']] + opt.short_suffix,
-                                answers_of(row, i, answers_file), f"COCO_val2014_{row['image_id']:012d}", types,
-                                guesses=guesses))
+        examples.append(Example(
+            id=str(row['question_id']),
+            prompt=text[row['question_id']] + opt.short_suffix,
+            answers=answers_of(row, i, answers_file),
+            image=f"COCO_val2014_{row['image_id']:012d}",
+            types=types,
+            guesses=guesses))
     train = None
     if os.path.exists(train_file):
         train = [(optional(row)[0], answers_of(row, i, train_file))
@@ -173,8 +177,13 @@ def read_textvqa(path, name, opt):
         if len(row['answers']) != 10:
             raise UserError(f"{file}: entry {i} has {len(row['answers'])} answers; the TextVQA score is defined for 10")
         types, guesses = optional(row)
-        examples.append(Example(str(row['question_id']), question + opt.short_suffix, row['answers'],
-                                str(row['image_id']), types, guesses=guesses))
+        examples.append(Example(
+            id=str(row['question_id']),
+            prompt=question + opt.short_suffix,
+            answers=row['answers'],
+            image=str(row['image_id']),
+            types=types,
+            guesses=guesses))
     train = None
     if os.path.exists(train_file):
         train = [(optional(row)[0], row['answers']) for row in read_table(train_file, 'data', 'answers')]
@@ -196,9 +205,14 @@ def read_pope(path, name, opt):
             if row['label'] not in labels:
                 raise UserError(f"{file}: entry {i} has label {row['label']!r}, expected 'yes' or 'no'")
             types, guesses = optional(row, labels)
-            examples.append(Example(f"{split}-{row['question_id']}", row['text'] + opt.short_suffix,
-                                    [labels.index(row['label'])], os.path.splitext(row['image'])[0], (split, *types),
-                                    list(opt.pope_words), guesses))
+            examples.append(Example(
+                id=f"{split}-{row['question_id']}",
+                prompt=row['text'] + opt.short_suffix,
+                answers=[labels.index(row['label'])],
+                image=os.path.splitext(row['image'])[0],
+                types=(split, *types),
+                choices=list(opt.pope_words),
+                guesses=guesses))
 
     def metrics(records):
         label = dict(zip(words, labels))
@@ -225,16 +239,20 @@ def read_refcoco(path, name, opt):
     check_known(refs, path, 'ann_id', box, instances)
     examples, train = [], []
     for i, ref in enumerate(refs):
-        types, gold = optional(ref)[0], [box[ref['ann_id']]]
+        types, _ = optional(ref)
+        gold = [box[ref['ann_id']]]
         if ref['split'] == 'train':
             train.append((types, gold))
         if ref['split'] != opt.refcoco_split:
             continue
         for k, sentence in enumerate(ref['sentences']):
-            examples.append(Example(f"{ref.get('ref_id', i)}-{sentence.get('sent_id', k)}",
-                                    opt.box_prompt.replace('{sent}', sentence['sent']), gold,
-                                    f"COCO_train2014_{ref['image_id']:012d}", types,
-                                    guesses=in_image[ref['image_id']]))
+            examples.append(Example(
+                id=f"{ref.get('ref_id', i)}-{sentence.get('sent_id', k)}",
+                prompt=opt.box_prompt.replace('{sent}', sentence['sent']),
+                answers=gold,
+                image=f"COCO_train2014_{ref['image_id']:012d}",
+                types=types,
+                guesses=in_image[ref['image_id']]))          # any object's box
     if not examples:
         splits = sorted({ref['split'] for ref in refs})
         raise UserError(f"{path}: no ref of split {opt.refcoco_split!r}; it has {splits}")
@@ -248,12 +266,14 @@ def read_captions(path, name, opt):
     captions = {}
     for row in read_table(path, None, 'image', 'caption'):
         captions.setdefault(row['image'], []).append(row['caption'])
-    return caption_task(name, [Example(image, '', references, os.path.splitext(image)[0])
-                               for image, references in captions.items()])
+    examples = []
+    for image, references in captions.items():
+        examples.append(Example(id=image, prompt='', answers=references, image=os.path.splitext(image)[0]))
+    return caption_task(name, examples)
 
 
 def read_text(path, name, opt):
-    """Multiple choice: the least surprising choice after the plain query, zero-shot."""
+    """Multiple choice, zero-shot: the choice that is most probable after the plain query."""
     examples = []
     for i, row in enumerate(read_table(path, None, 'query', 'choices', 'gold')):
         choices, gold = row['choices'], row['gold']
@@ -261,8 +281,13 @@ def read_text(path, name, opt):
             raise UserError(f"{path}: entry {i} has gold={gold!r} for {len(choices)} choices; expected an index")
         types, guesses = optional(row, choices)
         query = row['query'].strip() + TEXT_DELIMITER.get(name, ' ')
-        examples.append(Example(str(i), query.rstrip(), [gold], types=types, guesses=guesses,
-                                choices=[choice.strip() for choice in choices]))
+        examples.append(Example(
+            id=str(i),
+            prompt=query.rstrip(),
+            answers=[gold],
+            choices=[choice.strip() for choice in choices],
+            types=types,
+            guesses=guesses))
     return Task(name, 'text', examples, same, layout='text', variant=f'nats per {opt.choice_norm}')
 
 
@@ -284,7 +309,8 @@ def list_tasks(eval_dir):
     for kind, (pattern, title, _) in READERS.items():
         for file in sorted(glob.glob(pattern, root_dir=eval_dir)):
             folder, base = os.path.split(file)
-            name, path = title.format(folder=folder, file=os.path.splitext(base)[0]), os.path.join(eval_dir, file)
+            name = title.format(folder=folder, file=os.path.splitext(base)[0])
+            path = os.path.join(eval_dir, file)
             before = found.setdefault(name, (kind, path))
             if before[0] != kind or os.path.dirname(before[1]) != os.path.dirname(path):
                 raise UserError(f"{before[1]} and {path} are both the task {name}: rename one")

@@ -56,30 +56,30 @@ tasks = ''                    # names separated by commas; '' = every benchmark 
 n_example = 0                 # [>= 0] per task (per split for POPE), the first of one fixed shuffle; 0 = all. The
                               # shuffle is vlm-evaluation's, which however shuffles the three RefCOCOs together
 batch_size = 16               # [>= 1] questions (or choices) per forward pass; float32 scores do not depend on it
-max_len = 2048                # [>= 1] positions: the context of a text choice loses its left end beyond; the same for
-                              # every checkpoint, whatever lengths it was trained on
-max_new_tokens = 128          # [>= 1] of a generated answer
+max_len = 2048                # [>= 1] tokens of a text benchmark's context and choice: a longer context loses its left
+                              # end. It is the same for every checkpoint, whatever lengths it was trained on
+max_new_tokens = 128          # [>= 1] the longest answer
 device = 'auto'               # ['auto' | 'cpu' | 'cuda' | 'mps']
 dtype = ''                    # ['' | 'float32' | 'bfloat16'] '' = bfloat16 on CUDA, else float32
 n_thread = 0                  # [>= 0, <= 1024] CPU threads of torch; 0 = torch's choice
 n_worker = 2                  # [>= 0] threads that decode the next batch's images
-resize = ''                   # ['' | 'letterbox' | 'naive' | 'crop'] '' = as the checkpoint was trained
+resize = ''                   # ['' | 'letterbox' | 'naive' | 'crop'] of images; '' = as the checkpoint was trained
 short_suffix = '\nAnswer the question using a single word or phrase.'   # after each VQA and POPE question
 box_prompt = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
 box_frame = 'original'        # ['original' | 'letterbox'] gold boxes over the image (vlm-evaluation) or its square
-refcoco_split = 'val'         # which refs are asked
-pope_words = ('Yes', 'No')    # the more probable first token is the answer
+refcoco_split = 'val'         # the split of RefCOCO whose expressions are asked
+pope_words = ('Yes', 'No')    # the answers to POPE's questions: the one with the more probable first token is taken
 vqa_variant = 'vlm-eval'      # ['vlm-eval' | 'official' | 'm4c' | 'vizwiz'] scoring of VQAv2: vlm-eval is the paper's
-                              # harness; results.json has both it and 'official'
+                              # harness; results.json always has it and 'official'
 choice_norm = 'token'         # ['token' | 'sum' | 'char'] text choices are compared by nats per token (DCLM), by their
                               # sum (lm-eval acc) or per character (acc_norm)
 vqav2_baseline = 0.5          # [>= 0, <= 1] in the vision stable score; the paper fixes only pope + vqav2 = 1.0
 image = ''                    # ask about one photo ('' = benchmarks); without a prompt: questions on a terminal, else
                               # its caption
 prompt = ''                   # the question about image, or a text to continue
-temperature = 0.0             # [>= 0] of image and prompt; 0 = greedy
-top_k = 0                     # [>= 0] of image and prompt; 0 = all ids
-seed = 7                      # [>= 0, < 9.2e18] of sampling
+temperature = 0.0             # [>= 0] with image or prompt: 0 = always the most probable token, else tokens are drawn
+top_k = 0                     # [>= 0] draw among so many of the most probable tokens; 0 = among all
+seed = 7                      # [>= 0, < 9.2e18] of these draws
 # --- config end -----------------------------------------------------------------------------
 
 FREE = {'tasks', 'batch_size', 'n_thread', 'n_worker', 'ckpt', 'out_dir', 'scale', 'name'}    # do not change a score
@@ -133,7 +133,8 @@ def load_images(images, lengths, model, opt, upright=True):
                            for path in paths]
         ahead = submit(batches[0]) if batches else None
         for n, batch in enumerate(batches):
-            (paths, loading), ahead = ahead, submit(batches[n + 1]) if n + 1 < len(batches) else None
+            paths, loading = ahead
+            ahead = submit(batches[n + 1]) if n + 1 < len(batches) else None
             if not paths:
                 yield batch, None, None
                 continue
@@ -152,9 +153,10 @@ def prompt_ids(example, task, model, tokenizer, opt):
 
 
 def write_answers(model, tokenizer, task, opt):
-    """Greedy answers, one str per example, up to sep or end of text; also how many ran into max_new_tokens."""
+    """Greedy answers, one str per example, up to sep or end of text; also how many max_new_tokens cut short."""
     prompts = [prompt_ids(e, task, model, tokenizer, opt) for e in task.examples]
-    images, answers, cut = [e.image for e in task.examples], [''] * len(prompts), 0
+    images = [e.image for e in task.examples]
+    answers, cut = [''] * len(prompts), 0
     bar = progress(task, len(prompts))
     for batch, pixels, index in load_images(images, list(map(len, prompts)), model, opt, task.upright):
         with autocast(opt):
@@ -195,7 +197,8 @@ def pick_choices(model, tokenizer, task, opt):
             rows.append((n, context[start:], ids, size if task.layout == 'text' else 1))
             images.append(e.image)
     lengths = [len(context) + len(ids) for _, context, ids, _ in rows]
-    scored, bar = [0.0] * len(rows), progress(task, len(rows), 'choices')
+    scored = [0.0] * len(rows)
+    bar = progress(task, len(rows), 'choices')
     for batch, pixels, index in load_images(images, lengths, model, opt, task.upright):
         width = max(lengths[i] for i in batch) - 1
         tokens = torch.full((len(batch), width), tokenizer.pad_id)
@@ -302,8 +305,10 @@ def load(opt):
 
 
 def answer(opt):
-    """Print what the model writes about opt.image or after opt.prompt. On a terminal, an image without a prompt is
-    asked about until an empty line."""
+    """
+    Print what the model writes about opt.image or after opt.prompt. An image without a prompt is asked about on a
+    terminal until an empty line, and gets a caption elsewhere.
+    """
     model, tokenizer, meta = load(opt)
     if opt.image and model.encoder is None:
         raise UserError(f"image={opt.image}: {opt.ckpt} is a text-only checkpoint; give one of stage 2 or 3")
@@ -311,9 +316,9 @@ def answer(opt):
     n_token, prefix = 0, None
     if opt.image:
         n_token = model.encoder.n_token
-        pixels = load_image(opt.image, model.encoder.image_size, opt.resize)
+        pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
         with autocast(opt):
-            prefix = model.prefill_images(pixels[None].to(opt.device))       # read once for all questions
+            prefix = model.prefill_images(pixels)                                        # once for all questions
 
     def write(ids):
         with autocast(opt):
@@ -326,24 +331,28 @@ def answer(opt):
         return write(instruct_prompt(question, n_token, tokenizer, opt.system_prompt))
     if not opt.image:
         print(write(tokenizer.encode(opt.prompt) or [tokenizer.eot_id]))
-        return
-    if opt.prompt:
+    elif opt.prompt:
         print(reply(opt.prompt))
-        return
-    answers_questions = meta.get('stage') == 'finetune'
-    if not (answers_questions and sys.stdin.isatty()):
-        caption = write(caption_prompt(n_token, tokenizer))
-        if caption.strip() or not answers_questions:
-            print(caption)
-    if sys.stdin.isatty():
-        print(f"ask about {opt.image}; an empty line ends")
-        try:
-            while question := input('> ').strip():
-                print(reply(question))
-        except (EOFError, KeyboardInterrupt):
-            print()                                          # the shell goes on on a line of its own
-    elif answers_questions:
-        print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
+    else:
+        tuned, terminal = meta.get('stage') == 'finetune', sys.stdin.isatty()
+        if not (tuned and terminal):
+            caption = write(caption_prompt(n_token, tokenizer))
+            if caption.strip() or not tuned:
+                print(caption)
+        if terminal:
+            print(f"ask about {opt.image}; an empty line ends")
+            converse(reply)
+        elif tuned:
+            print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
+
+
+def converse(reply):
+    """Print the reply to each line that is typed, until an empty one, the end of input or Ctrl-C."""
+    try:
+        while question := input('> ').strip():
+            print(reply(question))
+    except (EOFError, KeyboardInterrupt):
+        print()                                              # the shell goes on on a line of its own
 
 
 def run(opt):
