@@ -50,7 +50,7 @@ def clean_space(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
 
-@functools.lru_cache(maxsize=1 << 16)                       # the 2.1 M answers of VQAv2 val hold few distinct ones
+@functools.lru_cache(maxsize=1 << 16)                       # VQAv2 val has 2.1 M answers, few of them distinct
 def clean_punctuation(text):
     """Step 2: punctuation deleted where it touches a space (or anywhere in a text with '1,000'), else made a space."""
     out, comma = text, DIGIT_COMMA.search(text) is not None
@@ -170,8 +170,8 @@ def phrases(text):
 
 def phrase_f1(prediction, references):
     """
-    F1 of the phrases of a caption: the harmonic mean of how many of them are right and how many of the right ones are
-    there. Order, case, spaces and repetitions do not matter.
+    F1 of the phrases of a caption: the harmonic mean of the share of its phrases that are right and the share of the
+    right phrases that it has. Order, case, spaces and repetitions do not matter.
     prediction  str
     references  list of str, the captions that the image has; the one that fits best counts
     returns     0..1
@@ -270,9 +270,10 @@ def uniform_baseline(test, score, partial=False, n_draw=100):
     for kind, answers in test:
         known[kind].update(answers)
     if partial:
-        pools, random, total = {kind: sorted(answers) for kind, answers in known.items()}, Random(21), 0.0
+        pools = {kind: sorted(answers) for kind, answers in known.items()}
+        rng, total = Random(21), 0.0
         for kind, answers in test:
-            drawn = random.sample(pools[kind], min(n_draw, len(pools[kind])))
+            drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind])))
             total += sum(score(guess, answers) for guess in drawn) / len(drawn)
         return total / max(len(test), 1)
     total = sum(sum(score(a, answers) for a in set(answers)) / len(known[kind]) for kind, answers in test)
@@ -317,9 +318,10 @@ class Example:
     prompt: str                                 # the question as the model reads it
     answers: list                               # what the scorer compares with; [index] when there are choices
     image: str = ''                             # path; '' = text only
-    types: tuple = ()                           # labels it is also reported under
+    types: tuple = ()                           # labels; scores are also reported by label
     choices: list = None                        # None = the model writes its answer
-    guesses: list = None                        # what one could answer who sees the image, but not what is asked of it
+    guesses: list = None                        # answers (indices of choices) that somebody could guess who sees the
+                                                # image, but not what is asked about it
 
 
 @dataclass
@@ -370,8 +372,10 @@ def vqa_task(name, kind, examples, variant, others=(), train=None):
 
 
 def caption_task(name, examples):
-    """A Task scored by phrase_f1; an empty caption is malformed. exact_match is the share of captions that are right
-    as a whole, but for case and spaces."""
+    """
+    A Task scored by phrase_f1; an empty caption is malformed. Beside it stands exact_match: the share of captions that
+    equal one of the image's captions as a whole, but for case and spaces.
+    """
     def score(prediction, answers):
         return phrase_f1(prediction, answers) if prediction else None
 
