@@ -25,8 +25,10 @@ import checkpoint
 import common
 import kernels
 from configurator import configure
-from model import VLM, Decoder, ModelConfig, Projector
-from vision import SigLIP, SigLIPConfig, load_encoder
+from errors import user_error_hook
+from log import PEAK_FLOPS, model_flops_utilisation
+from model import build_vlm, vlm_spec
+from vision import SigLIP, SigLIPConfig
 
 
 def conditions(device):
@@ -60,43 +62,43 @@ def synthetic_batch(c, encoder, image_id, device):
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image = round(B * c['image_ratio'])
+    n_image = round(B * c['image_ratio']) if encoder is not None else 0
     images = None
     if n_image:
         n, size = encoder.n_token, encoder.image_size
         tokens[:n_image, :n] = image_id
         targets[:n_image, :n] = targets[:n_image, n + 41:] = kernels.IGNORE_INDEX
         images = torch.randint(0, 256, (n_image, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
-    rows = (targets.flatten() != kernels.IGNORE_INDEX).nonzero().squeeze(1)
-    return tokens.to(device), targets.to(device), images, rows.to(device)
+    kept = (targets.flatten() != kernels.IGNORE_INDEX).nonzero().squeeze(1)
+    return tokens.to(device), targets.to(device), images, kept.to(device)
 
 
 def step(argv):
     """Time one optimizer step's phases for a recipe; prints a table and the share of Python in the step."""
-    c = configure({'__file__': os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain.py')}, argv)
+    c = configure({'__file__': os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain.py'),
+                   '__doc__': __doc__}, argv)
     process = common.setup_process(c['device'], c['dtype'], c['n_thread'])
     process.start_device()
     device = process.device
-    encoder = None
-    if c['image_ratio'] > 0 or c['init_from']:
-        path = c['encoder_path'] if c['encoder_path'] == 'patch' else os.path.join(c['data_dir'], c['encoder_path'])
-        if path == 'patch' or os.path.exists(path):
-            encoder = load_encoder(path, c['encoder_layer'], c['encoder_norm'], c['image_size'])
-        else:
-            print(f"{path} not found: SigLIP so400m/14 at 384 px with random weights instead")
-            encoder = SigLIP(SigLIPConfig(), c['encoder_layer'], c['encoder_norm'])
-        encoder.requires_grad_(c['train_encoder'])
-    config = ModelConfig(c['n_layer'], c['n_head'], c['n_embd'], c['vocab_size'], c['seq_len'], c['n_ffn'])
-    projector = None if encoder is None else Projector(encoder.width, c['n_embd'])
+    path = c['encoder_path'] if c['encoder_path'] == 'patch' else os.path.join(c['data_dir'], c['encoder_path'])
+    there = path == 'patch' or os.path.exists(path)
     image_id = c['vocab_size'] - 1
-    model = VLM(Decoder(config), encoder, projector, image_id=image_id, z_loss=c['z_loss']).to(device)
-    model.decoder.activation_checkpointing = c['activation_checkpointing']
+    spec = vlm_spec(c, image_id, path if c['stage'] == 'mix' and there else '')
+    if c['stage'] == 'mix' and not there:
+        print(f"{path} not found: SigLIP so400m/14 at 384 px instead, and random weights")
+        eye = SigLIP(SigLIPConfig(), c['encoder_layer'], c['encoder_norm'])
+        spec.update(encoder=eye.spec(), projector=dict(kind='mlp2'))
+    model = build_vlm(spec, c['seed']).to(device)
+    model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
+    encoder, config = model.encoder, model.decoder.config
+    if encoder is not None:
+        encoder.requires_grad_(c['train_encoder'])
     if c['compile']:
         for block in model.decoder.layers:
             block.compile(dynamic=None)
-    shares = {'decoder': 1.0} if encoder is None else {'decoder': 1.0, 'projector': 1.0, 'encoder': 1.0}
-    optimizer = common.make_optimizer(model, shares, weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']))
-    tokens, targets, images, rows = synthetic_batch(c, encoder, image_id, device)
+    optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
+                                      weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
+    tokens, targets, images, kept = synthetic_batch(c, encoder, image_id, device)
 
     def one(phases):
         optimizer.zero_grad(set_to_none=True)
@@ -105,7 +107,7 @@ def step(argv):
                 with torch.no_grad():
                     encoder(images)                                # once more, only to time it
                 phases.mark('encoder')
-            loss, weight = model(tokens, targets, images, rows=rows)
+            loss, weight, _ = model(tokens, targets, images, kept=kept)
         phases.mark('forward')
         (loss / weight).backward()
         phases.mark('backward')
@@ -122,10 +124,10 @@ def step(argv):
         median['forward'] -= median['encoder']
     total = sum(median.values())
     n = tokens.numel()
-    mfu = common.model_flops_utilisation(config.flops_per_token(c['seq_len']) * n / total, device, 1)
+    mfu = model_flops_utilisation(config.flops_per_token(c['seq_len']) * n / total, device, 1)
     print(conditions(device))
     n_image = 0 if images is None else len(images)
-    print(f"{n} positions, {len(rows)} with loss, {n_image} images, one process, one micro-step")
+    print(f"{n} positions, {len(kept)} with loss, {n_image} images, one process, one micro-step")
     for name, seconds in median.items():
         print(f"  {name:<10} {seconds * 1e3:9.2f} ms  {seconds / total:6.1%}")
     rate = f"{n / total:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else '')
@@ -260,7 +262,7 @@ def bench_kernels(argv):
     device = torch.device('cuda')
     print(conditions(device))
     name = torch.cuda.get_device_name(device)
-    peak = next((v for k, v in common.PEAK_FLOPS.items() if k in name), float('nan'))
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float('nan'))
     for case in LOSS_CASES:
         leaves, names, flops = loss_candidates(case, device, torch.bfloat16)
         truth = gradients(names['eager'], leaves, torch.float32)
@@ -329,6 +331,7 @@ def fastest(kernel, key, long, candidates, f):
 COMMANDS = {'step': step, 'kernels': bench_kernels, 'tune': tune}
 
 if __name__ == '__main__':
+    sys.excepthook = user_error_hook
     if sys.argv[1:2] in (['--help'], ['-h']):
         sys.exit(print(__doc__.strip()))
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -1,85 +1,80 @@
 """
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
-Inside one: model.safetensors (OpenLM's names under `decoder.`), optim.pt (moments by name), meta.json, the tokenizer.
-Nothing is unpickled: safetensors, weights_only, JSON.
+Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt (moments
+by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is unpickled:
+safetensors, weights_only, JSON.
 """
 import base64
-import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data import load_tokenizer
-from model import VLM, Decoder, ModelConfig, Projector, first_line, read_pt, read_safetensors
-from vision import encoder_from_config, load_encoder
+from errors import UserError, first_line
+from model import build_vlm
+from weights import fill, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
-SCHEMA = 1                      # of meta.json; raised when an old checkpoint could be misread
-# on resume these may differ; any other difference is refused
-MAY_DIFFER = {'out_dir', 'device', 'n_worker', 'n_thread', 'micro_batch_size', 'save_every', 'stop_after', 'resume',
-              'log_every', 'wandb', 'tensorboard', 'dry_run', 'compile', 'keep_optimizer', 'keep_steps',
-              'max_bad_samples', 'eval_every', 'eval_rows', 'data_hint', 'cache_dir', 'activation_checkpointing'}
+SCHEMA = 2                      # of meta.json; raised when an old checkpoint could be misread
+# what every meta.json holds beside what the stage adds
+META = {'schema': int, 'stage': str, 'spec': dict, 'config': dict, 'step': int, 'seen': dict, 'cursor': dict,
+        'schedule': dict, 'tokenizer_path': str, 'tokenizer_sha256': str}
 
 
 # --- write ------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir, names, model, optimizer, tokenizer, meta, *, save_encoder=True):
+def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder_file=''):
     """
-    Write one checkpoint, whole or not at all, under the first of `names`; the others become links to it.
-    out_dir    the run's folder; ckpt_last then points at the new one (a relative symlink, swapped at once)
-    model      VLM; optimizer AdamW or None; tokenizer data.Tokenizer
-    meta       dict, completed here with schema, shapes, digests and versions
+    Write the checkpoint `name`, whole or not at all.
+    out_dir       the run's folder; ckpt_last then points at the new one (a relative symlink, swapped at once)
+    model         VLM; optimizer AdamW or None; tokenizer data.Tokenizer
+    meta          dict, completed here with schema, tokenizer, random state and versions
+    encoder_file  an encoder.safetensors that holds this model's encoder, to be linked; '' = write one
     Raises OSError (a full disk, say) after removing what it had begun; older checkpoints are untouched.
     """
-    final = os.path.join(out_dir, names[0])
-    tmp = os.path.join(out_dir, f'.tmp_{names[0]}')
+    final = os.path.join(out_dir, name)
+    tmp = os.path.join(out_dir, f'.tmp_{name}')
     newest = os.path.realpath(os.path.join(out_dir, 'ckpt_last'))
     try:
         if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is this very checkpoint
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-            _write_checkpoint(tmp, model, optimizer, tokenizer, meta, save_encoder)
+            _write_checkpoint(tmp, model, optimizer, tokenizer, meta, encoder_file)
             if os.path.lexists(final):                                # an older run's, or one that a kill left unlinked
-                os.rename(final, os.path.join(out_dir, f'.tmp_old_{names[0]}'))
+                os.rename(final, os.path.join(out_dir, f'.tmp_old_{name}'))
             os.rename(tmp, final)
             _fsync(out_dir)
-            shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{names[0]}'), ignore_errors=True)
-    except (OSError, SafetensorError, RuntimeError) as e:                 # torch reports a failed write as RuntimeError
+            shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{name}'), ignore_errors=True)
+    except Exception as e:                        # of any library: torch and safetensors report a full disk in their own way
         shutil.rmtree(tmp, ignore_errors=True)
         full = '; is the disk full?' if getattr(e, 'errno', None) in (None, errno.ENOSPC, errno.EDQUOT) else ''
         raise OSError(f"saving {final} failed ({first_line(e)}{full}); the checkpoints before it are untouched") from e
-    for name in (*names[1:], 'ckpt_last'):
-        link = os.path.join(out_dir, f'.link_{name}')
-        if os.path.lexists(link):
-            os.remove(link)
-        os.symlink(names[0], link)
-        os.replace(link, os.path.join(out_dir, name))
+    link = os.path.join(out_dir, '.link_ckpt_last')
+    if os.path.lexists(link):
+        os.remove(link)
+    os.symlink(name, link)
+    os.replace(link, os.path.join(out_dir, 'ckpt_last'))
     _fsync(out_dir)
 
 
-def _write_checkpoint(folder, model, optimizer, tokenizer, meta, save_encoder):
+def _write_checkpoint(folder, model, optimizer, tokenizer, meta, encoder_file):
     """The files of one checkpoint, each fsynced."""
-    meta = dict(meta, schema=SCHEMA, model=dataclasses.asdict(model.decoder.config), image_id=model.image_id,
-                tokenizer_path=os.path.basename(tokenizer.path), tokenizer_sha256=tokenizer.sha256,
-                commit=git_commit(), torch=torch.__version__,
+    meta = dict(meta, schema=SCHEMA, tokenizer_path=os.path.basename(tokenizer.path),
+                tokenizer_sha256=tokenizer.sha256, commit=git_commit(), torch=torch.__version__,
                 rng=base64.b64encode(bytes(torch.get_rng_state())).decode())
-    if model.encoder is not None:
-        meta['encoder'] = model.encoder.config_dict()
-        if not save_encoder:
-            meta['encoder_sha256'] = tensor_digest(model.encoder)
-    state = {k: v for k, v in model.state_dict().items() if save_encoder or not k.startswith('encoder.')}
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, os.path.join(folder, 'model.safetensors'))
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    encoder = {k: state.pop(k) for k in list(state) if k.startswith('encoder.')}
+    save_file(state, os.path.join(folder, 'model.safetensors'))
+    if encoder:
+        _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
     if optimizer is not None:
         torch.save(optimizer_state(optimizer), os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
@@ -89,6 +84,16 @@ def _write_checkpoint(folder, model, optimizer, tokenizer, meta, save_encoder):
     for name in os.listdir(folder):
         _fsync(os.path.join(folder, name))
     _fsync(folder)
+
+
+def _link_or_save(encoder, existing, path):
+    try:
+        if existing:
+            os.link(existing, path)
+            return
+    except OSError:                              # another file system, one without links, or a base that was removed
+        pass
+    save_file(encoder, path)
 
 
 def optimizer_state(optimizer):
@@ -123,39 +128,38 @@ def prune_checkpoints(out_dir, *, keep_optimizer, keep_steps):
     Bound the disk: drop all but the newest `keep_steps` ckpt_step_N, and optimizer states the policy does not keep.
     keep_optimizer  'all', 'percent' (ckpt_NNN and the last), 'last', 'none' (none but the last's: a run must resume)
     """
-    folder_of = lambda name: os.path.basename(os.path.realpath(os.path.join(out_dir, name)))         # what a link means
-    last = folder_of('ckpt_last')
-    named = {folder_of(n) for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_\d\d\d', n)}
-    steps = [n for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_step_\d+', n)]
-    steps = sorted((n for n in steps if n not in named), key=lambda n: int(n[10:]))
+    last = os.path.basename(os.path.realpath(os.path.join(out_dir, 'ckpt_last')))
+    folders = [n for n in os.listdir(out_dir) if re.fullmatch(r'ckpt_(\d\d\d|step_\d+)', n)]
+    steps = sorted((n for n in folders if 'step' in n), key=lambda n: int(n[10:]))
     for name in steps[:-keep_steps or None]:
         if name != last:
             trash = os.path.join(out_dir, f'.tmp_{name}')
             os.rename(os.path.join(out_dir, name), trash)                 # gone at once, then deleted
             shutil.rmtree(trash, ignore_errors=True)
-    keep = {'all': None, 'percent': named | {last}, 'last': {last}, 'none': {last}}[keep_optimizer]
-    for name in os.listdir(out_dir):
+    for name in folders:
+        keep = name == last or keep_optimizer == 'all' or (keep_optimizer == 'percent' and 'step' not in name)
         path = os.path.join(out_dir, name, 'optim.pt')
-        if keep is not None and name.startswith('ckpt_') and folder_of(name) not in keep and os.path.exists(path):
+        if not keep and os.path.exists(path):
             os.remove(path)
 
 
 def open_folder(out_dir):
     """
     Make a run's folder, lock it until this process ends, however it ends, and delete what a killed process had begun
-    there: temporary checkpoints and links. Exits with one line when it cannot be used, or another run uses it.
+    there: temporary checkpoints and links. Raises UserError when it cannot be used, or another run uses it.
     """
     while LOCK:
-        LOCK.pop().close()
+        os.close(LOCK.pop())
     try:
         os.makedirs(out_dir, exist_ok=True)
-        LOCK.append(open(os.path.join(out_dir, '.lock'), 'w'))
+        LOCK.append(os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC))
     except OSError as e:
-        sys.exit(f"out_dir={out_dir} cannot be used ({e.strerror}): give another --out_dir")
+        raise UserError(f"out_dir={out_dir} cannot be used ({e.strerror}): give another --out_dir") from e
     try:
-        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"out_dir={out_dir} is in use by another run: wait for its end, or give another --out_dir")
+        fcntl.lockf(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)          # unlike flock's, not inherited by loader workers
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"out_dir={out_dir} is in use by another run: wait for its end, or give another --out_dir"
+                        ) from None
     except OSError:                                                       # a file system without locks
         pass
     for name in os.listdir(out_dir):
@@ -168,76 +172,67 @@ def open_folder(out_dir):
 # --- read -------------------------------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """The meta.json of a checkpoint folder, its schema checked; ValueError with one line otherwise."""
+    """The meta.json of a checkpoint folder, its schema checked; UserError with one line otherwise."""
     path = os.path.join(folder, 'meta.json')
-    try:
-        with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-    except FileNotFoundError as e:
-        raise ValueError(f"{folder}: no meta.json there; expected a checkpoint folder such as "
-                         "out/1b/text/ckpt_080") from e
-    except NotADirectoryError as e:
-        raise ValueError(f"{folder} is a file: expected a checkpoint folder such as out/1b/text/ckpt_080") from e
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({e}); the checkpoint is damaged") from e
-    schema = meta.get('schema') if isinstance(meta, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema {schema}, this code reads schema {SCHEMA}")
-    for key, kind in (('model', dict), ('config', dict), ('tokenizer_path', str), ('image_id', int)):
-        if not isinstance(meta.get(key), kind):
-            raise ValueError(f"{path}: has no '{key}'; the checkpoint is damaged")
-    try:
-        ModelConfig(**meta['model'])
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}: 'model' is not a decoder's shape ({e}); the checkpoint is damaged") from e
+    if os.path.lexists(os.path.join(folder, 'ckpt_last')):
+        raise UserError(f"{folder} is the folder of a run: give one of its checkpoints, such as "
+                        f"{os.path.join(folder, 'ckpt_last')}")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder}: no meta.json there; expected a checkpoint folder such as out/1b/text/ckpt_080")
+    meta = read_json(path)
+    if meta.get('schema') != SCHEMA:
+        raise UserError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA}: made by another version")
+    for key, kind in META.items():
+        if type(meta.get(key)) is not kind:
+            raise UserError(f"{path}: has no '{key}'; the checkpoint is damaged")
     return meta
 
 
-def load_weights(model, folder):
+def load_weights(model, folder, may_lack=()):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
-    returns  the names of the model's tensors that the checkpoint does not have (a fresh projector, say)
-    Raises ValueError naming the first tensor whose shape differs, or that the model does not have.
+    may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
+    returns   the names of the model's tensors that the checkpoint does not have
+    Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
-    path = os.path.join(folder, 'model.safetensors')
-    saved = read_safetensors(path)
-    own = model.state_dict()
-    for key, value in saved.items():
-        if getattr(model, key.split('.')[0], None) is not None:
-            if key not in own:
-                raise ValueError(f"{path}: holds {key}, which this model does not have")
-            if own[key].shape != value.shape:
-                raise ValueError(f"{path}: {key} is {tuple(value.shape)}, this model's is {tuple(own[key].shape)}")
-    with torch.no_grad():
-        for key in own.keys() & saved.keys():
-            own[key].copy_(saved[key])
-    return sorted(own.keys() - saved.keys())
+    source = tensors(os.path.join(folder, 'model.safetensors'))
+    encoder = os.path.join(folder, 'encoder.safetensors')
+    if os.path.exists(encoder):
+        source.update(tensors(encoder))
+    return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
+                may_lack)
 
 
-def load_optimizer(optimizer, folder):
-    """Load a checkpoint's moments by name; returns the names that start fresh, or None when it holds no optim.pt."""
+def load_optimizer(optimizer, folder, may_lack=()):
+    """
+    Load a checkpoint's moments by parameter name.
+    may_lack  prefixes of the names of parameters that may start fresh
+    returns   the names that do, or None when the checkpoint holds no optim.pt
+    Raises UserError for moments that are missing, misshapen or unreadable.
+    """
     path = os.path.join(folder, 'optim.pt')
     if not os.path.exists(path):
         return None
     saved = read_pt(path)
     if not isinstance(saved, dict):
-        raise ValueError(f"{path}: holds a {type(saved).__name__}, expected moments by parameter name")
-    return load_moments(optimizer, saved)
+        raise UserError(f"{path}: holds a {type(saved).__name__}, expected moments by parameter name")
+    return load_moments(optimizer, saved, may_lack, path)
 
 
-def load_moments(optimizer, saved):
-    """Put moments saved by name into an optimizer; returns the names of parameters that start fresh."""
+def load_moments(optimizer, saved, may_lack=(), path='optim.pt'):
+    """Put moments saved by name into an optimizer; arguments and result as in load_optimizer."""
     fresh = []
     for group in optimizer.param_groups:
         for name, p in zip(group['names'], group['params']):
-            if name not in saved:
+            if name not in saved and name.startswith(tuple(may_lack)):
                 fresh.append(name)
                 continue
-            if not isinstance(saved[name], dict) or saved[name].keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
-                raise ValueError(f"optimizer state of {name}: expected step, exp_avg and exp_avg_sq")
-            if saved[name]['exp_avg'].shape != p.shape:
-                raise ValueError(f"optimizer state of {name} is {tuple(saved[name]['exp_avg'].shape)}, "
-                                 f"expected {tuple(p.shape)}")
+            shapes = {'step': (), 'exp_avg': tuple(p.shape), 'exp_avg_sq': tuple(p.shape)}
+            found = saved.get(name)
+            found = {k: tuple(v.shape) if isinstance(v, torch.Tensor) and v.is_floating_point() else type(v).__name__
+                     for k, v in found.items()} if isinstance(found, dict) else found
+            if found != shapes:
+                raise UserError(f"{path}: moments of {name} are {found}, expected floats of shapes {shapes}")
             # the step count lives where the fused kernel wants it: beside the parameter
             optimizer.state[p] = {k: v.to(p.device, copy=True) for k, v in saved[name].items()}
     return fresh
@@ -248,65 +243,35 @@ def restore_rng(meta, folder):
     try:
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(meta['rng'])), dtype=torch.uint8))
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{folder}: meta.json holds no random state ({first_line(e)})") from e
+        raise UserError(f"{folder}: meta.json holds no random state ({first_line(e)})") from e
 
 
 def load_vlm(folder, device='cpu'):
     """
     A checkpoint as a model for evaluation.
     folder   a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
-    Raises ValueError with one line when something is missing or does not fit.
+    Raises UserError with one line when something is missing or does not fit.
     """
+    folder = os.path.realpath(folder)            # once: a run that goes on may swap ckpt_last while its files are read
     meta = read_meta(folder)
-    with torch.device('meta'):
-        decoder = Decoder(ModelConfig(**meta['model']))
-    decoder.to_empty(device='cpu')
-    encoder = projector = None
-    if meta.get('encoder'):
-        encoder = encoder_from_config(meta['encoder'])
-        projector = Projector(encoder.width, decoder.config.n_embd)
-    model = VLM(decoder, encoder, projector, image_id=meta['image_id'])
-    missing = load_weights(model, folder)
-    if any(k.startswith('encoder.') for k in missing) and not meta['config']['save_encoder']:
-        missing = [k for k in missing if not k.startswith('encoder.')]
-        config = meta['config']
-        path = os.path.join(config['data_dir'], config['encoder_path'])
-        model.encoder = load_encoder(path, config['encoder_layer'], config['encoder_norm'])
-        if tensor_digest(model.encoder) != meta['encoder_sha256']:
-            raise ValueError(f"{folder}: saved without its encoder, and {path} holds other weights than it was trained "
-                             "with")
-    if missing:
-        raise ValueError(f"{folder}: model.safetensors lacks {missing[0]} ({len(missing)} tensors missing)")
+    model = build_vlm(meta['spec'])
+    load_weights(model, folder)
     tokenizer = load_tokenizer(os.path.join(folder, os.path.basename(meta['tokenizer_path'])))
     return model.to(device).eval().requires_grad_(False), tokenizer, meta
 
 
-def tensor_digest(module):
-    """sha256 over a module's tensors by name: the same weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --- check ------------------------------------------------------------------------------------------------------------
 
-def check_last(last):
-    """Exit with one line when ckpt_last is a link to nothing: starting over would overwrite the run's log."""
-    if os.path.islink(last) and not os.path.exists(last):
-        sys.exit(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that is there, or "
-                 "remove it to start over")
-
-
-def check_resume(meta, config, folder, stages):
-    """Exit with one line when a checkpoint is of none of `stages`, or for the first key that differs and may not."""
+def check_resume(meta, config, folder, stages, free):
+    """Raise UserError when a checkpoint is of none of `stages`, or for the first key not in `free` that differs."""
     if meta['stage'] not in stages:
-        sys.exit(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another --out_dir")
+        raise UserError(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another "
+                        "--out_dir")
     for key, value in config.items():
         old = _tuples(meta['config'].get(key, value))
-        if key not in MAY_DIFFER and old != value:
-            sys.exit(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or another "
-                     "out_dir")
+        if key not in free and old != value:
+            raise UserError(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or "
+                            "another out_dir")
 
 
 def _tuples(value):
@@ -314,34 +279,22 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def check_same_start(process, first_step, out_dir):
-    """Exit with one line when the processes would start at different steps: they do not see the same out_dir."""
-    if len(set(process.gather([first_step]))) > 1:
-        process.exit(f"process {process.rank} starts at step {first_step}, others do not: out_dir={out_dir} has to be "
-                     "one folder that every node sees")
-
-
-def check_encoder_file(encoder, path, *how):
-    """Exit with one line unless load_encoder(path, *how) gives this encoder back: save_encoder=False relies on it."""
-    if path != 'patch' and (not os.path.exists(path) or
-                            tensor_digest(load_encoder(path, *how)) != tensor_digest(encoder)):
-        sys.exit(f"save_encoder=False, but {path} does not hold the encoder of this run: give --save_encoder=true")
-
-
-def check_model(meta, model_config, folder):
-    """Exit with one line naming the first number of the decoder that differs; seq_len may."""
-    for key, value in dataclasses.asdict(model_config).items():
-        if key != 'seq_len' and meta['model'].get(key, value) != value:
-            sys.exit(f"{folder} has a decoder with {key}={meta['model'][key]!r}, this run's has {value!r}: give the "
-                     "same, or the same scale file")
+def check_spec(meta, spec, folder):
+    """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
+    for part in ('decoder', 'encoder', 'projector'):
+        for key, old in (meta['spec'].get(part) or {}).items():
+            new = (spec[part] or {}).get(key)
+            if spec[part] is not None and key != 'seq_len' and new != old:
+                raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
+                                "the same, or the same scale file")
 
 
 def how_to_make(path, scale):
-    """The command that makes a checkpoint folder out/{scale}/{name}/ckpt..., '' when no recipe has that name."""
+    """What to do when there is no checkpoint out/{scale}/{name}/ckpt...: the command that makes it, where one does."""
     name = os.path.basename(os.path.dirname(os.path.normpath(path)))
     here = os.path.dirname(os.path.abspath(__file__))
     if not os.path.exists(os.path.join(here, 'config', f'{name}.py')):
-        return ''
+        return 'give another --init_from: a checkpoint folder'
     scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
     script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
-    return f'; make it with: python {script} config/{name}.py{scale_file}'
+    return f'make it with: python {script} config/{name}.py{scale_file}'

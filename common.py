@@ -1,17 +1,13 @@
 """
-What the training stages share: processes and devices, lr schedules, the optimizer, bookkeeping, dry runs, the log.
+What the training stages share: lr schedules, processes and devices, the optimizer, one run's bookkeeping, the log.
 Nothing here decides what is trained. Checkpoint folders are checkpoint.py's.
 """
-import atexit
 import dataclasses
 import glob
-import importlib.util
 import inspect
 import itertools
-import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -21,55 +17,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TextSource, find
+import checkpoint
+from configurator import config_keys
+from data import TextSource
+from errors import UserError, leave
 from kernels import IGNORE_INDEX
-from mixture import COUNTS
-from model import Decoder
-
-# dense bf16, by substring of the device's name: the first that fits
-PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
-              'H200': 989e12}
-MAX_THREADS = 1024              # OpenMP crashes on absurd numbers instead of refusing them
-AT_LEAST = {**dict.fromkeys('n_layer n_head n_embd vocab_size seq_len image_size global_batch_size micro_batch_size '
-                            'eval_rows log_every'.split(), 1),
-            **dict.fromkeys('n_ffn max_tokens max_steps stop_after n_epoch warmup_steps rewarm_steps '
-                            'moments_warmup_steps final_lr start_lr rewarm_lr projector_lr encoder_lr weight_decay '
-                            'grad_clip z_loss n_thread n_worker save_every keep_steps eval_every length_window '
-                            'max_bad_samples'.split(), 0)}
-ONE_OF = {'schedule': ('main', 'cooldown', 'rewarm'), 'cooldown_shape': ('cosine', 'remaining'),
-          'loss_weight': ('source', 'token'), 'loss_average': ('token', 'answer'), 'resume': ('auto', 'never'),
-          'keep_optimizer': ('all', 'percent', 'last', 'none')}
-
-
-# --- configs ----------------------------------------------------------------------------------------------------------
-
-def check_config(config):
-    """Exit with one line for the first value of a training stage's config that no run could use."""
-    for key, value in config.items():
-        if key in AT_LEAST and value < AT_LEAST[key]:
-            sys.exit(f"{key}={value}: expected at least {AT_LEAST[key]}")
-        if key in ONE_OF and value not in ONE_OF[key]:
-            sys.exit(f"{key}={value!r}: expected one of {', '.join(ONE_OF[key])}")
-        if key == 'lr' and not value > 0:
-            sys.exit(f"lr={value}: expected above 0")
-        if key == 'seed' and not 0 <= value < 2 ** 63:
-            sys.exit(f"seed={value}: expected from 0 to below 2**63")
-        if key == 'n_thread' and value > MAX_THREADS:
-            sys.exit(f"n_thread={value}: expected at most {MAX_THREADS}")
-        if key in ('wandb', 'tensorboard') and value and importlib.util.find_spec(key) is None:
-            sys.exit(f"{key}=True: the package is not there; pip install {key}")
-        if key in ('beta1', 'beta2', 'warmup_ratio', 'text_share') and not 0 <= value < 1:
-            sys.exit(f"{key}={value}: expected from 0 to below 1")
-        if key in ('image_ratio', 'instruct_share') and not 0 <= value <= 1:
-            sys.exit(f"{key}={value}: expected a share between 0 and 1")
-        if key == 'keep_percent' and not all(type(p) is int and 0 < p <= 100 for p in value):
-            sys.exit(f"{key}={value}: expected whole percents from 1 to 100, such as (20, 100)")
-        pairs = key in ('text', 'captions') and [p if isinstance(p, (tuple, list)) else () for p in value]
-        if pairs and not all(len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], (int, float)) for p in pairs):
-            sys.exit(f"{key}={value}: expected ((folder or glob, weight), ...), such as (('{key}', 1.0),)")
+from log import Logger, StepReader, memory_gib, model_flops_utilisation
+from mixture import COUNTS, BadSample, Loader
+from model import build_vlm
 
 
 # --- learning-rate schedules ------------------------------------------------------------------------------------------
+#
+# A schedule is one dict: its kind, and the constants of that kind's function. meta.json keeps it; lr_at reads it.
 
 def main_lr(step, *, peak, final, warmup, total):
     """The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1)."""
@@ -88,6 +48,26 @@ def cooldown_lr(step, *, start, final, total):
 def remaining_lr(step, *, main, at, total):
     """The rest of a main schedule's arc (dict of main_lr's arguments) from its step `at`, in `total` steps."""
     return main_lr(at + (main['total'] - at) * min(step / total, 1), **main)
+
+
+SCHEDULES = {'main': main_lr, 'rewarm': main_lr, 'cooldown': cooldown_lr, 'remaining': remaining_lr}
+
+
+def lr_at(step, schedule):
+    """
+    The lr at step 0, 1, ... of a run.
+    schedule  dict: 'kind' names the function in SCHEDULES, the rest are its arguments; 'moments_warmup' (absent = 0)
+              is the number of steps in which AdamW moments that start from nothing are warmed up
+    """
+    constants = {key: value for key, value in schedule.items() if key not in ('kind', 'moments_warmup')}
+    lr = SCHEDULES[schedule['kind']](step, **constants)
+    warmup = schedule.get('moments_warmup', 0)
+    return min(1.0, (step + 1) / warmup) * lr if warmup else lr
+
+
+def top_lr(schedule):
+    """The lr at which a schedule starts or peaks, before any warmup: what projector_lr and encoder_lr compare with."""
+    return schedule['peak'] if 'peak' in schedule else lr_at(0, {**schedule, 'moments_warmup': 0})
 
 
 # --- processes and devices --------------------------------------------------------------------------------------------
@@ -132,20 +112,6 @@ class Process:
         dist.all_gather_object(lists, list(items))
         return [item for part in lists for item in part]
 
-    def exit(self, message=0):
-        """
-        End this process. One of several skips the interpreter's own teardown after the exit handlers: a gloo thread
-        that still holds a tensor would ask for the GIL there, and abort (pytorch issue 190489).
-        """
-        if self.world_size == 1:
-            sys.exit(message)
-        if isinstance(message, str):
-            print(message, file=sys.stderr)
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if isinstance(message, str) else message)
-
     def barrier(self):
         self.host_sum([0.0])
 
@@ -156,16 +122,14 @@ class Process:
             torch.set_float32_matmul_precision('high')
 
 
-def pick_device(device, allowed=('auto', 'cpu', 'cuda')):
-    """The torch device that a config's `device` names; exits with one line when it is not there."""
-    if device not in allowed:
-        sys.exit(f"device={device!r}: expected one of {', '.join(allowed)}")
+def pick_device(device):
+    """The torch device that a config's `device` names; UserError when it is not there."""
     os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')        # is_available() would start CUDA before the fork
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}.get(device, lambda: True)
     if not there():
-        sys.exit(f"device={device!r}: torch sees no such GPU; give --device=cpu")
+        raise UserError(f"device={device!r}: torch sees no such GPU; give --device=cpu")
     return device
 
 
@@ -178,8 +142,6 @@ def setup_process(device='auto', dtype='', n_thread=0):
     device = pick_device(device)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
-    if dtype not in ('', 'float32', 'bfloat16'):
-        sys.exit(f"dtype={dtype!r}: expected float32, bfloat16 or '' (bfloat16 on CUDA, float32 on CPU)")
     dtype = getattr(torch, dtype or ('bfloat16' if device == 'cuda' else 'float32'))
     if device == 'cpu':
         torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
@@ -207,31 +169,40 @@ class StopSignal:
 
 
 def accumulation(global_batch_size, micro_batch_size, world_size):
-    """Micro-steps per optimizer step; exits with one line that says which sizes would divide the batch."""
-    n, rest = divmod(global_batch_size, micro_batch_size * world_size)
+    """
+    How a global batch is cut: (micro-steps, sequences per process and micro-step), the largest micro-batch that divides
+    and is at most micro_batch_size. Raises UserError when the processes do not divide the batch.
+    """
+    per_process, rest = divmod(global_batch_size, world_size)
     if rest:
-        fit = [m for m in range(1, global_batch_size + 1) if global_batch_size % m == 0]
-        near = min((m for m in fit if m * world_size in fit), key=lambda m: abs(m - micro_batch_size), default=None)
-        hint = near or f"1 with a number of processes among {fit[:8]}"
-        sys.exit(f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
-                 f"{world_size} processes; --micro_batch_size={hint} would")
-    return n
+        fit = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        raise UserError(f"global_batch_size={global_batch_size} cannot be divided among {world_size} processes: "
+                        f"start {max(n for n in fit if n <= world_size)}, or give another batch size")
+    size = max(n for n in range(1, min(micro_batch_size, per_process) + 1) if per_process % n == 0)
+    return per_process // size, size
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
-def make_optimizer(model, lrs, *, weight_decay, betas):
+def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     """
-    AdamW over the parts of a VLM that train, decay on every parameter, gains and embeddings too (OpenLM's rule).
-    lrs      dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
-    returns  torch.optim.AdamW (fused), one group a part with 'share' and 'names'
+    AdamW over the parts of a VLM that train.
+    shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
+    decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
+             dimensions, so gains and biases do not (Prismatic)
+    returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
-    for part, share in lrs.items():
-        named = [(f'{part}.{n}', p) for n, p in getattr(model, part).named_parameters() if p.requires_grad]
-        if named:
-            groups.append(dict(params=[p for _, p in named], names=[n for n, _ in named], share=share))
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
+    for part, share in shares.items():
+        module = getattr(model, part)
+        named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
+        decayed = [(n, p) for n, p in named if decay == 'all' or p.ndim >= 2]
+        others = [(n, p) for n, p in named if not (decay == 'all' or p.ndim >= 2)]
+        for pairs, strength in ((decayed, weight_decay), (others, 0.0)):
+            if pairs:
+                names, params = zip(*pairs)
+                groups.append(dict(params=list(params), names=list(names), share=share, weight_decay=strength))
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
 def optimizer_step(optimizer, lr, clip):
@@ -256,7 +227,7 @@ def drop_gradients(*modules):
             p.grad = None
 
 
-# --- one step's bookkeeping -------------------------------------------------------------------------------------------
+# --- one step's numbers -----------------------------------------------------------------------------------------------
 
 def count(process, micro, names, *flags):
     """
@@ -280,7 +251,8 @@ def loss_weights(counts, rule):
     """
     The factor on a target's own weight, by source, so that a step's weighted nats sum to its loss.
     rule     'token': every target alike; 'source': a mean per source times its share of sequences, OpenLM's effect
-    returns  ((n_leaf,) float32, share of the loss per source (n_leaf,) float64); sources without a kept target weigh 0
+    returns  ((n_source,) float32, share of the loss per source (n_source,) float64); a source without a kept target
+             weighs 0
     """
     weight = counts['weight']
     share = weight if rule == 'token' else counts['n_sample'] * (weight > 0)
@@ -288,227 +260,314 @@ def loss_weights(counts, rule):
     return (share / weight.clamp(min=1e-9)).float(), share
 
 
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+class Run:
+    """
+    A run of one stage: its folder, the checkpoint it goes on from, its position, and what it has counted so far.
+
+        run = Run(process, __file__, config, out_dir, init_from, stages)    # resumes, or starts from init_from
+        run.plan(max_steps, keep)                                           # ends here when the run is finished
+        run.begin(model, optimizer, ...)                                    # the folder, the log
+        for step in range(run.first_step, run.last_step):
+            micro, counts = run.take(batches)                               # None, None: asked to stop
+            ...                                                             # forward, backward, optimizer: the stage's
+            run.record(...)                                                 # a line of the log
+            if run.due():
+                run.save()
+        run.finish()
+    """
+    def __init__(self, process, script, config, out_dir, init_from, stages):
+        """
+        script   the stage's file, whose config block says which keys may differ on resume; stages the stages of
+                 checkpoints that it may go on from
+        Sets .resumed; .folder, where the weights come from ('' = nowhere); .meta, its meta.json (None for '' and for
+        weights of others); .base, what is known of init_from; and where text goes on: .start_cursor, .text_seed,
+        .text_rows. ckpt_last is looked up once, after the folder's lock is taken.
+        """
+        self.process, self.config, self.out_dir, self.init_from = process, config, out_dir, init_from
+        self.stop_signal = StopSignal()
+        self.n_micro, self.micro_batch_size = accumulation(config['global_batch_size'], config['micro_batch_size'],
+                                                           process.world_size)
+        self.folder = self._lock_and_find_last() if not config['dry_run'] else ''
+        self.resumed, self.meta = bool(self.folder), None
+        if self.resumed:
+            self.meta = checkpoint.read_meta(self.folder)
+            free = {key for key, rule in config_keys(script).items() if rule.free}
+            checkpoint.check_resume(self.meta, config, self.folder, stages, free)
+            self.base = self.meta.get('base')
+        elif init_from:
+            self.folder = init_from
+            if os.path.isdir(init_from) and not glob.glob(os.path.join(glob.escape(init_from), '*.safetensors')) \
+                    or os.path.exists(os.path.join(init_from, 'meta.json')):
+                self.meta = checkpoint.read_meta(init_from)          # else weights of others, such as OpenLM's
+            self.base = self.meta and {key: value for key, value in self.meta.items() if key != 'rng'}
+        else:
+            self.base = None
+        meta = self.meta or {}
+        self.first_step = self.step = meta['step'] if self.resumed else 0
+        self.seen = meta['seen'] if self.resumed else {}
+        self.bad_before = meta['bad_samples'] if self.resumed else []
+        # text goes on where the base stopped, in the base's own order
+        self.start_cursor = meta.get('start_cursor' if self.resumed else 'cursor', {})
+        self.text_seed, self.text_rows = meta.get('text_seed', config['seed']), meta.get('text_rows', {})
+        self._check_same_start()
+
+    def _lock_and_find_last(self):
+        """The folder that ckpt_last points to, '' for a new run; the lock of a folder that holds a run is taken."""
+        last, problem, folder = os.path.join(self.out_dir, 'ckpt_last'), '', ''
+        if self.process.master and os.path.lexists(last):
+            try:
+                checkpoint.open_folder(self.out_dir)
+                if self.config['resume'] == 'never':
+                    raise UserError(f"{self.out_dir} already holds a run and resume='never': remove it, or give another "
+                                    "--out_dir")
+                if not os.path.exists(last):
+                    raise UserError(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that "
+                                    "is there, or remove it to start over")
+            except UserError as e:
+                problem = str(e)
+        self.process.barrier()
+        if os.path.exists(last) and not problem:
+            folder = os.path.realpath(last)
+        for told in self.process.gather([problem]):
+            if told:
+                raise UserError(told)
+        return folder
+
+    def _check_same_start(self):
+        steps = self.process.gather([self.first_step])
+        if len(set(steps)) > 1:
+            raise UserError(f"process {self.process.rank} starts at step {self.first_step}, others do not: "
+                            f"out_dir={self.out_dir} has to be one folder that every node sees")
+
+    def plan(self, max_steps, keep):
+        """Fix the run's length; keep: {step: name of the checkpoint kept there}. A finished run ends here."""
+        self.max_steps, self.keep = max_steps, keep
+        stop_after = self.config['stop_after']
+        self.last_step = max(self.first_step, min(max_steps, stop_after)) if stop_after else max_steps
+        if self.first_step >= max_steps:
+            self.process.print(f"{self.out_dir} is finished: {self.first_step} of {max_steps} steps")
+            leave(0)
+        if self.resumed:
+            self.process.print(f"resuming {self.out_dir} at step {self.first_step} of {max_steps}")
+        if self.micro_batch_size != self.config['micro_batch_size']:
+            self.process.print(f"micro_batch_size={self.micro_batch_size}, the largest up to "
+                               f"{self.config['micro_batch_size']} that divides {self.config['global_batch_size']} "
+                               f"sequences among {self.process.world_size} processes")
+
+    def compare_text(self, mixture):
+        """Say in one loud line which text does not go on where the checkpoint stopped: new or changed files."""
+        for name, text in mixture.leaves.items() if self.start_cursor else ():
+            n_row = self.text_rows.get(name, {}).get('n_row', text.n_row)
+            if name not in self.start_cursor:
+                self.process.print(f"!!! text source {name!r} is new: it starts at its first row; {self.init_from} knows "
+                                   f"{', '.join(map(repr, self.start_cursor))}")
+            elif n_row != text.n_row:
+                self.process.print(f"!!! text source {name!r} has {text.n_row} rows, in {self.folder} it had {n_row}: "
+                                   "their order is new, so text may come again")
+
+    def load_moments(self, optimizer):
+        """
+        AdamW's moments of the checkpoint that this run goes on from; of a base, those of parts that it lacks start fresh.
+        Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
+        """
+        seen_images = any(counts['n_image'] for counts in self.seen.values())
+        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        fresh = checkpoint.load_optimizer(optimizer, self.folder, may_lack)
+        if fresh is None:
+            raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of "
+                            "a new run")
+        if self.resumed:
+            checkpoint.restore_rng(self.meta, self.folder)
+        else:
+            self.process.print(f"AdamW moments from {self.folder}; fresh for {len(fresh)} tensors")
+
+    def loader(self, mixture, pad_id, *, start=None, stop=None, global_batch_size=0, n_worker=None, **options):
+        """Loader of this rank's batches: of the steps of this run, unless another range is given."""
+        return Loader(mixture, start=self.first_step if start is None else start,
+                      stop=self.last_step if stop is None else stop,
+                      global_batch_size=global_batch_size or self.config['global_batch_size'],
+                      micro_batch_size=self.micro_batch_size, rank=self.process.rank,
+                      world_size=self.process.world_size, pad_id=pad_id,
+                      n_worker=self.config['n_worker'] if n_worker is None else n_worker,
+                      pin_memory=self.process.device.type == 'cuda', **options)
+
+    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments=''):
+        """Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta."""
+        self.model, self.optimizer, self.tokenizer, self.mixture = model, optimizer, tokenizer, mixture
+        self.schedule, self.saved = schedule, None
+        self.about = dict(stage=stage, spec=spec, schedule=schedule, moments=moments, init_from=self.init_from,
+                          base=self.base, config=self.config)
+        self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
+        self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
+        frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
+        kept = os.path.join(self.folder, 'encoder.safetensors')
+        self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''
+        self.frozen = frozen
+        if self.process.master:
+            if not self.resumed:
+                checkpoint.open_folder(self.out_dir)
+                if os.path.lexists(os.path.join(self.out_dir, 'ckpt_last')):
+                    raise UserError(f"out_dir={self.out_dir}: another run has begun there; start again to go on with it")
+        self.process.barrier()
+        config = self.config
+        self.logger = Logger(self.process, self.out_dir, self.first_step, self.max_steps, every=config['log_every'],
+                             wandb=config['wandb'], tensorboard=config['tensorboard'], config=config)
+        self.reader, self.time = StepReader(self.process, self.logger, mixture.names), time.perf_counter()
+        self.process.print(
+            f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, {self.max_steps} steps of "
+            f"{config['global_batch_size']} sequences, {self.n_micro} micro-steps, {self.process.world_size} processes "
+            f"on {self.process.device.type} in {str(self.process.dtype)[6:]}, lr {lr_at(0, schedule):.3e} -> "
+            f"{lr_at(self.max_steps - 1, schedule):.3e}")
+
+    def take(self, batches):
+        """
+        The next step's micro-batches of this rank, on the host, and what the global step holds (see count), summed there:
+        the GPU is not waited for. (None, None) when a signal asks to stop: at the same step on every rank.
+        """
+        begin = time.perf_counter()
+        try:
+            micro = [next(batches) for _ in range(self.n_micro)]
+        except BadSample as e:
+            raise UserError(f"{e} (max_bad_samples={self.config['max_bad_samples']})") from e
+        self.waited = time.perf_counter() - begin
+        bad = [message for batch in micro for message in batch.bad]
+        counts, n_bad, stop = count(self.process, micro, self.mixture.names, len(bad), self.stop_signal.set)
+        if stop:
+            self.process.print(f"asked to stop (SIGTERM, Ctrl-C): stopping after step {self.step}")
+            self.last_step = self.step
+            return None, None
+        self.bad_samples, self.n_bad_sample = self.bad_samples + bad, self.n_bad_sample + n_bad
+        if self.n_bad_sample > self.config['max_bad_samples']:
+            raise UserError(f"{self.n_bad_sample} bad samples are more than max_bad_samples="
+                            f"{self.config['max_bad_samples']}; on this process: {'; '.join(self.bad_samples[-3:])}")
+        self.micro, self.counts = micro, counts
+        return micro, counts
+
+    def record(self, *, lr, row_loss, norm, skipped, share):
+        """Count the step that take() began and queue its line of the log; share: of the loss, per source."""
+        self.step += 1
+        names, counts = self.mixture.names, self.counts
+        for i, name in enumerate(names):
+            for key in COUNTS:
+                self.seen[name][key] += round(float(counts[key][i]))
+        now, before = time.perf_counter(), self.time
+        self.time = now
+        tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
+        rate = tokens / (now - before)
+        flops = self.model.decoder.config.flops_per_token(self.micro[0].tokens.shape[1])
+        line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
+                    mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,
+                    mfu=model_flops_utilisation(flops * rate, self.process.device, self.process.world_size))
+        line['sources'] = {name: dict(self.seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(share[i]))
+                           for i, name in enumerate(names)}
+        self.reader.push(line, self.micro, row_loss, norm, skipped)
+
+    def tokens(self):
+        """Positions consumed so far, with images and pads."""
+        return sum(c['n_text'] + c['n_image_position'] + c['n_pad'] for c in self.seen.values())
+
+    def due(self):
+        """Is a checkpoint due after the step just recorded?"""
+        every = self.config['save_every']
+        return self.step in self.keep or self.step == self.last_step or bool(every and self.step % every == 0)
+
+    def save(self):
+        """One checkpoint of this moment, by rank 0; the log reaches it first."""
+        self.reader.flush()
+        every_bad = self.bad_before + self.process.gather(self.bad_samples)
+        if self.process.master:
+            n = self.step * self.config['global_batch_size']
+            texts = {name: source for name, source in self.mixture.leaves.items()
+                     if isinstance(source.source, TextSource)}
+            cursor = {name: row for name, row in self.mixture.cursor(n).items() if name in texts}
+            rows = {name: dict(row_len=text.source.row_len, n_row=text.n_row) for name, text in texts.items()}
+            info = dict(self.about, step=self.step, samples=n, tokens=self.tokens(), seen=self.seen,
+                        epochs=self.mixture.epochs(n), bad_samples=every_bad, cursor={**self.start_cursor, **cursor},
+                        start_cursor=self.start_cursor, text_seed=self.text_seed,
+                        text_rows={**self.text_rows, **rows})
+            name = self.keep.get(self.step, f'ckpt_step_{self.step}')
+            try:
+                checkpoint.save_checkpoint(self.out_dir, name, self.model, self.optimizer, self.tokenizer, info,
+                                           encoder_file=self.encoder_file)
+                checkpoint.prune_checkpoints(self.out_dir, keep_optimizer=self.config['keep_optimizer'],
+                                             keep_steps=self.config['keep_steps'])
+            except OSError as e:
+                raise UserError(str(e)) from e
+            if self.frozen:
+                self.encoder_file = os.path.join(self.out_dir, name, 'encoder.safetensors')
+        self.saved = self.step
+        self.process.barrier()
+        self.time = time.perf_counter()
+
+    def flush(self):
+        """Write the pending line of the log, before something that takes its time."""
+        self.reader.flush()
+        self.time = time.perf_counter()
+
+    def finish(self):
+        """The end of the loop: the last line, a checkpoint where a signal stopped the run, and the end of the process."""
+        self.reader.flush()
+        if self.step > self.first_step and self.saved != self.step:
+            self.save()
+        self.logger.close()
+        self.process.print(f"{self.out_dir}: {self.step} of {self.max_steps} steps done")
+        leave(0)
+
+
+# --- what a run will cost ---------------------------------------------------------------------------------------------
+
 def text_name(pattern, patterns):
     """A text source's name, the key of its cursor: 'text' for 'text/*.tar'; the pattern where there are several."""
     folders = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split('/'))
     return '/'.join(folders) or pattern if len(patterns) == 1 else pattern
 
 
-def text_rows(mixture):
-    """How a mixture's text is cut, {source: {'row_len', 'n_row'}}: what a cursor counts, so that it holds later."""
-    return {leaf.name: dict(row_len=leaf.source.row_len, n_row=leaf.n_row) for leaf in mixture.leaves.values()
-            if isinstance(leaf.source, TextSource)}
+def require(inputs):
+    """Raise one UserError for all inputs that are not there: {path or pattern: what to do then}."""
+    missing = {}
+    for path, hint in inputs.items():
+        if not os.path.exists(path) and not glob.glob(path):
+            missing.setdefault(hint, []).append(path)
+    if missing:
+        raise UserError('; '.join(f"{', '.join(paths)} not found; {hint}" for hint, paths in missing.items()))
 
 
-def add_counts(seen, counts, names):
-    """Add a step's counts to the run's cumulative ones: {source: {COUNTS: int}}."""
-    for i, name in enumerate(names):
-        for key in COUNTS:
-            seen[name][key] += round(float(counts[key][i]))
-
-
-class StepReader:
+def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     """
-    Turns a step's device numbers into a log line one step late, so that the loop never waits for the GPU, and stops the
-    run when a step was not finite (such a step has changed nothing: see optimizer_step).
+    Say what a run will do and need, from its config and its model's description; nothing is read or written.
+    n_keep   checkpoints that stay for good; ckpt_step_N come on top
     """
-    def __init__(self, process, logger, names):
-        self.process, self.logger, self.names = process, logger, names
-        self.pending, self.time = None, time.perf_counter()
-
-    def push(self, line, micro, row_loss, norm, skipped, counts, share, seen, flops_per_token):
-        """Queue step `line['step']`; row_loss list of (2,B) device tensors, norm and skipped () device tensors."""
-        row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
-        source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
-        finite = row_loss.isfinite().all(0)                                              # (R,)
-        sums = row_loss.new_zeros(len(self.names) + 1 + self.process.world_size)
-        sums[:len(self.names)].index_add_(0, source, row_loss[0])
-        sums[len(self.names)] = row_loss[1].sum()
-        sums[len(self.names) + 1 + self.process.rank] = (~finite).any()
-        if self.process.world_size > 1:
-            dist.all_reduce(sums)
-        device = torch.cat([sums, norm.detach().float().reshape(1), skipped.reshape(1), finite.float()])
-        if device.device.type == 'cuda':
-            host, event = torch.empty(device.shape, pin_memory=True), torch.cuda.Event()
-            host.copy_(device, non_blocking=True)
-            event.record()
-        else:
-            host, event = device, None
-        now, before = time.perf_counter(), self.time
-        self.time = now
-        rate = 1 / (now - before)
-        tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
-        mfu = model_flops_utilisation(flops_per_token * tokens * rate, device.device, self.process.world_size)
-        line.update(n_kept=int(counts['n_kept'].sum()), tokens_per_s=tokens * rate, mfu=mfu)
-        sources = {name: dict(seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(share[i]))
-                   for i, name in enumerate(self.names)}
-        previous, self.pending = self.pending, (line, host, event, sources, [i for batch in micro for i in batch.ids])
-        self._read(previous)
-
-    def flush(self):
-        """Read the step that is still pending."""
-        previous, self.pending = self.pending, None
-        self._read(previous)
-        self.time = time.perf_counter()
-
-    def _read(self, pending):
-        if pending is None:
-            return
-        line, host, event, sources, ids = pending
-        if event is not None:
-            event.synchronize()
-        n, world = len(self.names), self.process.world_size
-        nll, z, flags, (norm, skipped), finite = host.split((n, 1, world, 2, len(host) - n - 3 - world))
-        if skipped or flags.any():
-            bad = [i for i, ok in zip(ids, finite) if not ok]
-            ranks = flags.nonzero().flatten().tolist()
-            named = ', '.join([*dict.fromkeys(bad or ids)][:8])            # a conversation may have several rows
-            where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(norm)}"
-            if not ranks or bad:
-                print(f"step {line['step']}: not finite: {where}; rank {self.process.rank}, samples {named}; "
-                      "the step changed nothing and the run stops", file=sys.stderr)
-            self.process.barrier()                       # nobody leaves before the others have read what they were sent
-            self.process.exit(1)
-        for i, name in enumerate(self.names):
-            sources[name]['loss'] = float(nll[i]) / sources[name]['n_kept_now'] if sources[name]['n_kept_now'] else None
-        self.logger.log(dict(line, loss=float(nll.sum()) / max(1, line['n_kept']),
-                             z_loss=float(z) / max(1, line['n_kept']), grad_norm=float(norm), sources=sources))
-
-
-# --- dry runs ---------------------------------------------------------------------------------------------------------
-
-def print_missing(config, out_dir, missing):
-    """What a dry run can say without its inputs: the config and what is not there."""
     for key, value in config.items():
         print(f'  {key} = {value!r}')
-    print('\n'.join(f"MISSING {path}" for path in missing))
-    print(f"into {out_dir}; steps and cost are known when these are there")
-
-
-def print_dry_run(config, model_config, *, out_dir, max_steps, tokens_per_step, shares, sets, inputs, n_checkpoint):
-    """Say what a run would do and cost, from the config alone; missing files are named, nothing is written."""
+    tokens = config['global_batch_size'] * config['seq_len']
+    print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
     with torch.device('meta'):
-        n = sum(p.numel() for p in Decoder(model_config).parameters())
-    for key, value in config.items():
-        print(f'  {key} = {value!r}')
-    print(f"{max_steps:,} steps of {tokens_per_step:,} tokens = {max_steps * tokens_per_step:,} tokens, into {out_dir}")
-    for kind, paths in sets.items():
-        tokens = shares[kind] * max_steps * tokens_per_step
-        if not tokens:
-            continue
-        print(f"{kind}: {tokens:,.0f} positions ({shares[kind]:.1%}) from {', '.join(paths) or 'nothing'}")
-        for path in paths:
-            try:
-                files = find(path, '.bin', '.tar')
-            except ValueError:
-                files = []
-            size = sum(os.path.getsize(f) for f in files)
-            passes = f", {tokens / (size / 2):,.2f} passes" if size and all(f.endswith('.bin') for f in files) else ''
-            print(f"    {path}: {len(files)} files, {size / 2 ** 30:.2f} GiB{passes}" if files else
-                  f"    MISSING {path}")
-    for path in inputs:
-        print(f"{'found' if os.path.exists(path) or glob.glob(path) else 'MISSING'} {path}")
-    micro = config['micro_batch_size'] * config['seq_len']
+        model = build_vlm(spec, seed=0)
+    n = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+    trained = sum(n.values()) - n.get('encoder', 0) * (not config['train_encoder'])
+    stored = n['decoder'] + n.get('projector', 0)
+    steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
+    states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
+    gib = lambda parameters, bytes_each: f'{parameters * bytes_each / 2 ** 30:.2f} GiB'
+    print('parameters: ' + ', '.join(f'{part} {count:,}' for part, count in n.items()))
+    print(f"disk: up to {n_keep + steps} checkpoints of {gib(stored, 4)}, {states} optimizer states of "
+          f"{gib(trained, 8)}, the encoder {gib(n.get('encoder', 0), 4)}"
+          + (' in each' if config['train_encoder'] else ' once'))
+    c, micro = model.decoder.config, config['micro_batch_size'] * config['seq_len']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
     # per position and layer: residual, norms, q, k, v, attention out, gate, up, product, as the backward needs them
-    layer = (10 * model_config.n_embd + 4 * model_config.n_ffn) * width
-    activations = micro * (model_config.n_layer * layer if not config['activation_checkpointing'] else
-                           model_config.n_layer * model_config.n_embd * 4 + layer)
-    print(f"decoder: {n:,} parameters; disk: {n_checkpoint} checkpoints of {4 * n / 2 ** 30:.1f} GiB, optimizer states "
-          f"{8 * n / 2 ** 30:.1f} GiB each (keep_optimizer={config['keep_optimizer']!r})")
-    print(f"memory per process, an estimate: weights, gradients, moments {16 * n / 2 ** 30:.1f} GiB + activations "
-          f"{activations / 2 ** 30:.1f} GiB" + ", and the encoder (so400m/14: 1.6 GiB)" * (shares.get('text', 0) < 1))
+    layer = (10 * c.n_embd + 4 * c.n_ffn) * width
+    every = c.n_layer * c.n_embd * 4 + layer if config['activation_checkpointing'] else c.n_layer * layer
+    print(f"memory per process, an estimate: weights, gradients and moments {gib(trained, 16)}, frozen weights "
+          f"{gib(sum(n.values()) - trained, 4)}, activations {gib(micro * every, 1)}")
 
 
-# --- the log ----------------------------------------------------------------------------------------------------------
-
-class Logger:
-    """
-    log.jsonl, and a progress bar on a terminal or plain lines elsewhere; on other ranks than 0 it does nothing.
-    On resume, torn lines and lines beyond `step` are cut.
-    """
-    def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
-        self.on, self.every, self.start, self.time = process.master, every, step, time.time()
-        self.max_steps, self.tracker, self.writer, self.bar, self.mark = max_steps, None, None, None, None
-        if not self.on:
-            return
-        path = os.path.join(out_dir, 'log.jsonl')
-        lines = []
-        if step and os.path.exists(path):
-            with open(path, encoding='utf-8', errors='replace') as f:
-                lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
-        try:
-            with open(path + '.tmp', 'w', encoding='utf-8') as f:
-                f.writelines(lines)
-            os.replace(path + '.tmp', path)
-            self.file = open(path, 'a', encoding='utf-8', buffering=1)
-        except OSError as e:
-            sys.exit(f"{path}: cannot be written ({e}); nothing is lost")
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
-        if wandb:
-            import wandb as tracker                                        # optional: pip install wandb
-            self.tracker = tracker.init(project='ckpt80', name=config['name'], config=config, dir=out_dir)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter             # optional: pip install tensorboard
-            self.writer = SummaryWriter(out_dir)
-
-    def log(self, line):
-        """Append one dict with a 'step'; show it."""
-        if not self.on:
-            return
-        try:
-            self.file.write(json.dumps(line) + '\n')
-        except OSError as e:
-            sys.exit(f"{self.file.name}: cannot be written ({e}) at step {line['step']}; the checkpoints are untouched")
-        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
-        if self.tracker is not None:
-            self.tracker.log(numbers, step=line['step'])
-        if self.writer is not None:
-            for key, value in numbers.items():
-                self.writer.add_scalar(key, value, line['step'])
-        if 'loss' not in line:
-            text = ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-            tqdm.write(f"step {line['step']}: {text}", file=sys.stdout)
-        elif self.bar is not None:
-            self.bar.update(line['step'] - self.bar.n)
-            self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
-        elif line['step'] % self.every == 0 or line['step'] in (self.start + 1, self.max_steps):
-            now, tokens, rate = time.time(), line['tokens'], line['tokens_per_s']
-            if self.mark:                                                  # the rate since the line before
-                rate = (tokens - self.mark[1]) / (now - self.mark[0])
-            self.mark = now, tokens
-            eta = (now - self.time) / (line['step'] - self.start) * (self.max_steps - line['step'])
-            print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  norm "
-                  f"{line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s", flush=True)
-
-    def close(self):
-        if self.on:
-            self.file.close()
-            if self.bar is not None:
-                self.bar.close()
-            if self.writer is not None:
-                self.writer.close()
-            if self.tracker is not None:
-                self.tracker.finish()
-
-
-def _step_of(line):
-    try:
-        return int(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
-        return math.inf                                                    # a torn line: cut
-
-
-def memory_gib(device):
-    """Peak memory of this process in GiB: the GPU's allocator, or resident memory on CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != 'darwin' else 30)
-
-
-def model_flops_utilisation(flops_per_s, device, world_size):
-    """Share of the GPUs' bf16 peak, or None for a device whose peak is not in PEAK_FLOPS."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-    return flops_per_s / (peak * world_size) if peak else None
+def print_passes(mixture, n):
+    """Say how often the first n samples of a mixture go through each source."""
+    for name, count in mixture.counts(n).items():
+        source = mixture.leaves[name]
+        passes = count / source.per_row / source.n_row
+        print(f"{name}: {count:,} of {n:,} sequences ({count / n:.1%}), {passes:,.2f} passes over "
+              f"{len(source.source):,}")

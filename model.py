@@ -2,27 +2,28 @@
 The decoder (OpenLM's architecture), the projector, the vision-language model around them, generation, OpenLM weights.
 
     decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
-    model = VLM(decoder, encoder, Projector(encoder.width, 2048), image_id=50277)
-    loss_sum, weight_sum = model(tokens, targets, images)                        # what a training step needs
+    model = build_vlm(spec, seed=7)                                               # spec: a plain dict, see vlm_spec
+    loss_sum, weight_sum, row_loss = model(tokens, targets, images)              # what a training step needs
 
 Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCLM checkpoints use it (arXiv 2406.11794).
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from errors import UserError
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from vision import read_json
+from vision import build_encoder, encoder_spec
+from weights import fill, read_json, tensors
 
 ROPE_BASE = 10000.0             # OpenLM's rotary base
 
@@ -42,7 +43,7 @@ class ModelConfig:
     def __post_init__(self):
         self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
         if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
+            raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
 
     def flops_per_token(self, n_position):
         """Training FLOPs per position, forward and backward, a causal row of n_position (PaLM's count, halved mask)."""
@@ -117,28 +118,28 @@ class Attention(nn.Module):
         self.q_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rotary, mask, cache=None, rows=None):
+    def forward(self, x, rotary, mask, cache=None, kept=None):
         """
         x        (B,T,C)
-        rows     (K,) flat indices into B*T: only these positions' outputs are computed
-        returns  (B,T,C), or (K,C) with rows
+        kept     (K,) flat indices into B*T: only these positions' outputs are computed
+        returns  (B,T,C), or (K,C) with kept
         """
         B, T, C = x.shape
-        if rows is None:
+        if kept is None:
             q, k, v = self.in_proj(x).chunk(3, -1)              # (B,T,C) each
             q = self.q_norm(q)
         else:                                                   # q of the wanted rows; zeros elsewhere, never read
             weight_q, weight_kv = self.in_proj.weight.split((C, 2 * C))
             k, v = F.linear(x, weight_kv).chunk(2, -1)
-            q = self.q_norm(F.linear(x.reshape(B * T, C)[rows], weight_q))              # (K,C)
-            q = q.new_zeros(B * T, C).index_copy(0, rows, q).view(B, T, C)
+            q = self.q_norm(F.linear(x.reshape(B * T, C)[kept], weight_q))              # (K,C)
+            q = q.new_zeros(B * T, C).index_copy(0, kept, q).view(B, T, C)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, self.k_norm(k), v))     # (B,H,T,D)
         q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         if cache is not None:
             cache, layer, position = cache
             k, v = cache.update(layer, k, v, position)          # (B,H,length,D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
-        return self.out_proj(y if rows is None else y.view(B * T, C)[rows])
+        return self.out_proj(y if kept is None else y.view(B * T, C)[kept])
 
 
 class FeedForward(nn.Module):
@@ -160,9 +161,9 @@ class Block(nn.Module):
         self.attention_norm = Norm(config.n_embd, config.norm_eps)
         self.ffn_norm = Norm(config.n_embd, config.norm_eps)
 
-    def forward(self, x, rotary, mask, cache=None, rows=None):
-        y = self.attention(self.attention_norm(x), rotary, mask, cache, rows)
-        x = y + (x if rows is None else x.reshape(-1, x.shape[-1])[rows])
+    def forward(self, x, rotary, mask, cache=None, kept=None):
+        y = self.attention(self.attention_norm(x), rotary, mask, cache, kept)
+        x = y + (x if kept is None else x.reshape(-1, x.shape[-1])[kept])
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -206,15 +207,15 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    def trunk(self, x, rows=None, mask=None, position=None, cache=None):
+    def trunk(self, x, kept=None, mask=None, position=None, cache=None):
         """
         The blocks and the final norm.
         x         (B,T,C) embeddings
-        rows      (K,) flat indices into B*T whose outputs are wanted; None = all. The last block computes q, the output
-                  projection and the feed-forward for these rows only; keys and values for all: exact, and less work
+        kept      (K,) flat indices into B*T whose outputs are wanted; None = all. The last block computes q, the output
+                  projection and the feed-forward for these only; keys and values for all: exact, and less work
         mask      Intervals over the keys; None = causal
         position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
-        returns   (B,T,C), or (K,C) with rows
+        returns   (B,T,C), or (K,C) with kept
         """
         B, T, _ = x.shape
         mask = Intervals.causal(B, T, x.device) if mask is None else mask
@@ -224,7 +225,7 @@ class Decoder(nn.Module):
             rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
         for i, block in enumerate(self.layers):
             args = (x, rotary, mask, None if cache is None else (cache, i, position),
-                    rows if i == len(self.layers) - 1 else None)
+                    kept if i == len(self.layers) - 1 else None)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
@@ -247,6 +248,9 @@ class Projector(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+PROJECTORS = {'mlp2': Projector}
+
+
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
@@ -256,7 +260,6 @@ class VLM(nn.Module):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
         self.image_id, self.z_loss = image_id, z_loss
-        self.row_loss = None        # (2,B) float32: nats and z-loss per row of the last forward, for logging
 
     def image_features(self, images):
         """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
@@ -292,33 +295,34 @@ class VLM(nn.Module):
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
-    def forward(self, tokens, targets, images=None, image_index=None, weights=None, rows=None):
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
         images           (N,3,S,S) uint8, or None
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
-        rows             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
-        returns          (loss_sum, weight_sum): nats, with z-loss (arXiv 2204.02311), and weights, over kept tokens
+        kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
+        returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
+                         (2,B) float32, nats and z-loss per row, unweighted and detached, for the log
         """
         B, T = tokens.shape
-        if rows is None:
-            rows = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), rows=rows)     # (K,C)
-        nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[rows],
+        if kept is None:
+            kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
+        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept=kept)     # (K,C)
+        nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
-        kept = torch.stack((nll, z)).detach().float()
-        self.row_loss = kept.new_zeros(2, B).index_add_(1, rows // T, kept)
-        w = torch.ones_like(nll) if weights is None else weights.reshape(-1)[rows]
-        return (w * (nll + z)).sum(), w.sum()
+        both = torch.stack((nll, z)).detach().float()                                  # (2,K)
+        row_loss = both.new_zeros(2, B).index_add_(1, kept // T, both)                 # (2,B)
+        w = torch.ones_like(nll) if weights is None else weights.reshape(-1)[kept]
+        return (w * (nll + z)).sum(), w.sum(), row_loss
 
     @torch.no_grad()
     def row_nll(self, tokens, targets, images=None, image_index=None):
         """Nats (B,) float32 summed over each row's kept targets, and their number (B,): for scoring choices."""
-        self(tokens, targets, images, image_index)
-        return self.row_loss[0], (targets != IGNORE_INDEX).sum(1)
+        _, _, row_loss = self(tokens, targets, images, image_index)
+        return row_loss[0], (targets != IGNORE_INDEX).sum(1)
 
     @torch.no_grad()
     def generate(self, prompts, images=None, image_index=None, *, max_new_tokens=128, stop_ids=(), temperature=0.0,
@@ -360,9 +364,9 @@ class VLM(nn.Module):
         new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
         stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         for step in range(max_new_tokens):
-            rows = torch.arange(B, device=device) * x.shape[1] + last
+            ends = torch.arange(B, device=device) * x.shape[1] + last
             mask = Intervals.cached(position, cache.k.shape[3])
-            hidden = self.decoder.trunk(x, rows, mask, position, cache)                # (B,C)
+            hidden = self.decoder.trunk(x, ends, mask, position, cache)                # (B,C)
             token = _pick(self.decoder.output(hidden).float(), temperature, top_k, generator)         # (B,)
             done = done | torch.isin(token, stop)
             new.append(torch.where(done, -1, token))
@@ -405,6 +409,53 @@ class VLM(nn.Module):
         return prefix
 
 
+# --- a model from its description -----------------------------------------------------------------------------------
+
+def vlm_spec(config, image_id, encoder_path=''):
+    """
+    The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
+    config        dict with the config keys n_layer, n_head, ..., and encoder_layer, encoder_norm, image_size
+    encoder_path  '' = text only; else 'patch' or a folder or file, of which only the shapes are read
+    """
+    shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
+    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
+    return add_images(spec, config, encoder_path) if encoder_path else spec
+
+
+def add_images(spec, config, encoder_path):
+    """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
+    how = config['encoder_layer'], config['encoder_norm'], config['image_size']
+    return dict(spec, encoder=encoder_spec(encoder_path, *how), projector=dict(kind='mlp2'))
+
+
+def build_vlm(spec, seed=None):
+    """
+    The one place that assembles a decoder, an encoder and a projector.
+    spec     what vlm_spec gave
+    seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
+             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+    returns  VLM, in train mode, on CPU
+    Raises UserError for a dict that is no description of a model.
+    """
+    def draw(offset):
+        if seed is not None:
+            torch.manual_seed(seed + offset)
+    try:
+        with torch.device('meta') if seed is None else contextlib.nullcontext():
+            encoder = projector = None
+            config = ModelConfig(**spec['decoder'])
+            if spec['encoder'] is not None:
+                draw(2)
+                encoder = build_encoder(spec['encoder'])
+                draw(1)
+                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+            draw(0)
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
+    return model.to_empty(device='cpu') if seed is None else model
+
+
 def check_slots(tokens, image_id, n_image, n_token):
     """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
     in_row = (tokens == image_id).sum(1)                                               # (B,)
@@ -438,27 +489,6 @@ CONFIG_NAMES = {                # ours: what OpenLM's JSON, its HF config and DC
 UNSUPPORTED = {'weight_tying': True, 'post_embed_norm': True}      # flags of OpenLM whose models are others
 
 
-def read_pt(path):
-    """What a .pt file holds, read with weights_only on CPU; ValueError with one line when it is not readable."""
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, UnpicklingError) as e:
-        raise ValueError(f"{path}: not readable ({first_line(e)})") from e
-
-
-def first_line(error):
-    """The first line of an exception's message, for messages of one line."""
-    return (str(error) or type(error).__name__).strip().split('\n')[0]
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file by name, on CPU; ValueError with one line when it is not readable."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: not readable ({first_line(e)})") from e
-
-
 def _read_config(config):
     """The keys that a dict or JSON file gives, in our names; older HF configs nest them under params_args_dict."""
     if isinstance(config, (str, os.PathLike)):
@@ -466,13 +496,13 @@ def _read_config(config):
     config = {**config, **(config.get('params_args_dict') or {})}
     for key, value in UNSUPPORTED.items():
         if config.get(key) == value:
-            raise ValueError(f"OpenLM config with {key}={value}: only the DCLM models' {key}={not value} is supported")
+            raise UserError(f"OpenLM config with {key}={value}: only the DCLM models' {key}={not value} is supported")
     norm = config.get('norm_type') or config.get('model_norm') or 'gain_only_lp_layer_norm'
     if 'gain_only' not in norm or 'rms' in norm:
-        raise ValueError(f"OpenLM config with norm {norm}: expected gain_only_lp_layer_norm")
+        raise UserError(f"OpenLM config with norm {norm}: expected gain_only_lp_layer_norm")
     rotary = config.get('positional_embedding_type') or 'rotary'
     if rotary != 'rotary':                              # head_rotary has the same tensors but counts over heads
-        raise ValueError(f"OpenLM config with positional_embedding_type={rotary}: expected rotary")
+        raise UserError(f"OpenLM config with positional_embedding_type={rotary}: expected rotary")
     found = {}
     for ours, theirs in CONFIG_NAMES.items():
         for name in (*theirs, ours):
@@ -481,72 +511,45 @@ def _read_config(config):
     return found
 
 
-def _read_state(path):
-    """State dict, keys as the file has them, and config path (or None) of a .pt, .safetensors or HF folder."""
-    if not os.path.isdir(path):
-        if str(path).endswith('.safetensors'):
-            return read_safetensors(path), None
-        state = read_pt(path)
-        state = state.get('state_dict', state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError(f"{path}: not an OpenLM checkpoint: expected a dict of tensors, or one under 'state_dict'")
-        return state, None
-    index = os.path.join(path, 'model.safetensors.index.json')
-    files = ['model.safetensors']
-    if os.path.exists(index):
-        files = sorted(set(map(str, read_json(index, 'weight_map').values())))
-        if any(os.path.basename(name) != name for name in files):
-            raise ValueError(f"{index}: names a file outside its folder")
-    state = {}
-    for name in files:
-        if not os.path.exists(os.path.join(path, name)):
-            raise ValueError(f"{path}: {name} is missing (expected an HF folder with safetensors, or a .pt file)")
-        state.update(read_safetensors(os.path.join(path, name)))
-    config = os.path.join(path, 'config.json')
-    return state, config if os.path.exists(config) else None
-
-
 def load_openlm(path, config=None):
     """
     A Decoder from OpenLM weights.
     path     `epoch_N.pt` / bare state dict (.pt, read with weights_only), .safetensors, or an HF folder
     config   dict or JSON path in OpenLM's, HF's or our names; None = the folder's, completed from tensor shapes
     returns  Decoder on CPU, float32, in eval mode; rotary frequencies are the file's own
-    Raises ValueError naming the first key or shape that does not fit.
+    Raises UserError naming the first key or shape that does not fit.
     """
-    state, beside = _read_state(path)
-    given = _read_config(config if config is not None else beside) if (config is not None or beside) else {}
-    clean = {re.sub(r'^(module\.|model\.)+', '', key.replace('_orig_mod.', '')): v for key, v in state.items()}
+    source = tensors(path)
+    beside = os.path.join(path, 'config.json')
+    if config is None and os.path.exists(beside):
+        config = beside
+    given = _read_config(config) if config is not None else {}
+    clean = {re.sub(r'^(module\.|model\.)+', '', name.replace('_orig_mod.', '')): t for name, t in source.items()}
     try:
         vocab_size, n_embd = clean['tok_embeddings.weight'].shape
         n_layer = 1 + max(int(key.split('.')[1]) for key in clean if key.startswith('layers.'))
         n_ffn = clean['layers.0.feed_forward.w3.weight'].shape[1]
     except (LookupError, ValueError) as e:
-        raise ValueError(f"{path}: not an OpenLM checkpoint ({e}); it has {sorted(clean)[:3]} ...") from e
+        raise UserError(f"{path}: not an OpenLM checkpoint ({e}); it has {sorted(clean)[:3]} ...") from e
     freq = [clean.pop(f'layers.{i}.attention.pos_embed.inv_freq', None) for i in range(n_layer)]
     inferred = dict(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size,
                     qk_norm='layers.0.attention.q_norm.weight' in clean)
     if freq[0] is not None:
-        inferred['n_head'] = n_embd // (2 * len(freq[0]))
-        if any(f is None or not torch.equal(f, freq[0]) for f in freq):
-            raise ValueError(f"{path}: layers have different rotary frequencies; expected one table")
+        inferred['n_head'] = n_embd // (2 * freq[0].shape[0])
+        if any(f is None or not torch.equal(f.read(), freq[0].read()) for f in freq):
+            raise UserError(f"{path}: layers have different rotary frequencies; expected one table")
+        clean['inv_freq'] = freq[0]
     for key, value in inferred.items():
         if given.get(key, value) != value:
-            raise ValueError(f"{path}: config says {key}={given[key]}, the tensors say {value}")
+            raise UserError(f"{path}: config says {key}={given[key]}, the tensors say {value}")
     if 'n_head' not in {**given, **inferred}:
-        raise ValueError(f"{path}: holds no inv_freq, so the number of heads is unknown: give config=dict(n_head=...)")
+        raise UserError(f"{path}: holds no inv_freq, so the number of heads is unknown: give config=dict(n_head=...)")
     with torch.device('meta'):
         decoder = Decoder(ModelConfig(**{**given, **inferred}, n_ffn=n_ffn))
     decoder.to_empty(device='cpu')
-    clean['inv_freq'] = inverse_frequencies(n_embd // decoder.config.n_head) if freq[0] is None else freq[0].float()
-    expected = decoder.state_dict()
-    for key in [*expected, *clean]:
-        if key not in clean or key not in expected:
-            raise ValueError(f"{path}: {'missing' if key in expected else 'unexpected'} tensor {key}")
-        if clean[key].shape != expected[key].shape:
-            raise ValueError(f"{path}: {key} is {tuple(clean[key].shape)}, expected {tuple(expected[key].shape)}")
-    decoder.load_state_dict(clean)
-    return decoder.float().eval()
+    decoder.inv_freq.copy_(inverse_frequencies(n_embd // decoder.config.n_head))
+    fill(decoder, clean, may_lack=['inv_freq'])
+    return decoder.eval()
 
 
 def save_openlm(decoder, path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on the embedded tiny world: data, encoder, stage 1, stage 2, stage 3, scores. No GPU; about ten minutes.
+# The whole job on the embedded tiny world: data, encoder, three stages, scores, curves. No GPU; about ten minutes.
 #   bash speedrun.sh [--seed=7] [--n_thread=2]      run again, it skips what is finished and resumes what broke
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -41,4 +41,8 @@ for ckpt in text/ckpt_020 text/ckpt_040 text/ckpt_060 text/ckpt_080 text/ckpt_10
         python evaluate.py config/tiny.py "${options[@]}" --ckpt="$out/$ckpt" --tasks="$tasks"
     fi
 done
-say 'done'
+say 'done: every score so far, and the training curves'
+python report.py "$out/text" "$out/ckpt80_img10" "$out/finetune"
+image=data/tiny/eval/val2014/COCO_val2014_000000000000.jpg
+printf '\nAsk it (more in README.md, "Ask it"):\n    %s --image=%s --prompt="what is at a2?"\n' \
+    "python evaluate.py config/tiny.py --ckpt=$out/finetune/ckpt_100" "$image"

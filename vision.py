@@ -17,11 +17,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from errors import UserError
 from kernels import attention
+from weights import fill, read_json, tensors
 
 # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -61,10 +61,10 @@ def to_rgb(image):
     """
     Any PIL mode to RGB: whatever is transparent over white (Prismatic drops the alpha and shows the colour that hides
     there, often black); 16-bit grey is scaled, not clipped.
-    Raises ValueError for a zero side, for values that are not finite, and for modes Pillow cannot convert (LAB).
+    Raises UserError for a zero side, for values that are not finite, and for modes Pillow cannot convert (LAB).
     """
     if min(image.size) < 1:
-        raise ValueError(f"image of {image.width} x {image.height} pixels: a side is zero")
+        raise UserError(f"image of {image.width} x {image.height} pixels: a side is zero")
     if image.mode == 'F' or image.mode.startswith('I'):
         return _deep_grey_to_rgb(image)
     if image.has_transparency_data:
@@ -79,7 +79,7 @@ def _deep_grey_to_rgb(image):
     v = np.asarray(image).astype(np.float32)                                     # (h, w)
     low, high = float(v.min()), float(v.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixel values are not finite")
+        raise UserError("pixel values are not finite")
     # 32-bit modes have no nominal white: take the smallest usual range that holds the values, else stretch
     tops = (1, 255) if image.mode == 'F' else (65535,)
     top = next((t for t in tops if 0 <= low and high <= t), None)
@@ -96,7 +96,7 @@ def letterbox(image, size, fill=(127, 127, 127)):
     image    PIL image, any mode and aspect
     fill     grey is int(255 * 0.5), SigLIP's mean; Prismatic takes the mean of each encoder
     returns  (3, size, size) uint8
-    Raises ValueError for a zero side or a canvas above MAX_PIXELS. Prismatic's "letterbox" (arXiv 2402.07865): an odd
+    Raises UserError for a zero side or a canvas above MAX_PIXELS. Prismatic's "letterbox" (arXiv 2402.07865): an odd
     difference leaves the square one pixel short (640x481 becomes 640x639), which the resize and the crop then hide.
     """
     image = to_rgb(image)
@@ -112,7 +112,7 @@ def letterbox(image, size, fill=(127, 127, 127)):
 def resize_naive(image, size):
     """
     Resize to a square, aspect squashed (bicubic): Prismatic's "resize-naive".
-    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises ValueError for a zero side.
+    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises UserError for a zero side.
     """
     return _to_tensor(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -120,7 +120,7 @@ def resize_naive(image, size):
 def resize_crop(image, size):
     """
     Resize the shorter edge to `size` (bicubic) and crop the centre, borders lost: Prismatic's "resize-crop".
-    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises ValueError as letterbox does.
+    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises UserError as letterbox does.
     """
     return _shorter_edge_and_crop(to_rgb(image), size)
 
@@ -130,7 +130,7 @@ RESIZE = {'letterbox': letterbox, 'naive': resize_naive, 'crop': resize_crop}
 
 def _check_pixels(image, new_size):
     if new_size[0] * new_size[1] > MAX_PIXELS:                                   # 60000 x 1 px asks for a 10 GB canvas
-        raise ValueError(f"image of {image.width} x {image.height} pixels needs {new_size[0]} x {new_size[1]} to be "
+        raise UserError(f"image of {image.width} x {image.height} pixels needs {new_size[0]} x {new_size[1]} to be "
                          f"resized, above MAX_PIXELS = {MAX_PIXELS:,}: crop or shrink it first")
 
 
@@ -175,13 +175,13 @@ class PatchProjection(nn.Module):
     def __init__(self, image_size, patch_size=14):
         super().__init__()
         if not 1 <= patch_size <= image_size:
-            raise ValueError(f"patch_size={patch_size} with image_size={image_size}: expected 1 <= patch <= image")
+            raise UserError(f"patch_size={patch_size} with image_size={image_size}: expected 1 <= patch <= image")
         self.image_size, self.patch_size = image_size, patch_size
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.width, self.n_token = 3 * patch_size ** 2, (image_size // patch_size) ** 2
 
-    def config_dict(self):
-        """What encoder_from_config needs, as JSON values."""
+    def spec(self):
+        """What build_encoder needs, as JSON values."""
         return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size}
 
     def forward(self, images):
@@ -211,14 +211,14 @@ class SigLIPConfig:
         for key in [f.name for f in fields(self) if f.type in (int, 'int')]:
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SigLIP config: {key}={value!r}, expected a whole number above 0")
+                raise UserError(f"SigLIP config: {key}={value!r}, expected a whole number above 0")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"SigLIP config: hidden_size={self.hidden_size} is not a multiple of "
+            raise UserError(f"SigLIP config: hidden_size={self.hidden_size} is not a multiple of "
                              f"num_attention_heads={self.num_attention_heads}")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"SigLIP config: hidden_act={self.hidden_act!r}, expected one of {list(ACTIVATIONS)}")
+            raise UserError(f"SigLIP config: hidden_act={self.hidden_act!r}, expected one of {list(ACTIVATIONS)}")
         if self.patch_size > self.image_size:
-            raise ValueError(f"SigLIP config: patch_size={self.patch_size} exceeds image_size={self.image_size}")
+            raise UserError(f"SigLIP config: patch_size={self.patch_size} exceeds image_size={self.image_size}")
 
 
 class SelfAttention(nn.Module):
@@ -260,14 +260,14 @@ class SigLIP(nn.Module):
     layer    index into transformers' hidden_states: -2 = all blocks but the last (as Prismatic and LLaVA), 0 = patch
              embedding; norm=True adds the final LayerNorm, so layer=-1, norm=True is last_hidden_state
     keep_all also builds the blocks that are not run and the final LayerNorm, so that a saved tower is whole
-    Raises ValueError for images of another size and for a layer the tower does not have.
+    Raises UserError for a layer the tower does not have, ValueError for images of another size.
     """
 
     def __init__(self, config, layer=-2, norm=False, keep_all=False):
         super().__init__()
         n = config.num_hidden_layers
         if not -(n + 1) <= layer <= n:
-            raise ValueError(f"layer={layer}: the tower has {n} blocks, so expected {-(n + 1)}..{n}")
+            raise UserError(f"layer={layer}: the tower has {n} blocks, so expected {-(n + 1)}..{n}")
         self.config, self.layer, self.norm, self.keep_all = config, layer, norm, keep_all
         self.n_block = layer % (n + 1)                                           # blocks run
         n_built = n if keep_all else self.n_block
@@ -281,8 +281,8 @@ class SigLIP(nn.Module):
         self.post_layernorm = nn.LayerNorm(self.width, eps=config.layer_norm_eps) if norm or keep_all else None
         self.reset_parameters()
 
-    def config_dict(self):
-        """What encoder_from_config needs to build the same module, as JSON values."""
+    def spec(self):
+        """What build_encoder needs to build the same module, as JSON values."""
         return {'kind': 'siglip', 'config': asdict(self.config), 'layer': self.layer, 'norm': self.norm,
                 'keep_all': self.keep_all, 'mean': list(self.mean), 'std': list(self.std)}
 
@@ -315,29 +315,13 @@ class SigLIP(nn.Module):
         path     SigLIP or its vision half; text tower, head and unused blocks are skipped. Without a config.json the
                  shape comes from the tensors. preprocessor_config.json gives mean and std (else 0.5).
         returns  SigLIP on the CPU, float32, eval()
-        Raises ValueError naming the file and the key that is missing or of another shape or dtype.
+        Raises UserError naming the file and the tensor that is missing or of another shape or dtype.
         """
-        folder, saved, prefix = _find_tower(path)
-        n_saved = sum(key.startswith('encoder.layers.') and key.endswith('.layer_norm1.weight') for key in saved)
-        config_file = os.path.join(folder, 'config.json')
-        if os.path.exists(config_file):
-            config = _read_config(config_file, n_saved)
-        else:
-            config = _config_from_shapes(path, saved, n_saved)
+        spec = dict(siglip_spec(path, layer, norm), keep_all=keep_all)
         with torch.device('meta'):
-            model = cls(config, layer, norm, keep_all)
-        n_built, wanted = len(model.encoder['layers']), model.state_dict()
-        if n_built > n_saved:
-            raise ValueError(f"{path}: layer={layer} of {config.num_hidden_layers} needs {n_built} blocks, "
-                             f"the file holds {n_saved}: vision key encoder.layers.{n_saved}.* is missing")
-        _check_headers(path, prefix, saved, wanted)
-        for file in sorted({saved[key][0] for key in wanted}):
-            with safe_open(file, 'pt') as f:
-                for key in wanted:
-                    if saved[key][0] == file:               # a copy: the file may be rewritten while the tower lives
-                        wanted[key] = f.get_tensor(prefix + key).to(torch.float32, copy=True)
-        model.load_state_dict(wanted, assign=True)
-        model.mean, model.std = _read_mean_std(os.path.join(folder, 'preprocessor_config.json'))
+            model = build_encoder(spec)
+        model.to_empty(device='cpu')
+        fill_encoder(model, path)
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -364,30 +348,49 @@ class SigLIP(nn.Module):
         save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
 
 
-def encoder_from_config(values):
+# --- an encoder from its description: a plain dict of JSON values, kept in every checkpoint --------------------------
+
+def encoder_spec(path, layer=-2, norm=False, image_size=384, patch_size=14):
     """
-    The encoder that a checkpoint's meta.json describes, with untrained weights for a state dict to fill.
-    values   what .config_dict() gave. Raises ValueError for anything else.
+    The description of the encoder that a config's `encoder_path` names; weights are not read.
+    path     'patch' = PatchProjection(image_size, patch_size); else a SigLIP folder or file, which knows its own sizes
+    returns  dict for build_encoder
+    """
+    if path == 'patch':
+        return PatchProjection(image_size, patch_size).spec()
+    return siglip_spec(path, layer, norm)
+
+
+def build_encoder(spec):
+    """
+    The encoder of a description, weights untrained: a module with .width .n_token .image_size .mean .std and .spec(),
+    that maps images (N,3,H,W) to (N, n_token, width) float32.
+    Raises UserError for a dict that no .spec() wrote.
     """
     try:
-        if values['kind'] == 'patch':
-            return PatchProjection(values['image_size'], values['patch_size'])
-        encoder = SigLIP(SigLIPConfig(**values['config']), values['layer'], values['norm'], values['keep_all'])
-        encoder.mean, encoder.std = tuple(values['mean']), tuple(values['std'])
+        if spec['kind'] == 'patch':
+            return PatchProjection(spec['image_size'], spec['patch_size'])
+        encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
+        encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"encoder description {values}: expected what config_dict() writes ({error})") from error
+        raise UserError(f"encoder description {spec}: expected what an encoder's spec() gives ({error})") from error
     return encoder
 
 
+def fill_encoder(encoder, path):
+    """Copy an encoder's weights from `path`, as in a config's `encoder_path`; those of 'patch' do not exist."""
+    if path != 'patch':
+        prefix, _ = _find_tower(path)
+        own = encoder.state_dict()
+        fill(encoder, tensors(path), lambda name: name[len(prefix):]
+             if name.startswith(prefix) and name[len(prefix):] in own else None, may_lack=())
+
+
 def load_encoder(path, layer=-2, norm=False, image_size=384, patch_size=14):
-    """
-    The encoder that a config's `encoder_path` names.
-    path     'patch' = PatchProjection(image_size, patch_size); else a SigLIP folder or file, which knows its own sizes
-    returns  a module with .width .n_token .image_size .mean .std, mapping (N,3,H,W) to (N, n_token, width) float32
-    """
-    if path == 'patch':
-        return PatchProjection(image_size, patch_size)
-    return SigLIP.from_pretrained(path, layer, norm)
+    """The encoder that a config's `encoder_path` names, with its weights; arguments as in encoder_spec."""
+    encoder = build_encoder(encoder_spec(path, layer, norm, image_size, patch_size))
+    fill_encoder(encoder, path)
+    return encoder.eval()
 
 
 # --- reading Hugging Face folders --------------------------------------------------------------------------------
@@ -398,48 +401,58 @@ HF_DEFAULTS = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers
                'patch_size': 16, 'image_size': 224, 'layer_norm_eps': 1e-6, 'hidden_act': 'gelu_pytorch_tanh'}
 
 
-def read_json(path, key=None):
-    """The object (dict) that a JSON file holds, or holds under `key`; ValueError with the path and the reason."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            content = json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if key is not None:
-        content = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object{f' with one in {key!r}' if key else ''}, found "
-                         f"{type(content).__name__}")
-    return content
+def siglip_spec(path, layer=-2, norm=False):
+    """The description of a SigLIP tower, from its config.json or, without one, from the shapes of its tensors."""
+    path = os.fspath(path)
+    if path and not os.path.isdir(path) and not path.endswith('.safetensors'):
+        raise UserError(f"{path}: expected 'patch', a folder with model.safetensors, or a .safetensors file"
+                        + ('' if os.path.exists(path) else '; nothing is there'))
+    prefix, found = _find_tower(path)
+    saved = {name[len(prefix):]: tensor for name, tensor in found.items()}
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    n_saved = sum(key.startswith('encoder.layers.') and key.endswith('.layer_norm1.weight') for key in saved)
+    config_file = os.path.join(folder, 'config.json')
+    if os.path.exists(config_file):
+        config = _read_config(config_file, n_saved)
+    else:
+        config = _config_from_shapes(path, saved, n_saved)
+    mean, std = _read_mean_std(os.path.join(folder, 'preprocessor_config.json'))
+    with torch.device('meta'):
+        n_built = SigLIP(config, layer, norm).n_block
+    if n_built > n_saved:
+        raise UserError(f"{path}: layer={layer} of {config.num_hidden_layers} needs {n_built} blocks, the file holds "
+                        f"{n_saved}")
+    return {'kind': 'siglip', 'config': asdict(config), 'layer': layer, 'norm': norm, 'keep_all': False,
+            'mean': list(mean), 'std': list(std)}
 
 
 def _read_config(path, n_saved):
     content = read_json(path)
     kind = str(content.get('model_type', 'siglip'))
     if not kind.startswith('siglip'):
-        raise ValueError(f"{path}: model_type {kind!r}, expected 'siglip' or 'siglip_vision_model'")
+        raise UserError(f"{path}: model_type {kind!r}, expected 'siglip' or 'siglip_vision_model'")
     if 'vision_config' in content:                                               # a whole SigLIP: text and vision
         content = read_json(path, 'vision_config')
     values = {key: content.get(key, default) for key, default in HF_DEFAULTS.items()}
     if values['num_hidden_layers'] != n_saved:
-        raise ValueError(f"{path}: num_hidden_layers={values['num_hidden_layers']}, the weights hold {n_saved} blocks")
+        raise UserError(f"{path}: num_hidden_layers={values['num_hidden_layers']}, the weights hold {n_saved} blocks")
     values['num_hidden_layers'] = content.get('full_num_hidden_layers', n_saved)
     try:
         return SigLIPConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _config_from_shapes(path, saved, n_saved):
     keys = {PATCH_KEY: 4, 'embeddings.position_embedding.weight': 2, 'encoder.layers.0.mlp.fc1.weight': 2}
     for key, n_dim in keys.items():
-        if key not in saved or len(saved[key][1]) != n_dim:
-            raise ValueError(f"{path}: vision key {key} with {n_dim} dimensions is missing")
-    (C, *_, patch), (n_token, _), (hidden, _) = (saved[key][1] for key in keys)
+        if key not in saved or len(saved[key].shape) != n_dim:
+            raise UserError(f"{path}: vision key {key} with {n_dim} dimensions is missing")
+    (C, *_, patch), (n_token, _), (hidden, _) = (saved[key].shape for key in keys)
     n_head = {768: 12, 1024: 16, 1152: 16, 1536: 16}.get(C)                      # published towers of SigLIP 1 and 2
     if n_head is None:
         if C % 64:
-            raise ValueError(f"{path}: the number of heads of width {C} is unknown: put a config.json beside it")
+            raise UserError(f"{path}: the number of heads of width {C} is unknown: put a config.json beside it")
         n_head = C // 64
         warnings.warn(f"{path}: no config.json, so {n_head} heads of 64 are a guess", stacklevel=3)
     side = math.isqrt(n_token)
@@ -453,49 +466,17 @@ def _read_mean_std(path):
     for key, values, low in [('image_mean', mean, -math.inf), ('image_std', std, 0)]:
         if not (isinstance(values, list) and len(values) == 3
                 and all(isinstance(v, (int, float)) and math.isfinite(v) and v > low for v in values)):
-            raise ValueError(f"{path}: {key}={values}, expected 3 numbers" + (" above 0" if low == 0 else ""))
+            raise UserError(f"{path}: {key}={values}, expected 3 numbers" + (" above 0" if low == 0 else ""))
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _find_tower(path):
-    # -> folder, {key without prefix: (file, shape, dtype)}, prefix; from headers only, no weights read yet
-    path = os.fspath(path)
-    folder, names = os.path.dirname(path), [os.path.basename(path)]
-    if os.path.isdir(path):
-        folder, names = path, ['model.safetensors']
-        index = os.path.join(path, 'model.safetensors.index.json')
-        if not os.path.exists(os.path.join(path, names[0])) and os.path.exists(index):
-            names = sorted(set(map(str, read_json(index, 'weight_map').values())))
-    elif not path.endswith('.safetensors'):
-        raise ValueError(f"{path}: expected 'patch', a folder with model.safetensors, or a .safetensors file"
-                         + ("" if os.path.exists(path) else "; nothing is there"))
-    saved = {}
-    for name in names:
-        file = os.path.join(folder, os.path.basename(name))                      # an index names no files elsewhere
-        if not os.path.isfile(file):
-            raise ValueError(f"{file}: no such file; an encoder folder holds config.json and model.safetensors")
-        try:
-            with safe_open(file, 'pt') as f:
-                for key in f.keys():
-                    header = f.get_slice(key)
-                    saved[key] = file, list(header.get_shape()), header.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+    """(prefix, {name: LazyTensor}) of the vision tower among the tensors of a file or folder."""
+    found = tensors(path)
     for prefix in ('vision_model.', ''):
-        if prefix + PATCH_KEY in saved:
-            return folder, {k[len(prefix):]: v for k, v in saved.items() if k.startswith(prefix)}, prefix
-    raise ValueError(f"{path}: no SigLIP vision tower in it: neither vision_model.{PATCH_KEY} nor {PATCH_KEY}")
-
-
-def _check_headers(path, prefix, saved, wanted):
-    for key, tensor in wanted.items():
-        if key not in saved:
-            raise ValueError(f"{path}: vision key {prefix}{key} is missing")
-        _, shape, dtype = saved[key]
-        if shape != list(tensor.shape):
-            raise ValueError(f"{path}: {prefix}{key} has shape {shape}, expected {list(tensor.shape)}")
-        if dtype not in ('F64', 'F32', 'F16', 'BF16'):
-            raise ValueError(f"{path}: {prefix}{key} is {dtype}, expected F32, F16, BF16 or F64")
+        if prefix + PATCH_KEY in found:
+            return prefix, {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+    raise UserError(f"{path}: no SigLIP vision tower in it: neither vision_model.{PATCH_KEY} nor {PATCH_KEY}")
 
 
 # --- training a tower --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 # stage 2, the paper's main recipe: the 80 % checkpoint, resumed at its own lr, 10 % image-caption sequences (2.1.2)
 name = 'ckpt80_img10'
+stage = 'mix'
 init_from = 'out/{scale}/text/ckpt_080'
 schedule = 'cooldown'
 image_ratio = 0.10

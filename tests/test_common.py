@@ -1,4 +1,4 @@
-"""common.py: the schedules' published values, the optimizer's rules, the log."""
+"""common.py: the schedules' published values, the optimizer's rules, how a batch is divided."""
 import json
 import math
 import os
@@ -11,8 +11,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint
 import common
-from common import cooldown_lr, main_lr, remaining_lr
-from configurator import config_keys
+from common import cooldown_lr, lr_at, main_lr, remaining_lr
+from errors import UserError
 from model import VLM, Decoder, ModelConfig, Projector
 from vision import PatchProjection
 
@@ -87,30 +87,30 @@ def test_cooldown_goes_on_where_the_main_schedule_stood():
         assert remaining_lr(step, main=main, at=800, total=200) == pytest.approx(main_lr(800 + step, **main))
 
 
-# --- configs --------------------------------------------------------------------------------------------------------
+def test_a_schedule_is_a_dict_that_json_keeps():
+    main = dict(peak=1e-2, final=1e-5, warmup=50, total=1000)
+    for schedule, expected in (
+            (dict(kind='main', **main), lambda s: main_lr(s, **main)),
+            (dict(kind='rewarm', **main), lambda s: main_lr(s, **main)),
+            (dict(kind='cooldown', start=1e-3, final=1e-5, total=300),
+             lambda s: cooldown_lr(s, start=1e-3, final=1e-5, total=300)),
+            (dict(kind='remaining', main=main, at=800, total=300),
+             lambda s: remaining_lr(s, main=main, at=800, total=300))):
+        kept = json.loads(json.dumps(schedule))
+        assert [lr_at(s, kept) for s in range(0, 1200, 7)] == [expected(s) for s in range(0, 1200, 7)]
+        warmed = dict(kept, moments_warmup=4)
+        assert [lr_at(s, warmed) for s in range(6)] == [min(1, (s + 1) / 4) * expected(s) for s in range(6)]
+        assert common.top_lr(warmed) == (1e-2 if 'peak' in kept else expected(0))
 
-@pytest.mark.parametrize('key, value, expected', [
-    ('seq_len', 0, 'at least 1'), ('n_layer', 0, 'at least 1'), ('n_worker', -1, 'at least 0'), ('lr', 0.0, 'above 0'),
-    ('micro_batch_size', 0, 'at least 1'), ('global_batch_size', 0, 'at least 1'),
-    ('lr', -1.0, 'above 0'), ('weight_decay', -0.1, 'at least 0'), ('beta1', 1.5, 'below 1'),
-    ('warmup_ratio', 2.0, 'below 1'), ('text_share', 1.0, 'below 1'), ('image_ratio', 1.5, 'between 0 and 1'),
-    ('keep_percent', (150,), 'from 1 to 100'), ('keep_percent', (0.5,), 'from 1 to 100'),
-    ('seed', -1, 'below 2**63'), ('seed', 2 ** 63, 'below 2**63'), ('n_thread', 10 ** 8, 'at most'),
-    ('wandb', True, 'pip install wandb'), ('text', ('text', 1.0), 'such as'), ('text', (('text',),), 'such as'), ('captions', (('a', 'b'),), 'such as')])
-def test_values_that_no_run_could_use(key, value, expected, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(SystemExit) as caught:
-        common.check_config({'seed': 7, key: value})
-    one_line(caught, f'{key}=', expected)
 
+# --- inputs ---------------------------------------------------------------------------------------------------------
 
-def test_every_shipped_config_is_usable():
-    for script in ('pretrain.py', 'finetune.py'):
-        defaults = {key: value for key, (value, _) in config_keys(os.path.join(ROOT, script)).items()}
-        common.check_config(defaults)
-        numbers = {k for k, v in defaults.items() if type(v) in (int, float)} - {'encoder_layer'}
-        assert numbers <= {*common.AT_LEAST, 'lr', 'beta1', 'beta2', 'warmup_ratio', 'text_share', 'image_ratio',
-                           'instruct_share', 'seed'}                                 # no number is left unchecked
+def test_all_missing_inputs_are_named_at_once(tmp_path):
+    (tmp_path / 'a.tar').touch()
+    common.require({str(tmp_path / 'a.tar'): 'x', str(tmp_path / '*.tar'): 'x'})
+    with pytest.raises(UserError) as caught:
+        common.require({'no/a': 'make them', str(tmp_path): '', 'no/*.tar': 'make them', 'no/b': 'fetch it'})
+    assert str(caught.value) == 'no/a, no/*.tar not found; make them; no/b not found; fetch it'
 
 
 def test_a_text_source_keeps_its_name_and_others_do_not_get_it():
@@ -121,44 +121,20 @@ def test_a_text_source_keeps_its_name_and_others_do_not_get_it():
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
-def test_accumulation_says_what_would_divide():
-    assert [common.accumulation(*x) for x in [(256, 8, 8), (8, 8, 1), (12, 2, 3)]] == [4, 1, 2]
-    for given, words in [((12, 5, 1), '--micro_batch_size=4 would'), ((12, 5, 2), '--micro_batch_size=6 would'),
-                         ((12, 2, 5), '--micro_batch_size=1 with a number of processes among [1, 2, 3, 4, 6, 12]'),
-                         ((4, 8, 3), '--micro_batch_size=1 with a number of processes among [1, 2, 4] would')]:
-        with pytest.raises(SystemExit) as caught:
+def test_the_largest_micro_batch_that_divides_is_taken():
+    found = {given: common.accumulation(*given) for given in [(256, 8, 8), (8, 8, 1), (16, 16, 2), (12, 5, 1), (12, 5, 2),
+                                                              (12, 1, 3), (7, 4, 1), (6, 100, 6)]}
+    assert found == {(256, 8, 8): (4, 8), (8, 8, 1): (1, 8), (16, 16, 2): (1, 8), (12, 5, 1): (3, 4), (12, 5, 2): (2, 3),
+                     (12, 1, 3): (4, 1), (7, 4, 1): (7, 1), (6, 100, 6): (1, 1)}
+    for given, hint in [((12, 2, 5), 'start 4'), ((4, 8, 3), 'start 2'), ((1, 8, 2), 'start 1')]:
+        with pytest.raises(UserError) as caught:
             common.accumulation(*given)
-        G, mb, W = given
-        one_line(caught, f'global_batch_size={G} is not a multiple of micro_batch_size={mb} x {W} processes', words)
+        one_line(caught, f'global_batch_size={given[0]} cannot be divided among {given[2]} processes', hint)
 
 
-@pytest.mark.parametrize('message, code', [('the reason', 1), (1, 1), (0, 0)])
-def test_one_of_several_processes_ends_without_a_teardown(scripts, message, code):
-    """Exit handlers run and nothing printed is lost, but no object lives to see the interpreter go (see exit)."""
-    hook = f"""
-import atexit, os, sys, torch, common
-class Witness:
-    def __del__(self, write=os.write):
-        write(2, b'torn down')
-sys.witness = Witness()
-atexit.register(print, 'handled')
-print('no newline', end='; ')
-common.Process(1, {{n}}, torch.device('cpu'), torch.float32).exit({message!r})
-"""
-    for n, torn in ((2, ''), (1, 'torn down')):
-        run = scripts.start('pretrain.py', hook=hook.replace('{n}', str(n)))
-        assert run.wait() == code
-        assert (run.out, run.err) == ('no newline; handled\n', (message + '\n' if code and message != 1 else '') + torn)
-
-
-def test_devices_and_dtypes_that_are_not_there():
-    for call, word in [(lambda: common.pick_device('tpu'), "device='tpu': expected one of"),
-                       (lambda: common.setup_process('cpu', 'float16'), "dtype='float16'")]:
-        with pytest.raises(SystemExit) as caught:
-            call()
-        one_line(caught, word)
+def test_a_device_that_is_not_there():
     if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match='--device=cpu'):
+        with pytest.raises(UserError, match='--device=cpu'):
             common.pick_device('cuda')
     process = common.setup_process('cpu', n_thread=1)
     assert process.master and process.dtype == torch.float32 and process.host_sum([1, 2.5]) == [1, 2.5]
@@ -178,6 +154,19 @@ def test_adamw_decays_every_parameter_and_scales_each_part():
     for n, p in model.named_parameters():                # a zero gradient leaves decay alone: lr x share x 0.1
         share = 2.0 if n.startswith('projector') else 1.0
         torch.testing.assert_close(p, before[n] * (1 - 0.01 * share * 0.1), msg=n)
+
+
+def test_matrices_alone_decay_where_gains_and_biases_do_not():
+    model = tiny_vlm()
+    optimizer = common.make_optimizer(model, PARTS, weight_decay=0.1, betas=(0.9, 0.95), decay='matrices')
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    common.optimizer_step(optimizer, 0.01, 1.0)
+    for n, p in model.named_parameters():
+        share = 2.0 if n.startswith('projector') else 1.0
+        torch.testing.assert_close(p, before[n] * (1 - 0.01 * share * 0.1 * (p.ndim >= 2)), msg=n)
+    assert {p.ndim for p in model.parameters()} == {1, 2}
 
 
 def test_clipping():
@@ -215,7 +204,9 @@ def test_moments_travel_by_name_and_a_projector_starts_its_own_count():
     other = tiny_vlm()
     other.load_state_dict(model.state_dict())
     second = tiny_optimizer(other, {'projector': 1.0, 'decoder': 1.0})       # other groups, other order
-    assert checkpoint.load_moments(second, saved) == [f'projector.{n}' for n, _ in other.projector.named_parameters()]
+    with pytest.raises(UserError, match='moments of projector.fc1.weight are None'):     # never silently fresh
+        checkpoint.load_moments(second, saved)
+    assert checkpoint.load_moments(second, saved, ['projector.']) == [f'projector.{n}' for n, _ in other.projector.named_parameters()]
     give_gradients(other)
     common.optimizer_step(second, 0.01, 1.0)
     steps = {n: int(m['step']) for n, m in checkpoint.optimizer_state(second).items()}
@@ -223,8 +214,8 @@ def test_moments_travel_by_name_and_a_projector_starts_its_own_count():
     for name in saved:                                   # loading copies: the saved tensors did not move
         assert int(saved[name]['step']) == 3
     saved['decoder.norm.weight'] = {k: torch.zeros(3) for k in ('step', 'exp_avg', 'exp_avg_sq')}
-    with pytest.raises(ValueError, match=r'decoder.norm.weight is \(3,\), expected \(8,\)'):
-        checkpoint.load_moments(tiny_optimizer(tiny_vlm()), saved)
+    with pytest.raises(UserError, match=r"moments of decoder.norm.weight are .*\(3,\).*expected .*'step': \(\)"):
+        checkpoint.load_moments(tiny_optimizer(tiny_vlm()), saved, ['projector.'])
 
 
 def test_dropped_gradients_keep_their_bits():
@@ -252,44 +243,3 @@ def test_loss_weights():
     nothing = dict(weight=torch.zeros(2, dtype=torch.float64), n_sample=torch.ones(2, dtype=torch.float64))
     for rule in ('token', 'source'):
         assert common.loss_weights(nothing, rule)[0].tolist() == [0, 0]
-
-
-# --- the log --------------------------------------------------------------------------------------------------------
-
-def test_the_log_is_cut_to_its_checkpoint(tmp_path, capsys):
-    process = common.setup_process('cpu', n_thread=1)
-    line = lambda step: dict(step=step, tokens=8 * step, loss=1.0 / step, lr=0.1, grad_norm=1.0, tokens_per_s=5.0)
-    logger = common.Logger(process, str(tmp_path), 0, 9)
-    for step in (1, 2, 3, 4):
-        logger.log(line(step))
-    logger.close()
-    path = tmp_path / 'log.jsonl'
-    whole = path.read_text().splitlines()
-    torn = ['{"step": 3, "lo', '', '[3]', '{"loss": 1}']
-    path.write_text('\n'.join([*whole[:2], *torn, *whole[2:], '{"step": 2']))
-    logger = common.Logger(process, str(tmp_path), 3, 9)
-    logger.log(dict(step=3, val_text_loss=2.0))
-    logger.log(line(4))
-    logger.close()
-    logged = [json.loads(text) for text in path.read_text().splitlines()]
-    assert [l['step'] for l in logged] == [1, 2, 3, 3, 4] and logged[2] == line(3) and 'loss' not in logged[3]
-    assert 'val_text_loss 2.0' in capsys.readouterr().out
-    common.Logger(process, str(tmp_path), 0, 9).close()  # a new run starts a new log
-    assert path.read_text() == '' and os.listdir(tmp_path) == ['log.jsonl']
-
-
-def test_other_ranks_do_not_log(tmp_path):
-    process = common.Process(1, 2, torch.device('cpu'), torch.float32)
-    logger = common.Logger(process, str(tmp_path), 0, 9)
-    logger.log(dict(step=1, loss=1.0))
-    logger.close()
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
-def test_a_log_on_a_full_disk_ends_in_one_line(tmp_path):
-    logger = common.Logger(common.setup_process('cpu', n_thread=1), str(tmp_path), 0, 9)
-    logger.file = open('/dev/full', 'w', buffering=1)
-    with pytest.raises(SystemExit) as caught:
-        logger.log(dict(step=4, loss=1.0))
-    one_line(caught, '/dev/full: cannot be written', 'step 4')

@@ -8,7 +8,8 @@ from conftest import child_env
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import config_keys, configure, stage_of
+from configurator import config_keys, configure
+from errors import UserError
 
 SCRIPT = '''"""
 A script for tests.
@@ -18,16 +19,17 @@ from configurator import configure
 _private = 1
 
 # --- config: keys ---
+stage = 'text'              # ['text' | 'mix', free] what is trained
 steps = 10                  # optimizer steps; 0 = none
-lr = 1e-2                   # peak
+lr = 1e-2                   # [> 0] peak
 final_lr = 0.0
 on = False                  # a switch
 name = 'run'                # the recipe's name
 init_from = ''              # '' = from scratch,
                             # or a checkpoint folder
-image_ratio = 0.0           # share, 0..1
-text = (('a', 1.0),)        # (glob, weight) pairs
-percent = (20, 40)
+image_ratio = 0.0           # [>= 0, <= 1] share
+text = (('a', 1.0),)        # [pairs] (glob, weight)
+percent = (20, 40)          # [> 0, <= 100, free]
 offset = -3
 # --- config end ---
 config = configure(globals())
@@ -56,10 +58,10 @@ def run(tmp_path, monkeypatch, capsys):
 
     def fails(*argv, **kw):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(UserError) as caught:
             run(*argv, **kw)
-        message = caught.value.code
-        assert isinstance(message, str) and '\n' not in message, message     # a str: to stderr, status 1
+        message = str(caught.value)
+        assert '\n' not in message, message
         return message
     run.file, run.fails, run.out = file, fails, lambda: capsys.readouterr().out
     return run
@@ -67,7 +69,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_defaults_and_order_of_keys(run):
     assert list(run().items()) == [
-        ('steps', 10), ('lr', 0.01), ('final_lr', 0.0), ('on', False), ('name', 'run'), ('init_from', ''),
+        ('stage', 'text'), ('steps', 10), ('lr', 0.01), ('final_lr', 0.0), ('on', False), ('name', 'run'), ('init_from', ''),
         ('image_ratio', 0.0), ('text', (('a', 1.0),)), ('percent', (20, 40)), ('offset', -3)]
     assert run.out() == ''                               # nothing differs, nothing is printed
 
@@ -75,7 +77,7 @@ def test_defaults_and_order_of_keys(run):
 @pytest.mark.parametrize('arg, value', [
     ('--steps=7', 7), ('--steps=1e3', 1000), ('--steps=2.0', 2), ('--steps=-4', -4),
     ('--steps=4_000_000_000', 4 * 10 ** 9),
-    ('--lr=3', 3.0), ('--lr=3e-4', 3e-4), ('--lr=0', 0.0), ('--lr= 1 ', 1.0),
+    ('--lr=3', 3.0), ('--lr=3e-4', 3e-4), ('--final_lr=0', 0.0), ('--lr= 1 ', 1.0),
     ('--on=true', True), ('--on=True', True), ('--on=TRUE', True), ('--on=fAlse', False),
     ('--name=7', '7'), ('--name=true', 'true'), ('--name=', ''), ('--name=a=b c', 'a=b c'), ("--name='x'", "'x'"),
     ('--text=(("b/*.tar", 0.5), ("c", 0.5))', (('b/*.tar', 0.5), ('c', 0.5))), ('--text=()', ()),
@@ -143,26 +145,56 @@ def test_later_wins_and_files_see_what_came_before(run):
 
 def test_a_file_cannot_reach_the_scripts_own_names(run):
     assert 'NameError' in run.fails(run.file('c.py', 'steps = untouched'))
-    assert run(run.file('c.py', "stage = 'other'\nsteps = 3"))['steps'] == 3         # stage is there to be read
 
 
-def test_scale_files_see_the_stage(run):
-    run.file('scale.py', "name = stage\nsteps = 5 if stage == 'text' else 6")
-    run.file('recipe.py', 'image_ratio = 0.1')
+def test_scale_files_see_the_stage_wherever_they_stand(run):
+    run.file('scale.py', "name = stage\nsteps = 5 if stage == 'text' else 6\nlr = 3.0")
+    run.file('recipe.py', "stage = 'mix'\nimage_ratio = 0.1\nlr = 1.0")
     assert run('scale.py')['name'] == 'text'
-    assert run('recipe.py', 'scale.py')['name'] == 'mix' and run('recipe.py', 'scale.py')['steps'] == 6
-    assert run('--init_from=out/x', 'scale.py')['name'] == 'mix'             # ratio 0 from a checkpoint is stage 2
-    message = run.fails('scale.py', 'recipe.py')                             # it would scale another stage
-    assert "scale.py was read for stage 'text', but recipe.py after it makes this stage 'mix'" in message
-    run('scale.py', '--image_ratio=0.2')
-    assert "!!! scale.py was read for stage 'text'" in run.out()
+    for argv in (['recipe.py', 'scale.py'], ['scale.py', 'recipe.py']):
+        config = run(*argv)
+        assert config['name'] == 'mix' and config['steps'] == 6 and config['lr'] == 3.0      # the scale file wins
+    assert run('scale.py', 'recipe.py', '--lr=2')['lr'] == 2.0
+    assert run('--image_ratio=0.2', 'scale.py')['name'] == 'text'             # no guess from other values
+    assert run('--stage=mix', 'scale.py')['name'] == 'mix'
+    message = run.fails('scale.py', '--stage=mix')                           # it would scale another stage
+    assert "scale.py was read for stage 'text', but what comes after it makes this stage 'mix'" in message
+
+
+def test_a_script_without_a_stage_key_is_its_own_stage(tmp_path, run):
+    run.file('scale.py', 'name = stage')
     for script in ('finetune', 'evaluate'):
-        assert run('scale.py', script=script)['name'] == script == stage_of(script, {})
+        path = tmp_path / f'{script}.py'
+        path.write_text(SCRIPT.replace("stage = 'text' ", "other = 'text' "))
+        assert configure({'__file__': str(path)}, ['scale.py'])['name'] == script
 
 
-def test_what_differs_is_printed_by_rank_0_only(run, monkeypatch):
-    run('--steps=11', '--lr=0.01')
-    assert run.out() == 'config: steps = 11 (default 10)\n'
+@pytest.mark.parametrize('arg, rule', [
+    ('--lr=0', '> 0 (peak)'), ('--lr=-1', '> 0'), ('--image_ratio=1.5', '>= 0, <= 1 (share)'),
+    ('--image_ratio=-0.1', '>= 0, <= 1'), ('--stage=cook', "'text' | 'mix' (what is trained)"),
+    ('--percent=(0,)', '> 0, <= 100'), ('--percent=(50, 101)', '> 0, <= 100'),
+    ('--percent=(0.5,)', 'items like those of the default (20, 40)'),
+    ("--text=('a', 1.0)", 'pairs of a text and a number, such as'), ("--text=(('a',),)", 'such as'),
+    ("--text=(('a', 'b'),)", "such as (('text', 1.0),)"), ("--text=(('a', -1),)", 'such as')])
+def test_a_value_outside_its_rule_is_refused_and_the_rule_quoted(run, arg, rule):
+    message = run.fails(arg)
+    assert message.startswith(f"command line: {arg[2:].split('=')[0]}=") and rule in message, message
+
+
+def test_a_rule_holds_in_files_and_for_each_setting(run):
+    assert run.fails(run.file('c.py', 'lr = 0')).startswith('c.py: lr=0.0: expected > 0')
+    assert run('--image_ratio=1', '--percent=100,1', '--text=()')['percent'] == (100, 1)
+
+
+def test_rules_tell_what_may_differ_on_resume(tmp_path):
+    path = tmp_path / 's.py'
+    path.write_text(SCRIPT)
+    assert {key for key, rule in config_keys(path).items() if rule.free} == {'stage', 'percent'}
+
+
+def test_what_differs_is_printed_in_one_line_by_rank_0_only(run, monkeypatch):
+    run('--steps=11', '--lr=0.01', '--name=x')
+    assert run.out() == "config: steps=11, name='x'\n"
     monkeypatch.setenv('RANK', '1')
     run('--steps=11')
     assert run.out() == ''
@@ -176,10 +208,10 @@ def test_help_prints_every_key(run):
         out = run.out()
         assert out.startswith('A script.')
         lines = {line.split('=')[0].strip(): line for line in out.split('keys:\n')[1].splitlines()}
-        assert list(lines) == [f'--{k}' for k in run()] and len(lines) == 10
+        assert list(lines) == [f'--{k}' for k in run()] and len(lines) == 11
         assert '--steps=10' in lines['--steps'] and lines['--steps'].endswith('  optimizer steps; 0 = none')
         assert lines['--init_from'].endswith("'' = from scratch, or a checkpoint folder")
-        assert "--text=(('a', 1.0),)" in lines['--text']
+        assert "--text=(('a', 1.0),)" in lines['--text'] and '  [> 0] peak' in lines['--lr']
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -221,7 +253,8 @@ def test_a_file_that_is_not_text(run, tmp_path):
     ('x.y = 1', 'literal'), ('a, b = 1, 2', 'literal'), ('a: int = 1', 'literal'), ('"words"', 'literal'),
     ('a = [1]', ':2: a is a list'),
     ('a = None', 'a is a NoneType: expected bool, int, float, str or tuple'),
-    ('a = 1\na = 2', ':3: a is there twice')])
+    ('a = 1\na = 2', ':3: a is there twice'), ('a = 1  # [>1] x', "a: rule [>1]: '>1' is neither a bound"),
+    ('a = 1  # [> 1] x', 'a: its default: a=1: expected > 1'), ("a = 'c'  # ['a' | 'b'] x", "expected 'a' | 'b'")])
 def test_a_wrong_block_is_named(tmp_path, block, message):
     path = tmp_path / 's.py'
     path.write_text(f'# --- config\n{block}\n# --- config end\n')
@@ -244,13 +277,17 @@ def test_the_scripts_own_blocks(script):
     keys = config_keys(os.path.join(ROOT, f'{script}.py'))
     assert {'seed', 'device', 'dtype', 'n_thread'} <= set(keys) or script == 'evaluate'
     first = config_keys(os.path.join(ROOT, 'pretrain.py'))
-    for key, (value, _) in keys.items():
-        assert type(value) is type(first.get(key, (value, ''))[0]), key
+    for key, rule in keys.items():
+        assert type(rule.default) is type(first.get(key, rule).default), key
+        assert type(rule.default) not in (int, float) or rule.bounds or key == 'encoder_layer', key
 
 
 def test_as_a_process(tmp_path):
     """Globals are overwritten, and a mistake ends with status 1, one line on stderr and no traceback."""
-    (tmp_path / 'pretrain.py').write_text(SCRIPT)
+    (tmp_path / 'pretrain.py').write_text(SCRIPT.replace('_private = 1', '''_private = 1
+import sys
+from errors import user_error_hook
+sys.excepthook = user_error_hook'''))
     (tmp_path / 'c.py').write_text('steps = 1 + None')
 
     def child(*argv):

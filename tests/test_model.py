@@ -15,7 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import model as model_module
 from kernels import IGNORE_INDEX
-from model import VLM, Decoder, ModelConfig, Norm, Projector, load_openlm, save_openlm
+from errors import UserError
+from model import VLM, Decoder, ModelConfig, Norm, Projector, build_vlm, load_openlm, save_openlm, vlm_spec
 from vision import PatchProjection
 
 IMAGE = 39                      # the last row of the tiny vocabulary
@@ -69,7 +70,7 @@ def random_batch(B, T, kept=0.5, seed=0, V=IMAGE):
 
 def grads_of(model, *args, **kw):
     model.zero_grad(set_to_none=True)
-    loss, weight = model(*args, **kw)
+    loss, weight, _ = model(*args, **kw)
     loss.backward()
     return loss.detach(), weight, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -200,9 +201,9 @@ def test_autocast_stays_near_float32():
     model = tiny_vlm(4)
     tokens, targets = random_batch(3, 9)
     tokens[0, :4] = IMAGE
-    exact, n = model(tokens, targets, pictures(1))
+    exact, n, _ = model(tokens, targets, pictures(1))
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        low, _ = model(tokens, targets, pictures(1))
+        low, _, _ = model(tokens, targets, pictures(1))
     low.backward()
     assert low.dtype == torch.float32 and abs(float((low - exact).detach()) / float(n)) < 0.05
     assert all(p.grad.dtype == torch.float32 for p in model.decoder.parameters())
@@ -251,7 +252,7 @@ def test_given_rows_are_found_rows():
     model = tiny_vlm(6)
     tokens, targets = random_batch(3, 7)
     rows = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-    found, given = grads_of(model, tokens, targets), grads_of(model, tokens, targets, rows=rows)
+    found, given = grads_of(model, tokens, targets), grads_of(model, tokens, targets, kept=rows)
     assert torch.equal(found[0], given[0])
     assert all(torch.equal(found[2][k], given[2][k]) for k in found[2])
 
@@ -262,13 +263,13 @@ def test_weights_and_z_loss():
     weights = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) * 3
     for w in (None, weights):
         expected, n, nll, z = plain_loss(model, tokens, targets, w)
-        loss, weight = model(tokens, targets, weights=w)
+        loss, weight, row_loss = model(tokens, targets, weights=w)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(weight.double(), n, rtol=1e-6, atol=1e-6)
         # what is logged is the plain nats and z-loss of each row, whatever the weights
         per_row = torch.zeros(2, 4, dtype=torch.float64).index_add_(
             1, (targets != IGNORE_INDEX).nonzero()[:, 0], torch.stack((nll, z)))
-        torch.testing.assert_close(model.row_loss.double(), per_row, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(row_loss.double(), per_row, rtol=1e-5, atol=1e-5)
     assert z.sum() > 0.1                                 # the term is really there
 
 
@@ -288,7 +289,7 @@ def test_a_batch_without_targets_costs_nothing():
     model = tiny_vlm(9, z_loss=0.1)
     tokens, targets = random_batch(2, 6)
     loss, weight, grads = grads_of(model, tokens, torch.full_like(targets, IGNORE_INDEX))
-    assert loss == 0 and weight == 0 and (model.row_loss == 0).all()
+    assert loss == 0 and weight == 0 and (model(tokens, torch.full_like(targets, IGNORE_INDEX))[2] == 0).all()
     assert grads and all((g == 0).all() for g in grads.values())
 
 
@@ -379,7 +380,7 @@ def test_a_training_step_asks_the_device_for_nothing(frozen, monkeypatch):
     rows = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     watch = Watch()
     with watch:
-        loss, _ = model(tokens, targets, pictures(2), torch.tensor([1, 0, 1]), torch.rand(3, 6), rows)
+        loss, _, _ = model(tokens, targets, pictures(2), torch.tensor([1, 0, 1]), torch.rand(3, 6), rows)
         loss.backward()
         common.optimizer_step(optimizer, 1e-3, 1.0)
     assert {'linear_nll_backward', 'index_copy', '_fused_adamw_'} <= watch.ran, "the watch saw forward, backward, update"
@@ -683,6 +684,7 @@ def damage(case, folder):
         elif case == 'hf config list':
             (folder / 'hf' / 'config.json').write_text('[1]')
         else:
+            (folder / 'hf' / 'model.safetensors').unlink()
             index.write_text(json.dumps({'hf outside': {'weight_map': {'a': '../w.safetensors'}}, 'hf map': {'map': 1},
                                          'hf shard': {'weight_map': {'a': 'model-1.safetensors'}}}[case]))
         return folder / 'hf', None
@@ -712,13 +714,13 @@ def damage(case, folder):
 
 
 @pytest.mark.parametrize('case, message', [
-    ('missing file', 'w.pt: not readable .*No such file'), ('garbage', 'w.pt: not readable'), ('cut', 'w.pt: not readable'),
+    ('missing file', 'w.pt: no such file'), ('garbage', 'w.pt: not readable'), ('cut', 'w.pt: not readable'),
     ('empty', 'w.pt: not readable'), ('code', 'w.pt: not readable .*[Ww]eights'),
-    ('cut safetensors', 'w.safetensors: not readable'), ('missing safetensors', 'w.safetensors: not readable'),
-    ('a list', 'not an OpenLM checkpoint: expected a dict of tensors'), ('not tensors', 'expected a dict of tensors'),
-    ('missing tensor', 'missing tensor layers.1.attention.k_norm.weight'),
-    ('extra tensor', 'unexpected tensor layers.1.attention.in_proj.bias'),
-    ('shape', r'layers.2.ffn_norm.weight is \(15,\), expected \(16,\)'),
+    ('cut safetensors', 'w.safetensors: not readable'), ('missing safetensors', 'w.safetensors: no such file'),
+    ('a list', 'expected a dict of tensors'), ('not tensors', 'expected a dict of tensors'),
+    ('missing tensor', 'lacks layers.1.attention.k_norm.weight'),
+    ('extra tensor', 'holds layers.1.attention.in_proj.bias, which this model does not have'),
+    ('shape', r'layers.2.ffn_norm.weight is \(15,\), this model.s is \(16,\)'),
     ('tables differ', 'layers have different rotary frequencies'),
     ('another model', "not an OpenLM checkpoint .*it has .'transformer.wte.weight'"),
     ('one dimension', 'not an OpenLM checkpoint'),
@@ -726,11 +728,48 @@ def damage(case, folder):
     ('no qk', 'config says qk_norm=False, the tensors say True'), ('tied', 'weight_tying=True'),
     ('embed norm', 'post_embed_norm=True'), ('rms', 'norm rms_norm: expected gain_only_lp_layer_norm'),
     ('head rotary', 'positional_embedding_type=head_rotary: expected rotary'), ('no config', 'none.json: not readable'),
-    ('hf no weights', 'model.safetensors is missing'), ('hf config', 'config.json: not readable as JSON'),
-    ('hf config list', 'config.json: expected a JSON object, found list'), ('hf outside', 'names a file outside its folder'),
-    ('hf map', "expected a JSON object with one in 'weight_map'"), ('hf shard', 'model-1.safetensors is missing')])
+    ('hf no weights', 'model.safetensors: no such file'), ('hf config', 'config.json: not readable as JSON'),
+    ('hf config list', 'config.json: expected a JSON object, found list'), ('hf outside', 'names ../w.safetensors, a file outside its folder'),
+    ('hf map', "expected a JSON object with one in 'weight_map'"), ('hf shard', 'model-1.safetensors: no such file')])
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, case, message):
     path, config = damage(case, tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         load_openlm(path, config)
+    assert '\n' not in str(caught.value)
+
+
+# --- build_vlm ------------------------------------------------------------------------------------------------------
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24, encoder_layer=-2, encoder_norm=False,
+             image_size=8)
+
+
+def test_a_model_is_rebuilt_from_its_description():
+    for path in ('', 'patch'):
+        spec = json.loads(json.dumps(vlm_spec(dict(SHAPE, image_size=28), IMAGE, path)))
+        a, b = build_vlm(spec, seed=3), build_vlm(spec)
+        assert (a.projector is None) == (path == '') and a.image_id == b.image_id == IMAGE
+        b.load_state_dict(a.state_dict())
+        tokens, targets = random_batch(2, 6)
+        assert torch.equal(a(tokens, targets)[0], b(tokens, targets)[0])
+        assert a.encoder is None or a.encoder.spec() == spec['encoder'] == b.encoder.spec()
+
+
+def test_initial_weights_follow_from_the_seed_alone():
+    small = build_vlm(vlm_spec(dict(SHAPE, image_size=28), 38, 'patch'), seed=3)
+    deeper = build_vlm(vlm_spec(dict(SHAPE, image_size=28, n_layer=3), 38, 'patch'), seed=3)
+    text = build_vlm(vlm_spec(SHAPE, 38), seed=3)
+    for key, value in small.projector.state_dict().items():
+        assert torch.equal(value, deeper.projector.state_dict()[key])
+    assert same_decoder(small.decoder, text.decoder)
+    torch.manual_seed(3)
+    assert same_decoder(text.decoder, Decoder(text.decoder.config))
+
+
+@pytest.mark.parametrize('change', [dict(decoder=None), dict(decoder={'depth': 3}), dict(encoder={'kind': 'eye'}),
+                                    dict(projector={'kind': 'mlp9'}), dict(projector=None)])
+def test_what_is_no_description_is_refused_in_one_line(change):
+    spec = vlm_spec(dict(SHAPE, image_size=28), 38, 'patch')
+    with pytest.raises(UserError) as caught:
+        build_vlm({**spec, **change})
     assert '\n' not in str(caught.value)

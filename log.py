@@ -1,0 +1,192 @@
+"""
+A training step's numbers on their way to log.jsonl, the terminal and the trackers: read from the device one step late,
+so that no step waits for them.
+"""
+import json
+import math
+import os
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from errors import UserError, leave
+
+# dense bf16, by substring of the device's name: the first that fits
+PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
+              'H200': 989e12}
+
+
+class StepReader:
+    """
+    Turns a step's device numbers into a log line one step late, so that the loop never waits for the GPU, and stops the
+    run when a step was not finite (such a step has changed nothing: see optimizer_step).
+    """
+    def __init__(self, process, logger, names):
+        self.process, self.logger, self.names, self.pending = process, logger, names, None
+
+    def push(self, line, micro, row_loss, norm, skipped):
+        """
+        Queue a step.
+        line      its log line, all that the host knows; line['sources'] by the names of the sources
+        micro     this rank's Batches; row_loss their list of (2,B) device tensors; norm, skipped () device tensors
+        """
+        row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
+        source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
+        finite = row_loss.isfinite().all(0)                                              # (R,)
+        world = self.process.world_size
+        summed = {'nll': row_loss.new_zeros(len(self.names)).index_add_(0, source, row_loss[0]),
+                  'z_loss': row_loss[1].sum(), 'flags': row_loss.new_zeros(world)}       # a flag per rank
+        summed['flags'][self.process.rank] = (~finite).any()
+        sums = torch.cat([part.reshape(-1) for part in summed.values()])
+        if world > 1:
+            dist.all_reduce(sums)
+        parts = {**dict(zip(summed, sums.split([part.numel() for part in summed.values()]))),
+                 'norm': norm.detach().float(), 'skipped': skipped, 'finite': finite.float()}
+        device = torch.cat([part.reshape(-1) for part in parts.values()])                # one copy to the host
+        if device.device.type == 'cuda':
+            host, event = torch.empty(device.shape, pin_memory=True), torch.cuda.Event()
+            host.copy_(device, non_blocking=True)
+            event.record()
+        else:
+            host, event = device, None
+        sizes = {name: part.numel() for name, part in parts.items()}
+        previous, self.pending = self.pending, (line, host, sizes, event, [i for batch in micro for i in batch.ids])
+        self._read(previous)
+
+    def flush(self):
+        """Read the step that is still pending."""
+        previous, self.pending = self.pending, None
+        self._read(previous)
+
+    def _read(self, pending):
+        if pending is None:
+            return
+        line, host, sizes, event, ids = pending
+        if event is not None:
+            event.synchronize()
+        part = dict(zip(sizes, host.split(list(sizes.values()))))
+        if part['skipped'] or part['flags'].any():
+            self._stop(line['step'], part, ids)
+        for name, nats in zip(self.names, part['nll'].tolist()):
+            about = line['sources'][name]
+            about['loss'] = nats / about['n_kept_now'] if about['n_kept_now'] else None
+        n_kept = max(1, line['n_kept'])
+        self.logger.log(dict(line, loss=float(part['nll'].sum()) / n_kept, z_loss=float(part['z_loss']) / n_kept,
+                             grad_norm=float(part['norm'])))
+
+    def _stop(self, step, part, ids):
+        """End the run at a step that was not finite; the ranks that know the samples name them."""
+        bad = [i for i, ok in zip(ids, part['finite']) if not ok]
+        ranks = part['flags'].nonzero().flatten().tolist()
+        named = ', '.join([*dict.fromkeys(bad or ids)][:8])                # a conversation may have several rows
+        where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(part['norm'])}"
+        if not ranks or bad:
+            print(f"step {step}: not finite: {where}; rank {self.process.rank}, samples {named}; "
+                  "the step changed nothing and the run stops", file=sys.stderr)
+        self.process.barrier()                           # nobody leaves before the others have read what they were sent
+        leave(1)
+
+
+class Logger:
+    """
+    log.jsonl, and a progress bar on a terminal or plain lines elsewhere; on other ranks than 0 it does nothing.
+    On resume, torn lines and lines beyond `step` are cut.
+    """
+    def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
+        self.on, self.every, self.start, self.time = process.master, every, step, time.time()
+        self.max_steps, self.tracker, self.writer, self.bar, self.mark = max_steps, None, None, None, None
+        if not self.on:
+            return
+        path = os.path.join(out_dir, 'log.jsonl')
+        lines = []
+        if step and os.path.exists(path):
+            with open(path, encoding='utf-8', errors='replace') as f:
+                lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
+        try:
+            with open(path + '.tmp', 'w', encoding='utf-8') as f:
+                f.writelines(lines)
+            os.replace(path + '.tmp', path)
+            self.file = open(path, 'a', encoding='utf-8', buffering=1)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e}); nothing is lost") from e
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
+        try:
+            if wandb:
+                import wandb as tracker
+                self.tracker = tracker.init(project='ckpt80', name=config['name'], config=config, dir=out_dir)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(out_dir)
+        except ImportError as e:
+            raise UserError(f"{e}: a package that is installed by hand (pip install wandb or tensorboard)") from e
+
+    def log(self, line):
+        """Append one dict with a 'step'; show it."""
+        if not self.on:
+            return
+        try:
+            self.file.write(json.dumps(line) + '\n')
+        except OSError as e:
+            raise UserError(f"{self.file.name}: cannot be written ({e}) at step {line['step']}; the checkpoints are "
+                            "untouched") from e
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
+        by_source = {name: about['loss'] for name, about in line.get('sources', {}).items()
+                     if about['loss'] is not None}
+        numbers.update({f'loss_{name}': loss for name, loss in by_source.items()})
+        if self.tracker is not None:
+            self.tracker.log(numbers, step=line['step'])
+        if self.writer is not None:
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, line['step'])
+        if 'loss' not in line:
+            text = ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
+            tqdm.write(f"step {line['step']}: {text}", file=sys.stdout)
+        elif self.bar is not None:
+            self.bar.update(line['step'] - self.bar.n)
+            self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
+        elif line['step'] % self.every == 0 or line['step'] in (self.start + 1, self.max_steps):
+            now, tokens, rate = time.time(), line['tokens'], line['tokens_per_s']
+            if self.mark:                                                  # the rate since the line before
+                rate = (tokens - self.mark[1]) / (now - self.mark[0])
+            self.mark = now, tokens
+            eta = (now - self.time) / (line['step'] - self.start) * (self.max_steps - line['step'])
+            split = ' '.join(f'{name} {loss:.3f}' for name, loss in by_source.items())
+            split = f' ({split})' if len(by_source) > 1 else ''
+            print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}{split}  lr {line['lr']:.2e}  norm "
+                  f"{line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s", flush=True)
+
+    def close(self):
+        if self.on:
+            self.file.close()
+            if self.bar is not None:
+                self.bar.close()
+            if self.writer is not None:
+                self.writer.close()
+            if self.tracker is not None:
+                self.tracker.finish()
+
+
+def _step_of(line):
+    try:
+        return int(json.loads(line)['step'])
+    except (ValueError, KeyError, TypeError):
+        return math.inf                                                    # a torn line: cut
+
+
+def memory_gib(device):
+    """Peak memory of this process in GiB: the GPU's allocator, or resident memory on CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != 'darwin' else 30)
+
+
+def model_flops_utilisation(flops_per_s, device, world_size):
+    """Share of the GPUs' bf16 peak, or None for a device whose peak is not in PEAK_FLOPS."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+    return flops_per_s / (peak * world_size) if peak else None
