@@ -46,23 +46,23 @@ __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', '
            'evaluate_task', 'find_tasks', 'READERS']
 
 # --- config: change with a file and --key=value ---------------------------------------------
-ckpt = ''                     # a checkpoint folder, such as out/1b/finetune/ckpt_last
+ckpt = ''                     # [free] a checkpoint folder, such as out/1b/finetune/ckpt_last
 eval_dir = 'data/eval'        # benchmark folders, see above
-out_dir = ''                  # results.json, table.txt, predictions/; '' = eval/ in the checkpoint (of a ckpt_step_N,
-                              # which its run will delete: eval/ckpt_step_N in the run's folder)
-scale = '1b'                  # a scale file's name; recorded in results.json
-name = ''                     # only recorded in results.json
-tasks = ''                    # names separated by commas; '' = every benchmark found
+out_dir = ''                  # [free] for results.json, table.txt, predictions/; '' = eval/ in the checkpoint (of a
+                              # ckpt_step_N, which its run will delete: eval/ckpt_step_N in the run's folder)
+scale = '1b'                  # [free] a scale file's name; recorded in results.json
+name = ''                     # [free] only recorded in results.json
+tasks = ''                    # [free] names separated by commas; '' = every benchmark found
 n_example = 0                 # [>= 0] per task (per split for POPE), the first of one fixed shuffle; 0 = all. The
                               # shuffle is vlm-evaluation's, which however shuffles the three RefCOCOs together
-batch_size = 16               # [>= 1] questions (or choices) per forward pass; float32 scores do not depend on it
+batch_size = 16               # [>= 1, free] questions (or choices) per forward pass; float32 scores do not depend on it
 max_len = 2048                # [>= 1] tokens of a text benchmark's context and choice: a longer context loses its left
                               # end. It is the same for every checkpoint, whatever lengths it was trained on
 max_new_tokens = 128          # [>= 1] the longest answer
 device = 'auto'               # ['auto' | 'cpu' | 'cuda' | 'mps']
 dtype = ''                    # ['' | 'float32' | 'bfloat16'] '' = bfloat16 on CUDA, else float32
-n_thread = 0                  # [>= 0, <= 1024] CPU threads of torch; 0 = torch's choice
-n_worker = 2                  # [>= 0] threads that decode the next batch's images
+n_thread = 0                  # [>= 0, <= 1024, free] CPU threads of torch; 0 = torch's choice
+n_worker = 2                  # [>= 0, free] threads that decode the next batch's images
 resize = ''                   # ['' | 'letterbox' | 'naive' | 'crop'] of images; '' = as the checkpoint was trained
 short_suffix = '\nAnswer the question using a single word or phrase.'   # after each VQA and POPE question
 box_prompt = 'Please provide the bounding box coordinate of the region this sentence describes: "{sent}"'
@@ -82,12 +82,10 @@ top_k = 0                     # [>= 0] draw among so many of the most probable t
 seed = 7                      # [>= 0, < 9.2e18] of these draws
 # --- config end -----------------------------------------------------------------------------
 
-FREE = {'tasks', 'batch_size', 'n_thread', 'n_worker', 'ckpt', 'out_dir', 'scale', 'name'}    # do not change a score
-
 
 def default_options(**changes):
     """The config block as a namespace, for callers other than the command line; unknown names raise UserError."""
-    values = {key: line[0] for key, line in config_keys(__file__).items()}
+    values = {key: rule.default for key, rule in config_keys(__file__).items()}
     unknown = sorted(set(changes) - set(values))
     if unknown:
         raise UserError(f"evaluate has no option {unknown[0]}; it has {', '.join(values)}")
@@ -261,9 +259,14 @@ def write_whole(path, text):
 
 
 def earlier_results(path, content):
-    """The tasks of an earlier results.json if the model and all settings but FREE ones are the same; else {}."""
+    """
+    The tasks of an earlier results.json that this one goes on with: those of the same model and of the same config,
+    but for the keys whose rule says `free`. {} where there are none.
+    """
+    rules = config_keys(__file__)
+
     def settings(c):
-        config = {key: value for key, value in c['config'].items() if key not in FREE}
+        config = {key: value for key, value in c['config'].items() if key not in rules or not rules[key].free}
         return {'torch': c['torch'], **c['meta'], **config}
     if not os.path.exists(path):
         return {}
@@ -287,12 +290,11 @@ def load(opt):
     """Return (model, tokenizer, meta) of opt.ckpt; fills in the options left to the device and the checkpoint."""
     if not opt.ckpt:
         raise UserError("ckpt='': expected a checkpoint folder, such as --ckpt=out/1b/finetune/ckpt_last")
-    opt.device = common.pick_device(opt.device, ('auto', 'cpu', 'cuda', 'mps'))
+    opt.device = common.pick_device(opt.device)
     opt.dtype = opt.dtype or ('bfloat16' if opt.device == 'cuda' else 'float32')
     if opt.n_thread:
         torch.set_num_threads(opt.n_thread)
-    with reading(opt.ckpt, 'a checkpoint'):
-        model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
+    model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     # autocast keeps its bfloat16 copy of a weight only where the weight requires a gradient
     model.decoder.requires_grad_(opt.dtype == 'bfloat16')
     torch.backends.cuda.enable_cudnn_sdp(False)                # slow here: it makes a plan for each new length
@@ -334,7 +336,7 @@ def answer(opt):
     elif opt.prompt:
         print(reply(opt.prompt))
     else:
-        tuned, terminal = meta.get('stage') == 'finetune', sys.stdin.isatty()
+        tuned, terminal = meta['stage'] == 'finetune', sys.stdin.isatty()
         if not (tuned and terminal):
             caption = write(caption_prompt(n_token, tokenizer))
             if caption.strip() or not tuned:
@@ -369,7 +371,7 @@ def run(opt):
         if task.examples[0].image and model.encoder is None:
             print(f"{task.name}: skipped, {opt.ckpt} is text-only")
             continue
-        if task.layout == 'caption' and meta.get('stage') == 'finetune' and not opt.tasks:
+        if task.layout == 'caption' and meta['stage'] == 'finetune' and not opt.tasks:
             print(f"{task.name}: skipped, a fine-tuned model answers questions; --tasks={task.name} asks all the same")
             continue
         results[task.name], records = evaluate_task(model, tokenizer, task, opt)
