@@ -298,26 +298,23 @@ def tune(argv):
     print(conditions(device))
     for kernel, candidates in TUNE.items():
         for width in (64, 128) if kernel in ('forward', 'dkdv', 'dq') else (0,):
-            best = []
-            for long in (False, True):                                   # up to kernels.SHORT positions or rows, beyond
-                length = kernels.SHORT if not long else 4 * kernels.SHORT
-                if width:
-                    case = dict(B=8, H=2048 // width, D=width, T=length, mask='documents')
-                    leaves, names, _ = attention_candidates(case, device, torch.bfloat16)
-                    f = names["ours, impl='triton'"]
-                else:
-                    case = dict(N=length, C=2048, V=50432, share=1.0)
-                    leaves, names, _ = loss_candidates(case, device, torch.bfloat16)
-                    f = names[f"ours, impl='triton{'-keep' if kernel.startswith('kept') else ''}'"]
-                best.append(fastest(kernel, (kernel, arch, width), long, candidates, lambda: gradients(f, leaves)))
-            print(f'    {(kernel, arch, width)}: {tuple(best)},', flush=True)
+            if width:
+                case = dict(B=8, H=2048 // width, D=width, T=2048, mask='documents')
+                leaves, names, _ = attention_candidates(case, device, torch.bfloat16)
+                f = names["ours, impl='triton'"]
+            else:
+                case = dict(N=8192, C=2048, V=50432, share=1.0)
+                leaves, names, _ = loss_candidates(case, device, torch.bfloat16)
+                f = names[f"ours, impl='triton{'-keep' if kernel.startswith('kept') else ''}'"]
+            best = fastest((kernel, arch, width), candidates, lambda: gradients(f, leaves))
+            print(f'    {(kernel, arch, width)}: {best},', flush=True)
 
 
-def fastest(kernel, key, long, candidates, f):
+def fastest(key, candidates, f):
     """The config of kernels.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
     before, times = kernels.CONFIG[key], {}
-    for config in (before[long], *candidates):
-        kernels.CONFIG[key] = (config, config)
+    for config in (before, *candidates):
+        kernels.CONFIG[key] = config
         try:
             times[config] = timed(f)
         except Exception as e:                                  # too large for this GPU, not compiled, ...

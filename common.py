@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import config_keys
-from data import TextSource
+from data import TextSource, expand_braces
 from errors import UserError, leave
 from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib, model_flops_utilisation
@@ -31,10 +31,13 @@ from model import build_vlm
 #
 # A schedule is one dict: its kind, and the constants of that kind's function. meta.json keeps it; lr_at reads it.
 
-def main_lr(step, *, peak, final, warmup, total):
-    """The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1)."""
+def main_lr(step, *, peak, final, warmup, total, from_zero=False):
+    """
+    The lr of step 0, 1, ...: linear warmup to peak, cosine to final at `total`, final beyond (paper 2.1.1).
+    from_zero  the first step's lr is 0 (Prismatic) instead of one part of the warmup (OpenLM)
+    """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step + (not from_zero)) / warmup
     if step >= total:
         return final
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -358,7 +361,7 @@ class Run:
 
     def compare_text(self, mixture):
         """Say in one loud line which text does not go on where the checkpoint stopped: new or changed files."""
-        for name, text in mixture.leaves.items() if self.start_cursor else ():
+        for name, text in mixture.sources.items() if self.start_cursor else ():
             n_row = self.text_rows.get(name, {}).get('n_row', text.n_row)
             if name not in self.start_cursor:
                 self.process.print(f"!!! text source {name!r} is new: it starts at its first row; {self.init_from} knows "
@@ -479,7 +482,7 @@ class Run:
         every_bad = self.bad_before + self.process.gather(self.bad_samples)
         if self.process.master:
             n = self.step * self.config['global_batch_size']
-            texts = {name: source for name, source in self.mixture.leaves.items()
+            texts = {name: source for name, source in self.mixture.sources.items()
                      if isinstance(source.source, TextSource)}
             cursor = {name: row for name, row in self.mixture.cursor(n).items() if name in texts}
             rows = {name: dict(row_len=text.source.row_len, n_row=text.n_row) for name, text in texts.items()}
@@ -528,7 +531,7 @@ def require(inputs):
     """Raise one UserError for all inputs that are not there: {path or pattern: what to do then}."""
     missing = {}
     for path, hint in inputs.items():
-        if not os.path.exists(path) and not glob.glob(path):
+        if not os.path.exists(path) and not all(map(glob.glob, expand_braces(path))):
             missing.setdefault(hint, []).append(path)
     if missing:
         raise UserError('; '.join(f"{', '.join(paths)} not found; {hint}" for hint, paths in missing.items()))
@@ -567,7 +570,7 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
 def print_passes(mixture, n):
     """Say how often the first n samples of a mixture go through each source."""
     for name, count in mixture.counts(n).items():
-        source = mixture.leaves[name]
+        source = mixture.sources[name]
         passes = count / source.per_row / source.n_row
         print(f"{name}: {count:,} of {n:,} sequences ({count / n:.1%}), {passes:,.2f} passes over "
               f"{len(source.source):,}")

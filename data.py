@@ -1,10 +1,11 @@
 """
-From files to samples: tokenizers, and the sources of text, captions and instructions. mixture.py goes on from samples
-to batches and its names are names here: files -> source[i] -> Sample -> Mixture[n] -> collate -> Batch -> Loader.
+From files to samples: tokenizers, and the sources of text, captions and instructions.
+    files -> source[i] -> Sample -> Mixture[n] -> collate -> Batch -> Loader          (from Sample on: mixture.py)
 
 Formats: `.bin` files of uint16 ids (nanoGPT), tars of tokenised rows (OpenLM, DCLM), WebDataset tars of captioned
-images, LLaVA JSON. They are read in place through an index of byte offsets kept beside them. Nothing is unpickled,
-every file is untrusted: a bad item raises BadSample with its name. Rows ([sep] is an id of its own):
+images, LLaVA JSON. They are read in place through an index of byte offsets kept beside them. No file is trusted and
+nothing is unpickled: a file that cannot be read raises UserError, an item BadSample, and both say which. Samples ([sep]
+is an id of its own):
     text         a window of documents joined by end-of-text                  loss on every target
     caption      [image x N] [sep] caption [eot]                              loss on the caption and the eot
     instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on each answer and the sep after it
@@ -14,21 +15,24 @@ import json
 import os
 import re
 import tarfile
-import zipfile
 import zlib
 from bisect import bisect_right
+from contextlib import contextmanager
 from functools import lru_cache
 from glob import escape, glob
 
 import numpy as np
 
+from errors import UserError, first_line, reading
 from kernels import IGNORE_INDEX
 from mixture import BadSample, Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module too)
 from vision import RESIZE, open_image
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
+COMPRESSED_TARS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
+CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn')
 ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
-ROWS_PER_SHARD = 8192  # a .bin file is shuffled as if cut into shards of this many rows (OpenLM's tar size)
+ROWS_PER_SHARD = 8192                # a .bin file is shuffled as if cut into shards of so many rows (OpenLM's tars)
 MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a gzip bomb)
 
 
@@ -36,8 +40,8 @@ MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a
 class Tokenizer:
     """
     A sentencepiece `.model` or Hugging Face `tokenizer.json` with four special ids; use load_tokenizer.
-    eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free rows above its ids, so text
-    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size is the embedding rows that all need.
+    eot_id is the tokenizer's own end-of-text; image_id, sep_id, pad_id are the first free ids above its own, so text
+    can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size counts them all.
     """
     def __init__(self, path):
         self.path = path
@@ -50,7 +54,7 @@ class Tokenizer:
             import tokenizers
             parts = json.loads(self.content.decode('utf-8'))
             if not isinstance(parts, dict) or not isinstance(parts.get('model'), dict):
-                raise ValueError("not a Hugging Face tokenizer.json: it has no 'model'")
+                raise UserError(f"{path}: not a Hugging Face tokenizer.json: it has no 'model'")
             self.engine = tokenizers.Tokenizer.from_file(path)
             self.engine.encode_special_tokens = True                     # '<|endoftext|>' in a text is text
             n_own = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
@@ -83,38 +87,73 @@ class Tokenizer:
 
 
 def load_tokenizer(path):
-    """Return the Tokenizer of a sentencepiece .model, a tokenizer.json or a folder holding one; raises ValueError."""
+    """Return the Tokenizer of a sentencepiece .model, a tokenizer.json or a folder holding one; raises UserError."""
     file = path
     if os.path.isdir(path):
         found = sorted(glob(os.path.join(escape(path), 'tokenizer.json'))
                        or glob(os.path.join(escape(path), '*.model')))
         if len(found) != 1:
-            raise ValueError(f"tokenizer {path}: expected a tokenizer.json or one .model in this folder, found {found}")
+            raise UserError(f"tokenizer {path}: expected a tokenizer.json or one .model in this folder, found {found}")
         file = found[0]
     if not os.path.isfile(file):
-        raise ValueError(f"tokenizer {path}: no such file; `python prepare.py train_tokenizer` makes one, or give the "
-                         "path of a sentencepiece .model or a Hugging Face tokenizer.json")
-    try:
+        raise UserError(f"tokenizer {path}: no such file; `python prepare.py train_tokenizer` makes one, or give the "
+                        "path of a sentencepiece .model or a Hugging Face tokenizer.json")
+    with reading(file, 'a tokenizer'):
         return Tokenizer(file)
-    except (ImportError, OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"tokenizer {file}: {e}") from None
 
 
 # --- files: found, indexed once, read in place ----------------------------------------------------
 def find(paths, *suffixes):
-    """Return the sorted files of a path, pattern or folder, or a list of them; raises ValueError if there are none."""
+    """
+    Return the files of a path, folder or pattern, or of a list of them; the files of each are sorted.
+    A folder stands for the files below it that end in a suffix, *, ? and [] for what is there, and braces, as in
+    {00000..00009}.tar and {a,b}.bin, for files that must all be there. Raises UserError naming what is missing.
+    """
     found = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        path = os.fspath(path)
-        if os.path.isdir(path):
-            hits = sorted(p for p in glob(escape(path) + '/**/*', recursive=True) if p.endswith(suffixes))
-        else:
-            hits = [path] if os.path.isfile(path) else sorted(glob(path))
-        if not hits:
-            raise ValueError(f"{path}: no such file" if not os.path.isdir(path) else
-                             f"{path}: this folder holds no file that ends in {' or '.join(suffixes)}")
-        found += hits
+        path, hits, missing = os.fspath(path), [], []
+        for name in [path] if os.path.exists(path) else expand_braces(path):
+            if os.path.isdir(name):
+                here = [p for p in glob(escape(name) + '/**/*', recursive=True) if p.endswith(suffixes)]
+                if not here:
+                    raise UserError(f"{name}: this folder holds no file that ends in {' or '.join(suffixes)}")
+            else:
+                here = [name] if os.path.isfile(name) else [p for p in glob(name) if os.path.exists(p)]
+            hits += here
+            missing += [] if here else [name]
+        if missing:
+            names = ', '.join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else '')
+            raise UserError(f"{path}: no such file" + (f": {names}" if missing != [path] else ''))
+        packed = [p for p in hits if '.tar' in suffixes and p.endswith(COMPRESSED_TARS)]
+        if packed:
+            raise UserError(f"{packed[0]}: compressed tars cannot be read in place; unpack it first (gunzip for .gz)")
+        found += sorted(hits)
     return found
+
+
+def expand_braces(pattern):
+    """Return the names that {08..11} and {a,b} in a pattern stand for, as in a shell, each once."""
+    braces = re.search(r'\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}', pattern)      # a pair with none inside it
+    if not braces:
+        return [pattern]
+    first, last, words = braces.groups()
+    if words is None:
+        padded = re.match('0.', first) or re.match('0.', last)
+        width = max(len(first), len(last)) if padded else 0
+        low, high = sorted((int(first), int(last)))
+        words = ','.join(f'{i:0{width}d}' for i in range(low, high + 1))
+    before, after = pattern[:braces.start()], pattern[braces.end():]
+    names = [name for word in words.split(',') for name in expand_braces(before + word + after)]
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def _item(where):
+    """errors.reading for one item of a file: whatever is raised inside becomes a BadSample that says where."""
+    try:
+        yield
+    except Exception as e:
+        raise BadSample(f"{where}: {first_line(e)}") from e
 
 
 class _File:
@@ -139,23 +178,25 @@ def _stamp(path):
 def _read(stamp, offset, size):
     data = os.pread(_open_file(stamp).fd, size, offset)                  # no shared file position: safe after a fork
     if len(data) != size:
-        raise BadSample(f"{stamp[0]}: {size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
+        raise UserError(f"{size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
     return data
 
 
 def _cached_index(stamp, cache_dir, build):
     """Return build(path), a dict of arrays, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
     path, mark = stamp[0], np.array([1, *stamp[1:]])
-    away = os.path.join(cache_dir, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16] + '.idx')
-    for file in (path + '.idx', away) if cache_dir else (path + '.idx',):
+    places = [path + '.idx']
+    if cache_dir:
+        places.append(os.path.join(cache_dir, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16] + '.idx'))
+    for file in places:
         try:
-            with np.load(file, allow_pickle=False) as z:
+            with reading(file, 'an index'), np.load(file, allow_pickle=False) as z:
                 if np.array_equal(z['mark'], mark):
                     return dict(z)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except UserError:                                                # absent or damaged: made anew
             continue
     index = build(path)
-    for file in (path + '.idx', away) if cache_dir else (path + '.idx',):
+    for file in places:
         temporary = f'{file}.{os.getpid()}.tmp'
         try:
             os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
@@ -163,7 +204,7 @@ def _cached_index(stamp, cache_dir, build):
                 np.savez(f, mark=mark, **index)
             os.replace(temporary, file)                                  # other ranks see a whole index or none
             break
-        except OSError:  # read-only data: try cache_dir, else rebuild each time
+        except OSError:                                                  # read-only data: try the next place
             if os.path.exists(temporary):
                 os.remove(temporary)
     return index
@@ -171,34 +212,36 @@ def _cached_index(stamp, cache_dir, build):
 
 def _build_tar_index(path):
     names, offsets, sizes, damage, end = [], [], [], '', 0
-    total = os.path.getsize(path)
-    try:
-        with tarfile.open(path, 'r:') as tar:  # 'r:' = not compressed: offsets are the file's own
-            for member in tar:
-                if member.isreg() and not os.path.basename(member.name).startswith('.'):
-                    names.append(member.name)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-                end = tar.offset
-    except (tarfile.TarError, OSError, ValueError) as e:
-        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: {e}"
-    with open(path, 'rb') as f:
+    with reading(path, 'a tar'), open(path, 'rb') as f:
+        total = os.path.getsize(path)
+        try:
+            with tarfile.open(path, 'r:') as tar:                        # 'r:' = not compressed: its offsets hold
+                for member in tar:
+                    if member.isreg() and not os.path.basename(member.name).startswith('.'):
+                        names.append(member.name)
+                        offsets.append(member.offset_data)
+                        sizes.append(member.size)
+                    end = tar.offset
+        except Exception as e:                                           # whatever tarfile raises: the rest is lost
+            damage = first_line(e)
         f.seek(end)
-        block = f.read(512)
-    if not damage and block != bytes(512):                               # tarfile takes a torn header for the end
-        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: no end-of-archive marker there"
-    keep = [i for i in range(len(names)) if offsets[i] + sizes[i] <= total]  # all but a torn last one
-    return {'names': np.frombuffer('\0'.join(names[i] for i in keep).encode('utf-8', 'surrogateescape'), np.uint8),
-            'offsets': np.array(offsets, np.int64)[keep], 'sizes': np.array(sizes, np.int64)[keep],
-            'damage': np.array(damage)}
+        if not damage and f.read(512) != bytes(512):                     # tarfile takes a cut header for the end
+            damage = "no end-of-archive marker there"
+    if damage:
+        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: {damage}"
+    keep = [i for i in range(len(names)) if offsets[i] + sizes[i] <= total]          # the last one may be cut
+    joined = '\0'.join(names[i] for i in keep).encode('utf-8', 'surrogateescape')
+    return {'names': np.frombuffer(joined, np.uint8), 'offsets': np.array(offsets, np.int64)[keep],
+            'sizes': np.array(sizes, np.int64)[keep], 'damage': np.array(damage)}
 
 
 @lru_cache(maxsize=64)
 def _tar_members(stamp, cache_dir):
     """Return ([(name, offset, size)], damage) of one tar."""
     index = _cached_index(stamp, cache_dir, _build_tar_index)
-    names = index['names'].tobytes().decode('utf-8', 'surrogateescape').split('\0')
-    return list(zip(names, index['offsets'].tolist(), index['sizes'].tolist())), str(index['damage'])
+    with reading(stamp[0] + '.idx', 'the index of a tar'):
+        names = index['names'].tobytes().decode('utf-8', 'surrogateescape').split('\0')
+        return list(zip(names, index['offsets'].tolist(), index['sizes'].tolist())), str(index['damage'])
 
 
 def tar_members(path, cache_dir=''):
@@ -207,7 +250,7 @@ def tar_members(path, cache_dir=''):
 
 
 class _Shards:
-    """Which shard holds row i: stamps of files, rows of each, and the row of the file each begins with."""
+    """Which shard holds row i. Of each shard: its file's stamp, its rows, and the row of the file it begins with."""
     def __init__(self):
         self.stamps, self.sizes, self.first, self.ends = [], [], [], [0]
 
@@ -224,15 +267,17 @@ class _Shards:
         return self.stamps[s], self.first[s] + row - self.ends[s]
 
 
-# --- sources: len(source), source[i] -> Sample; .name, .items_per_row, .group_sizes, .damaged, .length(i) for Mixture
+# --- sources --------------------------------------------------------------------------------------
+# A source has len(source) and source[i] -> Sample. It tells Mixture its name, items_per_row (windows of a stored row),
+# group_sizes (rows of each shard), damaged (a line for each damaged file), and length(i), an estimate of positions.
 class TextSource:
     """
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
     ids. A stored row of P + 1 ids has P targets and feeds ceil(P / seq_len) consecutive windows that overlap by one
-    id; nothing is lost: where seq_len does not divide P the last window is shorter. In a `.bin`, row_len is P, 0 = as
-    many whole windows as come near ROW_LEN. A row shorter than the others (the end of a file) is divided evenly over
-    its windows.
-    Raises ValueError for missing files or another tokenizer's, BadSample for a row that cannot be read.
+    id. No target is lost: where seq_len does not divide P the last window is shorter, and a row shorter than the others
+    (at the end of a file) is divided evenly over its windows.
+    row_len  P of a `.bin`, which has no rows of its own; 0 = as many whole windows as come near ROW_LEN
+    Raises UserError for missing files or another tokenizer's, BadSample for a row that cannot be read.
     """
     def __init__(self, paths, tokenizer, seq_len, name='text', row_len=0, cache_dir=''):
         self.name, self.seq_len, self.tokenizer, self.cache_dir = name, seq_len, tokenizer, cache_dir
@@ -244,7 +289,7 @@ class TextSource:
             self.row_len = row_len or seq_len * max(1, min(round(ROW_LEN / seq_len), -(-longest // seq_len)))
         for path in files:
             if path.endswith('.bin') != self.binary:
-                raise ValueError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
+                raise UserError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
             _check_sidecar(path, tokenizer)
             stamp = _stamp(path)
             if self.binary:
@@ -254,10 +299,10 @@ class TextSource:
             else:
                 members, damage = _tar_members(stamp, cache_dir)
                 self.damaged += [damage] if damage else []
-                self.shards.add(stamp, len(members) + bool(damage))  # what a damage swallowed counts as one bad row
+                self.shards.add(stamp, len(members) + bool(damage))      # all that is lost counts as one bad row
         self.group_sizes = self.shards.sizes
         if sum(self.group_sizes) == 0:
-            raise ValueError(f"{files[0]}: no row of text in {len(files)} file(s)")
+            raise UserError(f"{files[0]}: no row of text in {len(files)} file(s)")
         if not self.binary:
             self.row_len = self._longest_row() - 1                       # 2048 in OpenLM's shards of 2049 ids
         self.items_per_row = -(-self.row_len // seq_len)
@@ -274,9 +319,9 @@ class TextSource:
         if self.binary:
             start = r * self.row_len
             lo, hi = self._span(min(self.row_len, stamp[1] // 2 - 1 - start), w)
-            ids = np.frombuffer(_read(stamp, 2 * (start + lo), 2 * (hi - lo + 1)), '<u2').astype(np.int64)
-            if ids.max() >= self.tokenizer.image_id:
-                self._refuse(f"{stamp[0]}: position {start + lo + int(ids.argmax())}", int(ids.max()))
+            with _item(stamp[0]):
+                ids = np.frombuffer(_read(stamp, 2 * (start + lo), 2 * (hi - lo + 1)), '<u2').astype(np.int64)
+            self._check_ids(ids, f"{stamp[0]}: position {start + lo + int(ids.argmax())}")
         else:
             ids = self._row(row)
             if len(ids) - 1 > self.row_len:
@@ -313,60 +358,62 @@ class TextSource:
             raise BadSample(damage)
         name, offset, size = members[r]
         where = f"{stamp[0]}: {name}"
-        data = _read(stamp, offset, size)
-        try:
+        with _item(f"{where}: not a row of token ids"):
+            data = _read(stamp, offset, size)
             if name.endswith('.gz'):
                 unpack = zlib.decompressobj(31)                          # 31 = gzip
                 data = unpack.decompress(data, MAX_ROW_BYTES)
                 if not unpack.eof:
-                    raise ValueError(f"gzip data cut short or beyond {MAX_ROW_BYTES} bytes")
+                    raise UserError(f"gzip data cut short or beyond {MAX_ROW_BYTES} bytes")
             ids = np.array(json.loads(data))
-        except (ValueError, zlib.error, RecursionError) as e:
-            raise BadSample(f"{where}: not a row of token ids: {e}") from None
-        if ids.dtype.kind != 'i' or ids.ndim != 1 or len(ids) < 2:
-            raise BadSample(f"{where}: not a row of token ids: {len(ids) if ids.ndim else 0} items of type {ids.dtype}")
-        if ids.max() >= self.tokenizer.image_id or ids.min() < 0:
-            self._refuse(where, int(ids.max() if ids.min() >= 0 else ids.min()))
+            if ids.dtype.kind != 'i' or ids.ndim != 1 or len(ids) < 2:
+                raise UserError(f"{len(ids) if ids.ndim else 0} items of type {ids.dtype}")
+        self._check_ids(ids, where)
         self.last = (row, ids)
         return ids
 
-    def _refuse(self, where, i):
-        raise BadSample(f"{where}: id {i} is beyond the tokenizer's {self.tokenizer.image_id} ids; was this text "
-                        f"tokenised with {self.tokenizer.path}?")
+    def _check_ids(self, ids, where):
+        low, high, limit = int(ids.min()), int(ids.max()), self.tokenizer.image_id
+        if low < 0 or high >= limit:
+            raise BadSample(f"{where}: id {low if low < 0 else high} is beyond the tokenizer's {limit} ids; was this "
+                            f"text tokenised with {self.tokenizer.path}?")
 
 
 def _check_sidecar(path, tokenizer):
+    """Raise UserError when the .json beside a shard says that another tokenizer wrote it."""
     side = os.path.splitext(path)[0] + '.json'
     if not os.path.isfile(side):
         return
-    with open(side, encoding='utf-8') as f:
-        try:
-            info = json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{side}: {e}") from None
+    with reading(side, 'JSON'), open(side, encoding='utf-8') as f:
+        info = json.load(f)
     sha = info.get('tokenizer_sha256') if isinstance(info, dict) else None
     if sha and sha != tokenizer.sha256:
-        raise ValueError(f"{path}: written with another tokenizer (sha256 {sha[:12]}..., vocabulary "
-                         f"{info.get('vocab_size')}) than {tokenizer.path} ({tokenizer.sha256[:12]}..., "
-                         f"{tokenizer.vocab_size}); tokenise again, or remove {side} if the two are the same")
+        raise UserError(f"{path}: written with another tokenizer (sha256 {str(sha)[:12]}..., vocabulary "
+                        f"{info.get('vocab_size')}) than {tokenizer.path} ({tokenizer.sha256[:12]}..., "
+                        f"{tokenizer.vocab_size}); tokenise again, or remove {side} if the two are the same")
 
 
 class CaptionSource:
     """
-    Image-caption rows from WebDataset tars: [image x N] [sep] caption [eot], loss on the caption and the eot.
-    Members are one sample when their names agree up to the first dot of the base name, in any order: an image (.jpg
-    .jpeg .png .webp) and a caption, from .txt, else .json 'caption' or 'text', else one entry of .syn.json 'syn_text'
-    (DataCompDR; which one is fixed by a checksum of the key). A caption that does not fit is cut and its eot left out
+    Image-caption samples from WebDataset tars: [image x N] [sep] caption [eot], loss on the caption and the eot.
+    Members are one sample when their names agree up to the first dot of the base name, in any order. A sample has an
+    image (.jpg .jpeg .png .webp) and a caption. A caption that does not fit is cut and its eot left out
     (Sample.n_truncated).
-    Raises ValueError when seq_len < encoder_n_token + 2, BadSample for an item without a readable image or caption.
+    caption_field  'txt' = the .txt; 'json' = 'caption' or 'text' of the .json; 'syn' = one entry of 'syn_text' of the
+                   .syn.json (DataCompDR; a checksum of the key picks it); 'auto' = the first of these that is there
+    .note          what 'auto' means here, a line for the user, where a sample has other captions too; else ''
+    Raises UserError when seq_len < encoder_n_token + 2, BadSample for an item without a readable image or caption.
     """
     items_per_row = 1
 
     def __init__(self, paths, tokenizer, seq_len, encoder_n_token, image_size, resize='letterbox', name='caption',
-                 cache_dir=''):
+                 cache_dir='', caption_field='auto'):
         self.name, self.tokenizer, self.seq_len, self.cache_dir = name, tokenizer, seq_len, cache_dir
         self.n_token, self.image_size, self.resize = encoder_n_token, image_size, resize
+        self.caption_field = caption_field
         _check_room(name, seq_len, encoder_n_token, resize)
+        if caption_field not in CAPTION_FIELDS:
+            raise UserError(f"{name}: caption_field={caption_field!r}: expected one of {', '.join(CAPTION_FIELDS)}")
         self.prefix = caption_prompt(encoder_n_token, tokenizer)
         self.shards, self.damaged = _Shards(), []
         for path in find(paths, '.tar'):
@@ -375,6 +422,16 @@ class CaptionSource:
             self.damaged += [damage] if damage else []
             self.shards.add(stamp, len(groups) + bool(damage))
         self.group_sizes = self.shards.sizes
+        self.note = self._note()
+
+    def _note(self):
+        groups, _ = _caption_groups(self.shards.stamps[0], self.cache_dir)
+        there = {suffix for _, members in groups for suffix in members}
+        if self.caption_field != 'auto' or 'syn.json' not in there or not there & {'txt', 'json'}:
+            return ''
+        taken = '.txt of each sample' if 'txt' in there else "'caption' or 'text' of the .json that have one"
+        return (f"{self.name}: captions: {taken} (.syn.json is there too: --caption_field=syn reads the synthetic "
+                "captions)")
 
     def __len__(self):
         return sum(self.group_sizes)
@@ -388,14 +445,12 @@ class CaptionSource:
         if r == len(groups):
             raise BadSample(damage)
         key, members = groups[r]
-        try:
+        with _item(f"{stamp[0]}: {key}"):
             image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             if image is None:
-                raise ValueError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
+                raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
             caption = self._caption(stamp, key, members)
             image = RESIZE[self.resize](open_image(_read(stamp, *image)), self.image_size)
-        except (ValueError, OSError, RecursionError) as e:
-            raise BadSample(f"{stamp[0]}: {key}: {e}") from None
         ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
         cut = len(ids) > self.seq_len + 1
         ids = np.array(ids[:self.seq_len + 1], np.int64)
@@ -405,21 +460,24 @@ class CaptionSource:
                       self.tokenizer.image_id, [f"{stamp[0]}:{r}"], int(cut))
 
     def _caption(self, stamp, key, members):
-        text = None
-        if 'txt' in members:
-            text = _read(stamp, *members['txt']).decode('utf-8')
-        elif 'json' in members or 'syn.json' in members:
-            about = json.loads(_read(stamp, *members['json' if 'json' in members else 'syn.json']))
-            if isinstance(about, dict):
-                text = about.get('caption') or about.get('text')
-            if text is None and 'syn.json' in members:
-                about = json.loads(_read(stamp, *members['syn.json'])) if 'json' in members else about
-                options = about.get('syn_text') if isinstance(about, dict) else None
-                if isinstance(options, list) and options:
-                    text = options[zlib.crc32(key.encode('utf-8', 'surrogateescape')) % len(options)]
+        def json_of(suffix):
+            about = json.loads(_read(stamp, *members[suffix])) if suffix in members else None
+            return about if isinstance(about, dict) else {}
+        field, text = self.caption_field, None
+        if field == 'txt' or field == 'auto' and 'txt' in members:
+            field = 'txt'
+            text = _read(stamp, *members['txt']).decode('utf-8') if 'txt' in members else None
+        if field in ('json', 'auto'):
+            about = json_of('json' if 'json' in members or field == 'json' else 'syn.json')
+            text = about.get('caption') or about.get('text')
+        if field == 'syn' or field == 'auto' and text is None:
+            options = json_of('syn.json').get('syn_text')
+            if isinstance(options, list) and options:
+                text = options[zlib.crc32(key.encode('utf-8', 'surrogateescape')) % len(options)]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("no caption (.txt, .json 'caption' or 'text', .syn.json 'syn_text'), or an empty one, "
-                             f"among its members: {', '.join(members)}")
+            expected = {'txt': ".txt", 'json': ".json 'caption' or 'text'", 'syn': ".syn.json 'syn_text'"}
+            wanted = ', '.join(expected.values()) if field == 'auto' else expected[field]
+            raise UserError(f"no caption ({wanted}), or an empty one, among its members: {', '.join(members)}")
         return text.strip()
 
 
@@ -431,7 +489,7 @@ def _caption_groups(stamp, cache_dir):
         folder, base = os.path.split(name)
         key, _, suffix = base.partition('.')
         key, suffix = os.path.join(folder, key), suffix.lower()
-        if key not in last or suffix in last[key]:                       # there twice: another sample
+        if key not in last or suffix in last[key]:                       # a name that comes again begins another sample
             last[key] = {}
             groups.append((key, last[key]))
         last[key][suffix] = offset, size
@@ -440,15 +498,15 @@ def _caption_groups(stamp, cache_dir):
 
 def _check_room(name, seq_len, n_token, resize):
     if seq_len < n_token + 2:
-        raise ValueError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
-                         f"expected at least {n_token + 2}")
+        raise UserError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
+                        f"expected at least {n_token + 2}")
     if resize not in RESIZE:
-        raise ValueError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
+        raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
 
 
 def _clean(text):
     if not isinstance(text, str):
-        raise BadSample(f"a turn's text is {type(text).__name__}, not a string")
+        raise BadSample(f"the text of a turn is {type(text).__name__}, not a string")
     return text.replace('<image>', '').strip()
 
 
@@ -466,11 +524,11 @@ def instruct_prompt(question, n_token, tokenizer, system_prompt=''):
 class InstructSource:
     """
     Conversations from LLaVA JSON (a list, or one object per line) and a folder of images, laid out as in the file's
-    docstring. Entries without 'image' are text only. Turns alternate human, gpt; '<image>' is taken out of every
-    text. loss_average: 'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total
-    (less where seq_len cuts it).
-    split_turns=True gives a row per question, each with image and system prompt; they share one encoded image.
-    Raises ValueError for a missing file or broken JSON, BadSample for an unusable entry or one cut before any answer.
+    docstring. Entries without 'image' are text only. Turns alternate human, gpt; '<image>' is taken out of every text.
+    loss_average  'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total (less
+                  where seq_len cuts it)
+    split_turns   True = a row per question, each with image and system prompt; they share one encoded image
+    Raises UserError for a missing file or broken JSON, BadSample for an unusable entry or one cut before any answer.
     """
     items_per_row = 1
 
@@ -478,19 +536,20 @@ class InstructSource:
                  loss_average='token', split_turns=False, name='instruct', cache_dir=''):
         _check_room(name, seq_len, n_token, resize)
         if loss_average not in ('token', 'answer'):
-            raise ValueError(f"{name}: loss_average={loss_average!r}: expected 'token' or 'answer'")
+            raise UserError(f"{name}: loss_average={loss_average!r}: expected 'token' or 'answer'")
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
         self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
         self.loss_average, self.split_turns, self.damaged, self.shards = loss_average, split_turns, [], _Shards()
         self.entries = []  # (n, 4) per file: begin, end, characters of text, has an image
         for path in find(json, '.json', '.jsonl'):
             stamp = _stamp(path)
-            self.entries.append(_cached_index(stamp, cache_dir, _build_json_index)['entries'])
+            with reading(path + '.idx', 'the index of JSON'):
+                self.entries.append(_cached_index(stamp, cache_dir, _build_json_index)['entries'].reshape(-1, 4))
             self.shards.add(stamp, len(self.entries[-1]))
         self.entries = np.concatenate(self.entries)
         self.group_sizes = [len(self.entries)]                           # one group: shuffled as a whole
         if not len(self.entries):
-            raise ValueError(f"{json}: no entries")
+            raise UserError(f"{json}: no entries")
 
     def __len__(self):
         return len(self.entries)
@@ -502,7 +561,7 @@ class InstructSource:
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)
         begin, end = self.entries[index, :2].tolist()
-        try:
+        with _item(f"{stamp[0]}: entry {r}"):
             entry = json.loads(_read(stamp, begin, end - begin))
             turns = _turns(entry)
             image = entry.get('image') or None
@@ -510,8 +569,6 @@ class InstructSource:
             if image:
                 sample.images = [RESIZE[self.resize](open_image(safe_join(self.image_root, image)), self.image_size)]
                 sample.image_keys = [image]
-        except (ValueError, OSError, RecursionError) as e:
-            raise BadSample(f"{stamp[0]}: entry {r}: {e}") from None
         sample.source, sample.id = self.name, f"{os.path.basename(stamp[0])}:{r}"
         return sample
 
@@ -566,19 +623,19 @@ def _turns(entry):
 
 
 def _build_json_index(path):
-    with open(path, 'rb') as f:
-        text = f.read().decode('latin-1')  # one character a byte: positions are file offsets
+    with reading(path, 'JSON'), open(path, 'rb') as f:
+        text = f.read().decode('latin-1')                                # a character a byte: positions are offsets
     decoder, skip, entries, at = json.JSONDecoder(), re.compile(r'[\s,\[]*(?:\xef\xbb\xbf)?[\s,\[]*'), [], 0
     while (at := skip.match(text, at).end()) < len(text) and text[at] != ']':
         try:
             entry, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as e:
             line = text.count('\n', 0, at) + 1
-            raise ValueError(f"{path}: line {line}, entry {len(entries)}: broken JSON: {e}") from None
+            raise UserError(f"{path}: line {line}, entry {len(entries)}: broken JSON: {first_line(e)}") from None
         turns = entry.get('conversations') if isinstance(entry, dict) else None
         n = sum(len(str(t.get('value'))) for t in turns if isinstance(t, dict)) if isinstance(turns, list) else 0
         entries.append((at, end, n, bool(isinstance(entry, dict) and entry.get('image'))))
         at = end
     if at == len(text) and text.lstrip('\ufeff \n').startswith('['):
-        raise ValueError(f"{path}: broken JSON: the list has no end after entry {len(entries) - 1}: truncated?")
+        raise UserError(f"{path}: broken JSON: the list has no end after entry {len(entries) - 1}: truncated?")
     return {'entries': np.array(entries, np.int64).reshape(-1, 4)}

@@ -48,7 +48,7 @@ def leave(code):
         sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    sys.stderr.flush()
+    sys.__stderr__.flush()
     os._exit(code)
 
 
@@ -57,6 +57,6 @@ def user_error_hook(kind, error, trace):
     if not issubclass(kind, UserError):
         sys.__excepthook__(kind, error, trace)
         return
-    print(error, file=sys.stderr)
+    print(error, file=sys.__stderr__, flush=True)        # torch.distributed's own hook holds sys.stderr back meanwhile
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         leave(1)

@@ -55,10 +55,11 @@ length_window = 0                       # [>= 0] steps whose conversations are s
 lr = 3e-4                               # [> 0] peak (appendix D)
 final_lr = 0.0                          # [>= 0] the paper gives none
 warmup_ratio = 0.05                     # [>= 0, < 1] of max_steps (appendix D)
+warmup_from_zero = True                 # the first step's lr: 0 (Prismatic, whose defaults appendix D leaves standing)
 projector_lr = 0.0                      # [>= 0] peak of the projector's lr; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.1                      # [>= 0] the paper gives none, Prismatic 0.1
-decay = 'all'                           # ['all' | 'matrices'] 'matrices' = gains and biases do not decay
+decay = 'matrices'                      # ['all' | 'matrices'] gains and biases do not decay (Prismatic)
 beta1 = 0.9                             # [>= 0, < 1]
 beta2 = 0.95                            # [>= 0, < 1] appendix D
 grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
@@ -150,7 +151,8 @@ if compile:
         block.compile(dynamic=None)
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
-curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps)
+curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
+             from_zero=warmup_from_zero)
 shares = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
 optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed:
@@ -176,7 +178,7 @@ for step in range(run.first_step, run.last_step):
         weights = weights if batch.weights is None else weights * batch.weights
         with process.autocast():
             loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.rows)
+                                        batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
         row_loss.append(nats)
     if counts['n_image'].sum() == 0:

@@ -17,7 +17,6 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 try:
     import triton
@@ -51,30 +50,32 @@ POLICY = {
 }
 NO_TABLE = 'POLICY has no entry for this GPU'
 
-# kernel, architecture, head dim (0: any): two configs, up to SHORT positions (rows) and beyond. Each is block sizes,
-# then num_warps, num_stages. Compiled for both architectures by tests/test_kernels_aot.py: none spills, all fit in
-# shared memory; speeds are not measured, so both lengths hold the same entry. sm_80's also serve sm_86/89 (under 99
-# KiB).
-SHORT = 1024
-BLOCKS = {'forward': ('BLOCK_M', 'BLOCK_N'), 'dkdv': ('BLOCK_M', 'BLOCK_N'), 'dq': ('BLOCK_M', 'BLOCK_N'),
-          'delta': ('BLOCK_M',), 'lse': ('BLOCK_M', 'BLOCK_V', 'BLOCK_C', 'GROUP'),
-          'dz': ('BLOCK_M', 'BLOCK_V', 'BLOCK_C', 'GROUP'), 'kept_lse': ('BLOCK_V',), 'kept_dz': ('BLOCK_V',)}
+# (kernel, architecture, head dim or 0 for any): block sizes in the order of BLOCKS, num_warps, num_stages. All compiled
+# for both architectures by tests/test_kernels_aot.py: none spills, all fit in shared memory; speeds are not measured.
+# sm_80's entries also serve sm_86 and sm_89 (they need under 99 KiB).
+BLOCKS = {
+    'forward': ('BLOCK_M', 'BLOCK_N'),
+    'dkdv': ('BLOCK_M', 'BLOCK_N'),
+    'dq': ('BLOCK_M', 'BLOCK_N'),
+    'delta': ('BLOCK_M',),
+    'lse': ('BLOCK_M', 'BLOCK_V', 'BLOCK_C', 'GROUP'),
+    'dz': ('BLOCK_M', 'BLOCK_V', 'BLOCK_C', 'GROUP'),
+    'kept_lse': ('BLOCK_V',),
+    'kept_dz': ('BLOCK_V',),
+}
 CONFIG = {
-    ('forward', 80, 64): ((128, 64, 4, 2), (128, 64, 4, 2)), ('forward', 80, 128): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ('dkdv', 80, 64): ((32, 128, 8, 2), (32, 128, 8, 2)), ('dkdv', 80, 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    ('dq', 80, 64): ((64, 64, 4, 2), (64, 64, 4, 2)), ('dq', 80, 128): ((64, 64, 4, 2), (64, 64, 4, 2)),
-    ('delta', 80, 64): ((64, 4, 1), (64, 4, 1)), ('delta', 80, 128): ((64, 4, 1), (64, 4, 1)),
-    ('lse', 80, 0): ((128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 8, 3)),
-    ('dz', 80, 0): ((128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 8, 3)),
-    ('kept_lse', 80, 0): ((4096, 8, 1), (4096, 8, 1)), ('kept_dz', 80, 0): ((2048, 8, 1), (2048, 8, 1)),
-    ('forward', 90, 64): ((128, 128, 8, 2), (128, 128, 8, 2)),
-    ('forward', 90, 128): ((128, 128, 8, 2), (128, 128, 8, 2)),
-    ('dkdv', 90, 64): ((64, 128, 8, 2), (64, 128, 8, 2)), ('dkdv', 90, 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    ('dq', 90, 64): ((128, 64, 8, 2), (128, 64, 8, 2)), ('dq', 90, 128): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ('delta', 90, 64): ((64, 4, 1), (64, 4, 1)), ('delta', 90, 128): ((64, 4, 1), (64, 4, 1)),
-    ('lse', 90, 0): ((128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 3)),
-    ('dz', 90, 0): ((128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 8, 3)),
-    ('kept_lse', 90, 0): ((4096, 8, 1), (4096, 8, 1)), ('kept_dz', 90, 0): ((2048, 8, 1), (2048, 8, 1)),
+    ('forward', 80, 64): (128, 64, 4, 2), ('forward', 80, 128): (128, 64, 8, 2),
+    ('dkdv', 80, 64): (32, 128, 8, 2), ('dkdv', 80, 128): (64, 64, 8, 2),
+    ('dq', 80, 64): (64, 64, 4, 2), ('dq', 80, 128): (64, 64, 4, 2),
+    ('delta', 80, 64): (64, 4, 1), ('delta', 80, 128): (64, 4, 1),
+    ('lse', 80, 0): (128, 128, 64, 8, 8, 3), ('dz', 80, 0): (128, 128, 64, 8, 8, 3),
+    ('kept_lse', 80, 0): (4096, 8, 1), ('kept_dz', 80, 0): (2048, 8, 1),
+    ('forward', 90, 64): (128, 128, 8, 2), ('forward', 90, 128): (128, 128, 8, 2),
+    ('dkdv', 90, 64): (64, 128, 8, 2), ('dkdv', 90, 128): (64, 64, 8, 2),
+    ('dq', 90, 64): (128, 64, 8, 2), ('dq', 90, 128): (128, 64, 8, 2),
+    ('delta', 90, 64): (64, 4, 1), ('delta', 90, 128): (64, 4, 1),
+    ('lse', 90, 0): (128, 256, 64, 8, 8, 3), ('dz', 90, 0): (128, 128, 64, 8, 8, 3),
+    ('kept_lse', 90, 0): (4096, 8, 1), ('kept_dz', 90, 0): (2048, 8, 1),
 }
 
 # logits of the kept rows stay in memory for the backward while they fit here (3 matrix products), else recomputed (4)
@@ -90,9 +91,9 @@ def _arch(device):
     return 80 if major == 8 else 90 if (major, minor) == (9, 0) else None
 
 
-def _config(kernel, device, width, length):
+def _config(kernel, device, width=0):
     """Block sizes and launch options of one kernel as keyword arguments."""
-    *blocks, warps, stages = CONFIG[kernel, _arch(device), width][length > SHORT]
+    *blocks, warps, stages = CONFIG[kernel, _arch(device), width]
     return dict(zip(BLOCKS[kernel], blocks), num_warps=warps, num_stages=stages)
 
 
@@ -122,9 +123,6 @@ def _say(line):
         print(f'kernels: {line}', flush=True)
 
 
-# torch.compile runs this while tracing and takes the answer as a constant: a compiled model decides and prints alike.
-# operator.index makes a constant of a size that the tracer holds as a symbol.
-@torch.compiler.assume_constant_result
 def _choose(op, situation, impl, device, dtype, width, obstacle=''):
     """The implementation to run; `obstacle`: what the caller found against Triton."""
     if impl == 'auto' and device.type != 'cuda':
@@ -144,6 +142,14 @@ def _choose(op, situation, impl, device, dtype, width, obstacle=''):
         _say(f'{op}, {situation}: torch instead of {impl} ({obstacle})')
         return 'torch'
     return impl
+
+
+# torch.compile runs _choose while it traces and takes the answer as a constant, so that a compiled model decides and
+# prints as any other does. (operator.index, where it is called, makes a number of a size that the tracer holds as a
+# symbol.)
+# The mark is what torch.compiler.assume_constant_result sets in torch 2.11 to 2.13; calling that would import
+# torch._dynamo, 1 to 3 s that commands without a model do not need.
+_choose._dynamo_marked_constant = True
 
 
 def _aligned(t):
@@ -177,9 +183,9 @@ def _launch_on(x):
 # A confident row has p near 1 at its target, and nll and dz are small differences of large numbers there. So nothing
 # subtracts the rounded lse: with top the largest logit,
 #     nll = (top - z_t) + log sum_v exp(z_v - top),    p = exp((z - z_t) - nll)
-# nll and lse per row keep token weights, the z-loss and the mean in plain PyTorch. Rows without loss are dropped before
-# the first product: at 29 % kept rows that alone is worth 3.45x, and their gradients are 0 by construction, not by
-# masking.
+# The result is nll and lse of each row, so token weights, the z-loss and the mean stay plain PyTorch. Rows without loss
+# are dropped before the first product: where 29 % of the rows are kept that alone is worth 3.45x, and the gradients of
+# the others are 0 because nothing computes them.
 
 # --- reference
 def _nll_torch(x, weight, targets, keep):
@@ -316,10 +322,10 @@ def _nll_triton(x, weight, targets, keep):
     if keep:
         z = x @ weight.t()                                                   # (n, V)
         if n:
-            _kept_lse_kernel[(n,)](z, targets, lse, nll, V, z.stride(0), **_config('kept_lse', x.device, 0, n))
+            _kept_lse_kernel[(n,)](z, targets, lse, nll, V, z.stride(0), **_config('kept_lse', x.device))
         return nll, lse, z
     if n:
-        config = _config('lse', x.device, 0, n)
+        config = _config('lse', x.device)
         n_tile = triton.cdiv(V, config['BLOCK_V'])
         top, total = nll.new_empty(n_tile, n), nll.new_empty(n_tile, n)
         _lse_kernel[(triton.cdiv(n, config['BLOCK_M']) * n_tile,)](
@@ -341,11 +347,11 @@ def _nll_triton_backward(a, b, x, weight, targets, nll, saved, keep):
     for col0 in range(0, V, step):
         rows, n_col = weight[col0:col0 + step], min(step, V - col0)
         if keep:
-            config = _config('kept_dz', x.device, 0, n)
+            config = _config('kept_dz', x.device)
             _kept_dz_kernel[(n, triton.cdiv(n_col, config['BLOCK_V']))](
                 saved, targets, nll, a, b, dz, n_col, col0, saved.stride(0), dz.stride(0), **config)
         else:
-            config = _config('dz', x.device, 0, n)
+            config = _config('dz', x.device)
             _dz_kernel[(triton.cdiv(n, config['BLOCK_M']) * triton.cdiv(n_col, config['BLOCK_V']),)](
                 x, rows, targets, saved, nll, a, b, dz, n, n_col, C, col0, x.stride(0), rows.stride(0), dz.stride(0),
                 **config)
@@ -354,7 +360,7 @@ def _nll_triton_backward(a, b, x, weight, targets, nll, saved, keep):
     return dx, dw
 
 
-# --- operator: one for every implementation, opaque to torch.compile, which meets neither kernels nor a row count
+# --- operator: one for every implementation; torch.compile sees neither the kernels nor how many rows are kept
 def _kept(x, weight, targets, rows, impl):
     """The kept rows: x (n, C) and weight (V, C) in the dtype of the products, targets (n,), rows (n,)."""
     if rows is None:
@@ -448,8 +454,9 @@ def linear_cross_entropy(x, weight, targets, *, rows=None, impl='auto'):
     impl     'auto', 'torch', 'triton' (recomputes logits in the backward), 'triton-keep' (keeps them)
     returns  nll (N,), lse (N,) float32 in nats, 0 at ignored rows; gradients flow through both to x and weight
     Raises ValueError for shapes that do not fit and, on a CPU or with CKPT80_KERNELS=debug, for a target out of range.
-    The loss is then plain PyTorch: (w * (nll + z * lse**2)).sum() / denominator. Rows: torchtune; chunks: Cut
-    Cross-Entropy (arXiv 2411.09009), without its filter.
+    The loss is then plain PyTorch: (w * (nll + z * lse**2)).sum() / denominator. Dropping rows without loss first is
+    torchtune's way; working in chunks is Cut Cross-Entropy's (arXiv 2411.09009), whose filter of small gradients we
+    leave out.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f'linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, '
@@ -571,6 +578,7 @@ def _attention_split(q, k, v, n_prefix, scale):
     head = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], scale=scale)
     if P == T:
         return head
+    from torch.nn.attention.bias import causal_lower_right                   # here: it imports torch._dynamo
     rest = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=causal_lower_right(T - P, T), scale=scale)
     return torch.cat([head, rest], 2)
 
@@ -724,7 +732,7 @@ def _interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor,
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     o, lse = _bhtd(q, Tq), q.new_empty(B, H, Tq, dtype=torch.float32)
-    config = _config('forward', q.device, D, max(Tq, Tk))
+    config = _config('forward', q.device, D)
     with _launch_on(q):
         _forward_kernel[(triton.cdiv(Tq, config['BLOCK_M']), B * H)](
             q, k, v, o, lse, lo.contiguous(), hi.contiguous(), *_strides(q, k, v, o), H, Tq, Tk, scale * LOG2_E,
@@ -743,7 +751,7 @@ def _interval_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o:
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
     dq, dk, dv, delta = _bhtd(q, Tq), _bhtd(k, Tk), _bhtd(k, Tk), torch.empty_like(lse)
-    config = functools.partial(_config, device=q.device, width=D, length=max(Tq, Tk))
+    config = functools.partial(_config, device=q.device, width=D)
     inputs, scales = _strides(q, k, v, do), (scale, scale * LOG2_E)
     with _launch_on(q):
         c = config('delta')
@@ -824,8 +832,9 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
 @torch.inference_mode(False)
 def _self_check(op, device, dtype, width):
     """
-    Run a kernel, forward and backward, on a small problem against the float32 reference; '' or what is wrong. Before
-    'auto' trusts a kernel on a new GPU: seconds, most of them compilation that the run needs anyway.
+    Run a kernel, forward and backward, on a small problem against the float32 reference; '' or what is wrong.
+    'auto' asks this before it trusts a kernel on a GPU. It takes seconds, most of them compilation that the run needs
+    anyway.
     """
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)                 # noqa: E731
@@ -844,7 +853,7 @@ def _self_check(op, device, dtype, width):
 
     def with_gradients(impl, leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
-        keep = lambda x: x                                                   # noqa: E731, hides from checkpoint's count
+        keep = lambda x: x  # noqa: E731 (our own hooks: activation checkpointing must not count what is saved here)
         with (torch.enable_grad(), torch.autocast(device.type, enabled=False),
               torch.autograd.graph.saved_tensors_hooks(keep, keep)):
             y = run(impl, leaves)

@@ -1,15 +1,16 @@
 """
-From samples to batches: Sample, Mixture[n] -> Sample, collate -> Batch, Loader. Everything here is also a name of
-data.py.
+From samples to batches: Sample, Mixture[n] -> Sample, collate -> Batch, Loader. data.py offers these names too.
 
-The state of the data is one integer, the number of samples consumed: sample n is a pure function of (seed, n), so
-that a run resumes exactly with any number of processes, micro-batches and workers.
+The state of the data is one integer, the number of samples consumed: sample n is a pure function of (seed, n).
+So a run resumes exactly, with any number of processes, micro-batches and workers.
 """
 import atexit
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import signal
 import sys
+import threading
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -18,13 +19,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from errors import UserError
 from kernels import IGNORE_INDEX
 
-SHARDS_TOGETHER = 16  # rows are shuffled within this many shards: reads stay local, 16 x 8192 rows mix well
+SHARDS_TOGETHER = 16    # shards whose rows are shuffled with each other: few, so that reads stay local (16 x 8192 rows)
 COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')  # per source
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """One item of a data set cannot be used; the message names the file, the item and the reason."""
 
 
@@ -54,9 +56,9 @@ class Sample:
 class Batch:
     """
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
-    slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids B
-    str; rows (kept,) int64 flat positions of the kept targets in the (B*T) grid; bad: messages of replaced items;
-    stats {source: {one of COUNTS: int}}.
+    slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
+    str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the items
+    that were replaced; stats {source: {one of COUNTS: int}}.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -65,7 +67,7 @@ class Batch:
     weights: torch.Tensor
     source: torch.Tensor
     ids: list[str]
-    rows: torch.Tensor
+    kept: torch.Tensor
     bad: list[str]
     stats: dict
 
@@ -89,7 +91,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
     (same source and key) is kept once. Raises BadSample for a row longer than pad_to, and for image positions that
     do not fit the images.
     """
-    rows = [(s, t, y, w) for s in samples for t, y, w in _rows(s)]
+    rows = [(s, t, y, w) for s in samples for t, y, w in _rows_of(s)]
     width = max(len(t) for _, t, _, _ in rows)
     T = pad_to or -(-width // 8) * 8
     if width > T:
@@ -133,7 +135,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
                  [message for s in samples for message in s.bad], stats)
 
 
-def _rows(s):
+def _rows_of(s):
     if s.tokens.ndim == 1:
         return [(s.tokens, s.targets, s.weights)]
     return [(t, y, None if s.weights is None else s.weights[r]) for r, (t, y) in enumerate(zip(s.tokens, s.targets))]
@@ -145,13 +147,17 @@ def _hash(*parts):
 
 
 def _mix(x):
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF  # splitmix64, written out: the order of the data
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF        # may not depend on a version of numpy
+    # splitmix64, written out: the order of the data may not depend on a version of numpy
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
 
 
 def permute(i, n, key):
-    """Return where a bijection of range(n), picked by a 64-bit key, sends i: a Feistel network, walked into range."""
+    """
+    Return where a bijection of range(n), chosen by a 64-bit key, sends i.
+    A Feistel network over the next power of four, applied again until the result is below n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -163,13 +169,20 @@ def permute(i, n, key):
             return i
 
 
-class _Leaf:
-    """A source in shuffled order: shards permuted per epoch, rows permuted within SHARDS_TOGETHER consecutive ones."""
+class ShuffledSource:
+    """
+    A source in shuffled order: its shards are permuted in each epoch, and rows within SHARDS_TOGETHER of them.
+    source   anything with a length and items; n_row: its rows; per_row: windows, that is items, of each row
+    start    the row, counted over epochs, where the first item is taken
+    lenient  a bad item is replaced instead of raised
+    """
     def __init__(self, source, seed, name):
         self.source, self.seed, self.start, self.lenient = source, seed, 0, False
-        self.name, self.per_row = getattr(source, 'name', name), getattr(source, 'items_per_row', 1)
+        self.name = getattr(source, 'name', name)
+        self.per_row = getattr(source, 'items_per_row', 1)
         self.sizes = getattr(source, 'group_sizes', [len(source)])       # rows of each shard
-        self.n_row, self.first = int(sum(self.sizes)), np.cumsum([0, *self.sizes]).tolist()
+        self.n_row = int(sum(self.sizes))
+        self.first = np.cumsum([0, *self.sizes]).tolist()                # first row of each shard
         self.plan = lru_cache(maxsize=2)(self._plan)
 
     def _plan(self, epoch):
@@ -179,7 +192,7 @@ class _Leaf:
         return key, order, ends
 
     def item(self, k):
-        """Return the index in the source of this leaf's k-th item."""
+        """Return which item of the source comes as the k-th."""
         row, window = divmod(k, self.per_row)
         epoch, row = divmod(self.start + row, self.n_row)
         key, order, ends = self.plan(epoch)
@@ -195,35 +208,42 @@ class Mixture:
     An endless sequence of samples drawn from sources in exact shares: mixture[n] is a pure function of (seed, n).
     sources, weights  sources or other Mixtures, and their shares (0.1 means 1/10 exactly). Each source is split from
                       the ones after it, each split exact to within one sample in any window of samples. A source has
-                      len(source) and source[i]; data.py's also say their name, shards, windows a row, and damage
-    start             {source name: first row}: where an earlier stage stopped (its cursor(n)); rows, not windows, so
-                      that it holds across sequence lengths
+                      len(source) and source[i]; data.py's also say their name, shards, windows of a row, and damage
+    start             {source name: first row}: where an earlier stage stopped (its cursor(n)); it counts rows, not
+                      windows, so that it holds across sequence lengths
     max_bad_samples   0 = a bad item raises BadSample; else another item of its source takes its place (a pure function
                       of seed, position and attempt) and Sample.bad tells; whoever consumes the samples counts
     The k-th item of a source depends on (seed, its name, k) only, never on the shares. Every row comes once per epoch.
-    Raises ValueError for weights that are no shares, empty sources, names that occur twice and, if no bad item is
+    .sources {name: ShuffledSource}, those of inner Mixtures too; .names their names.
+    Raises UserError for weights that are no shares, empty sources, names that occur twice and, if no bad item is
     allowed, damaged tars.
     """
     def __init__(self, sources, weights, seed, start=None, max_bad_samples=0):
         shares = [Fraction(str(w)) if isinstance(w, float) else Fraction(w) for w in weights]
         if len(shares) != len(sources) or min(shares, default=-1) < 0 or not sum(shares):
-            raise ValueError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
-        self.branches, self.shares, self.leaves = [], [], {}
-        for i, branch in enumerate(sources):
+            raise UserError(f"Mixture: weights={list(weights)}: expected {len(sources)} shares >= 0, not all 0")
+        self.branches, self.shares, self.sources = [], [], {}
+        for i, source in enumerate(sources):
             rest = sum(shares[i:])
             self.shares.append(shares[i] / rest if rest else Fraction(0))
-            self.branches.append(branch if isinstance(branch, Mixture) else _Leaf(branch, int(seed), f'source {i}'))
-            for leaf in branch.leaves.values() if isinstance(branch, Mixture) else self.branches[-1:]:
-                if leaf.name in self.leaves or leaf.n_row == 0:
-                    why = 'is empty' if leaf.n_row == 0 else 'occurs twice'
-                    raise ValueError(f"Mixture: source {leaf.name!r} {why}")
-                leaf.lenient |= max_bad_samples > 0                      # a Mixture's sources keep what it allows them
-                damaged = getattr(leaf.source, 'damaged', ())
-                if damaged and not leaf.lenient:
-                    raise ValueError(damaged[0])
-                leaf.start = (start or {}).get(leaf.name, leaf.start)
-                self.leaves[leaf.name] = leaf
-        self.names = list(self.leaves)
+            inner = isinstance(source, Mixture)
+            branch = source if inner else ShuffledSource(source, int(seed), f'source {i}')
+            self.branches.append(branch)
+            for shuffled in branch.sources.values() if inner else [branch]:
+                self._add(shuffled, start or {}, max_bad_samples > 0)
+        self.names = list(self.sources)
+
+    def _add(self, shuffled, start, lenient):
+        if shuffled.n_row == 0:
+            raise UserError(f"Mixture: source {shuffled.name!r} is empty")
+        if shuffled.name in self.sources:
+            raise UserError(f"Mixture: source {shuffled.name!r} occurs twice")
+        shuffled.lenient |= lenient                                      # what an inner Mixture allows stays allowed
+        damaged = getattr(shuffled.source, 'damaged', ())
+        if damaged and not shuffled.lenient:
+            raise UserError(damaged[0])
+        shuffled.start = start.get(shuffled.name, shuffled.start)
+        self.sources[shuffled.name] = shuffled
 
     def _split(self, n):
         """Return how many of samples [0, n) each branch got, and the branch that gets sample n."""
@@ -239,32 +259,32 @@ class Mixture:
         return taken, chosen
 
     def locate(self, n):
-        """Return (leaf, k): sample n is the k-th item of that source."""
+        """Return (ShuffledSource, k): sample n is the k-th item of that source."""
         taken, i = self._split(n)
         branch = self.branches[i]
         return branch.locate(taken[i]) if isinstance(branch, Mixture) else (branch, taken[i])
 
     def length(self, n):
         """Return a cheap estimate of the positions of sample n."""
-        leaf, k = self.locate(n)
-        return leaf.source.length(leaf.item(k))
+        shuffled, k = self.locate(n)
+        return shuffled.source.length(shuffled.item(k))
 
     def __getitem__(self, n):
-        leaf, k = self.locate(n)
-        index, bad = leaf.item(k), []
+        shuffled, k = self.locate(n)
+        name, index, bad = shuffled.name, shuffled.item(k), []
         while True:
             try:
-                sample = leaf.source[index]
+                sample = shuffled.source[index]
             except BadSample as e:
-                if not leaf.lenient:
+                if not shuffled.lenient:
                     raise
                 bad.append(str(e))
                 if len(bad) > 100:
-                    raise BadSample(f"{leaf.name}: 100 items in a row are bad, among them {e}") from None
-                index = _hash(leaf.seed, leaf.name, k, len(bad)) % len(leaf.source)
+                    raise BadSample(f"{name}: 100 items in a row are bad, among them {e}") from None
+                index = _hash(shuffled.seed, name, k, len(bad)) % len(shuffled.source)
                 continue
             if isinstance(sample, Sample):
-                sample.source, sample.bad = leaf.name, bad
+                sample.source, sample.bad = name, bad
             return sample
 
     def counts(self, n):
@@ -276,12 +296,13 @@ class Mixture:
 
     def cursor(self, n):
         """Return {source name: rows used up by samples [0, n) and before start}, a later stage's `start`."""
-        return {k: self.leaves[k].start - (-c // self.leaves[k].per_row) for k, c in self.counts(n).items()}
+        counts, sources = self.counts(n), self.sources.items()
+        return {name: s.start - (-counts[name] // s.per_row) for name, s in sources}
 
     def epochs(self, n):
         """Return {source name: passes over its rows made by samples [0, n), the rows before start included}."""
-        leaves = self.leaves
-        return {k: (leaves[k].start + c / leaves[k].per_row) / leaves[k].n_row for k, c in self.counts(n).items()}
+        counts, sources = self.counts(n), self.sources.items()
+        return {name: (s.start + counts[name] / s.per_row) / s.n_row for name, s in sources}
 
 
 # --- loader ---------------------------------------------------------------------------------------
@@ -292,15 +313,15 @@ class Loader:
     the micro batch. group_window > 0: the samples of that many steps are sorted by estimated length and cut into
     batches, which are shuffled, so that rows pad less; still a pure function of seed, step and total (the steps of the
     whole run, which the last window does not pass).
-    Workers are forked here: make it before CUDA starts. Raises ValueError when W * mb does not divide G, BadSample
-    for a bad item.
+    Workers are forked here: make it before CUDA starts. Raises UserError when W * mb does not divide G and when a
+    worker dies, BadSample for a bad item.
     """
     def __init__(self, mixture, *, start, stop, global_batch_size, micro_batch_size, rank=0, world_size=1, pad_id,
                  pad_to=0, n_worker=0, seed=0, group_window=0, total=None, pin_memory=False):
         self.n_micro, rest = divmod(global_batch_size, world_size * micro_batch_size)
         if rest:
-            raise ValueError(f"global_batch_size={global_batch_size} is not a multiple of {world_size} processes x "
-                             f"micro_batch_size={micro_batch_size}")
+            raise UserError(f"global_batch_size={global_batch_size} is not a multiple of {world_size} processes x "
+                            f"micro_batch_size={micro_batch_size}")
         self.mixture, self.rank, self.W = mixture, rank, world_size
         self.G, self.mb = global_batch_size, micro_batch_size
         self.pad_id, self.pad_to = pad_id, pad_to
@@ -311,22 +332,30 @@ class Loader:
             n_worker = 0
         order = range(start * self.n_micro, stop * self.n_micro)
         generator = torch.Generator().manual_seed(seed)  # else DataLoader draws from the global generator
-        workers = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
+        options = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
         self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
-                                                        generator=generator, **(workers if n_worker else {})))
-        self.n_worker = n_worker
+                                                        generator=generator, **(options if n_worker else {})))
+        self.workers, self.exit_code = [], 0                             # exit_code: of the first worker that died
         if n_worker:
-            # before multiprocessing's own, which would wait for workers that ignore SIGTERM
-            atexit.register(self.close)
+            self._watch_workers()
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        self.check_workers()
         try:
             batch = next(self.batches)
         except StopIteration:
             self.close()
+            raise
+        except Exception:                                                # torch raises many kinds when a worker is gone
+            sentinels = [w.sentinel for w in self.workers]
+            gone = multiprocessing.connection.wait(sentinels, timeout=3) if sentinels else []
+            for worker in self.workers:
+                if worker.sentinel in gone:
+                    worker.join()                                        # it is ending: its exit code comes last
+            self.check_workers()
             raise
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
             raise BadSample(batch)
@@ -355,22 +384,50 @@ class Loader:
         steps = [order[i:i + self.G] for i in range(0, len(order), self.G)]
         return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
 
+    def _watch_workers(self):
+        """
+        Let only __next__ tell that a worker has died. torch's own handler of SIGCHLD raises wherever the main thread
+        is, even inside a save. Ours raises nothing and kills the other workers: with the last of them the writing end
+        of the pipe of batches is closed, so a read that waits for the rest of a batch ends with an error.
+        """
+        self.workers = self.batches._workers
+        self.batches._worker_result_queue._writer.close()                # our own copy of the writing end
+        if threading.current_thread() is threading.main_thread():        # Python sets handlers nowhere else
+            self.old_handler = signal.signal(signal.SIGCHLD, self._on_child_exit)
+        # runs before multiprocessing's own exit handler, which would wait for workers that ignore SIGTERM
+        atexit.register(self.close)
+
+    def _on_child_exit(self, *_):
+        code = next((w.exitcode for w in self.workers if w.exitcode), 0)
+        if code and not self.exit_code:
+            self.exit_code = code
+            for worker in self.workers:
+                worker.kill()
+
     def check_workers(self):
-        """Exit with one line when a worker is dead: what torch raises then, and where, is anyone's guess."""
-        codes = [w.exitcode for w in getattr(self.batches, '_workers', ()) if w.exitcode]
-        if codes:
-            sys.exit(f"a loader worker died (exit code {codes[0]}): killed, or out of memory or of /dev/shm; "
-                     "--n_worker=0 makes the batches in the training process")
+        """Raise UserError when a worker has died."""
+        self._on_child_exit()
+        if self.exit_code:
+            raise UserError(f"a loader worker died (exit code {self.exit_code}): killed, or out of memory or of "
+                            "/dev/shm; --n_worker=0 makes the batches in the training process") from None
 
     def close(self):
         """Stop the workers; done at exit too."""
-        if self.n_worker:
+        if self.workers:
             atexit.unregister(self.close)
-            self.batches._shutdown_workers()                          # its __del__ waits while a traceback refers to it
-            self.n_worker = 0
+            self._on_child_exit()
+            workers, self.workers = self.workers, []
+            if self.exit_code:                   # the dead may hold the lock of this event: a set() would wait forever
+                self.batches._workers_done_event = threading.Event()
+            self.batches._shutdown_workers()     # explicitly: its __del__ waits while a traceback refers to it
+            for worker in workers:
+                worker.kill()                    # one that did not end in torch's 5 s
+            if signal.getsignal(signal.SIGCHLD) == self._on_child_exit:
+                signal.signal(signal.SIGCHLD, self.old_handler)
         self.batches = iter(())
 
 
 def _init_worker(_):
-    for s in (signal.SIGINT, signal.SIGTERM):  # the main process decides; a worker without one ends by itself in 5 s
+    # signals are for the main process; a worker whose main process is gone ends by itself within 5 s
+    for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)

@@ -118,28 +118,15 @@ class Attention(nn.Module):
         self.q_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(n, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rotary, mask, cache=None, kept=None):
-        """
-        x        (B,T,C)
-        kept     (K,) flat indices into B*T: only these positions' outputs are computed
-        returns  (B,T,C), or (K,C) with kept
-        """
+    def forward(self, x, rotary, mask, cache=None):
         B, T, C = x.shape
-        if kept is None:
-            q, k, v = self.in_proj(x).chunk(3, -1)              # (B,T,C) each
-            q = self.q_norm(q)
-        else:                                                   # q of the wanted rows; zeros elsewhere, never read
-            weight_q, weight_kv = self.in_proj.weight.split((C, 2 * C))
-            k, v = F.linear(x, weight_kv).chunk(2, -1)
-            q = self.q_norm(F.linear(x.reshape(B * T, C)[kept], weight_q))              # (K,C)
-            q = q.new_zeros(B * T, C).index_copy(0, kept, q).view(B, T, C)
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, self.k_norm(k), v))     # (B,H,T,D)
-        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        q, k, v = self.in_proj(x).chunk(3, -1)                  # (B,T,C) each
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)          # (B,H,T,D)
         if cache is not None:
             cache, layer, position = cache
             k, v = cache.update(layer, k, v, position)          # (B,H,length,D)
-        y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
-        return self.out_proj(y if kept is None else y.view(B * T, C)[kept])
+        return self.out_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
 
 class FeedForward(nn.Module):
@@ -162,8 +149,10 @@ class Block(nn.Module):
         self.ffn_norm = Norm(config.n_embd, config.norm_eps)
 
     def forward(self, x, rotary, mask, cache=None, kept=None):
-        y = self.attention(self.attention_norm(x), rotary, mask, cache, kept)
-        x = y + (x if kept is None else x.reshape(-1, x.shape[-1])[kept])
+        """x (B,T,C) -> (B,T,C), or (K,C): with kept (K,) flat indices into B*T the feed-forward runs for these only."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        if kept is not None:
+            x = x.flatten(0, 1)[kept]                           # (K,C)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -2,7 +2,7 @@
 Data preparation: from your own files to the formats that data.py reads, and a look at what is there.
     python prepare.py train_tokenizer texts/ --out data/tokenizer.model --vocab_size 8192
     python prepare.py tokenize texts/ more.jsonl.zst --tokenizer data/tokenizer.model --out data/text
-    python prepare.py pair photos/ --out data/captions             # a.jpg + a.txt, or --captions captions.jsonl
+    python prepare.py pair photos/ more/ --out data/captions       # a.jpg + a.txt, or --captions captions.jsonl
     python prepare.py index data/captions                         # tar indexes, before many processes want them
     python prepare.py check data/captions --tokenizer data/tokenizer.model
     python prepare.py show llava.json --image_root images/ --tokenizer data/tokenizer.model
@@ -20,11 +20,13 @@ import shutil
 import sys
 import tarfile
 from array import array
+from contextlib import contextmanager
 
 import numpy as np
 from tqdm import tqdm
 
 import data
+from errors import UserError, first_line, reading, user_error_hook
 from kernels import IGNORE_INDEX
 
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
@@ -32,23 +34,57 @@ PLAIN = ('.txt', '.rst', '.md')
 LINES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.jsonl.zstd')
 
 
+# --- files out: also for other scripts that write data ---------------------------------------------
+def write_file(path, content):
+    """Write bytes, a str, a dict as JSON, or a list as one JSON object a line; makes the folder."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    if isinstance(content, list):
+        content = ''.join(json.dumps(row) + '\n' for row in content)
+    elif isinstance(content, dict):
+        content = json.dumps(content)
+    with open(path, 'wb') as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_tar(path, members):
+    """Write (name, bytes) pairs as a tar that holds nothing of the time, the user or the machine; makes the folder."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@contextmanager
+def writing(path):
+    """Around everything that writes into path; what is read inside raises UserErrors of its own."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({first_line(e)})") from e
+
+
 # --- documents in ---------------------------------------------------------------------------------
 def documents(paths, key='text'):
-    """Yield the texts of files, patterns and folders; raises ValueError naming file and line of what is no text."""
+    """Yield the texts of files, patterns and folders; raises UserError naming file and line of what is not text."""
     for path in data.find(paths, *PLAIN, *LINES):
         if path.endswith(LINES):
-            with _open_lines(path) as f:
-                for n, line in enumerate(f, 1):
-                    if line.strip():
-                        yield _field(path, n, line, key)
+            for where, line in _json_lines(path):
+                yield _field(where, line, key)
         elif path.endswith(PLAIN):
-            with open(path, encoding='utf-8-sig') as f:                              # -sig: an editor's mark is no text
-                try:
-                    yield f.read()
-                except UnicodeDecodeError as e:
-                    raise ValueError(f"{path}: not UTF-8 text: {e}") from None
+            with reading(path, 'UTF-8 text'), open(path, encoding='utf-8-sig') as f:     # -sig drops a byte order mark
+                yield f.read()
         else:
-            raise ValueError(f"{path}: expected one of {' '.join(PLAIN + LINES)}")
+            raise UserError(f"{path}: expected one of {' '.join(PLAIN + LINES)}")
+
+
+def _json_lines(path):
+    """Yield (where it is, line) of each line that is not blank."""
+    with reading(path, 'lines of UTF-8 text'), _open_lines(path) as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                yield f"{path}: line {n}", line
 
 
 def _open_lines(path):
@@ -58,19 +94,17 @@ def _open_lines(path):
         try:
             import zstandard
         except ImportError:
-            raise ValueError(f"{path}: reading .zst needs `pip install zstandard`, or unpack it first") from None
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True),
-                                encoding='utf-8-sig')
+            raise UserError(f"{path}: reading .zst needs `pip install zstandard`, or unpack it first") from None
+        unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True)
+        return io.TextIOWrapper(unpacked, encoding='utf-8-sig')
     return open(path, encoding='utf-8-sig')
 
 
-def _field(path, n, line, key):
-    try:
+def _field(where, line, key):
+    with reading(where, f'a JSON object with {key!r}'):
         value = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: line {n}: no JSON object with {key!r}: {type(e).__name__} {e}") from None
     if not isinstance(value, str):
-        raise ValueError(f"{path}: line {n}: {key!r} is {type(value).__name__}, expected a string")
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string")
     return value
 
 
@@ -78,24 +112,24 @@ def _field(path, n, line, key):
 def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_000_000):
     """
     Train a sentencepiece model on the lines of `texts` and write it to `out`, whole or not at all.
-    Unknown characters become bytes and white space is kept, so that decoding gives the text back. Raises ValueError.
+    Unknown characters become bytes and white space is kept, so that decoding gives the text back. Raises UserError when
+    `out` exists, or what the trainer says.
     """
     import sentencepiece
     if os.path.exists(out):
-        raise ValueError(f"{out}: is there already; remove it or choose another --out")
+        raise UserError(f"{out}: is there already; remove it or choose another --out")
     lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
+    lines = list(itertools.islice(lines, max_lines))                     # the trainer hides what reading raises
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(lines, max_lines), model_writer=model, vocab_size=vocab_size,
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
             model_type=model_type, byte_fallback=True, normalization_rule_name='identity', num_threads=1, minloglevel=2,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1)
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"train_tokenizer: --vocab_size={vocab_size}: "
-                         f"{str(e).strip().splitlines()[-1].split('] ')[-1]}") from None
-    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-    with open(out + '.tmp', 'wb') as f:
-        f.write(model.getvalue())
+        raise UserError(f"train_tokenizer: --vocab_size={vocab_size}: "
+                        f"{first_line(str(e).strip().splitlines()[-1].split('] ')[-1])}") from None
+    write_file(out + '.tmp', model.getvalue())
     os.replace(out + '.tmp', out)
 
 
@@ -113,13 +147,13 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
     Write the token ids of `texts`, each followed by end-of-text, as shards into the new folder `out`.
     layout 'bin': uint16 files that end where a document ends; 'tar': OpenLM rows of row_len + 1 ids, the last shorter.
     A shard has about rows_per_shard * row_len tokens and a .json naming the tokenizer. Returns (documents, tokens).
-    Raises ValueError when `out` holds anything, or for 'bin' with ids beyond uint16.
+    Raises UserError when `out` holds anything, or for 'bin' with ids beyond uint16.
     """
     if layout not in ('bin', 'tar'):
-        raise ValueError(f"tokenize: layout={layout!r}: expected 'bin' or 'tar'")
+        raise UserError(f"tokenize: layout={layout!r}: expected 'bin' or 'tar'")
     tokenizer = data.load_tokenizer(tokenizer_path)
     if layout == 'bin' and tokenizer.vocab_size > 65536:
-        raise ValueError(f"tokenize: {tokenizer.vocab_size} ids do not fit the uint16 of .bin; use --layout tar")
+        raise UserError(f"tokenize: {tokenizer.vocab_size} ids do not fit the uint16 of .bin; use --layout tar")
     partial, texts, n_document, shards, ids = _new_folder(out), iter(texts), 0, [], array('I')
     size = rows_per_shard * (row_len if layout == 'bin' else row_len + 1)
     with multiprocessing.Pool(n_process, _start_process, (tokenizer_path,)) as pool, \
@@ -137,10 +171,10 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
         shards.append(_write_shard(partial, len(shards), ids, layout, row_len, tokenizer))
     if not shards:
         shutil.rmtree(partial)
-        raise ValueError("tokenize: no text in the input")
-    if layout == 'tar':
-        with open(os.path.join(partial, 'manifest.jsonl'), 'w') as f:    # OpenLM's --dataset-manifest
-            f.writelines(json.dumps({'shard': f'{i:08d}', 'num_sequences': s[1]}) + '\n' for i, s in enumerate(shards))
+        raise UserError("tokenize: no text in the input")
+    if layout == 'tar':                                                  # OpenLM's --dataset-manifest
+        manifest = [{'shard': f'{i:08d}', 'num_sequences': n_row} for i, (_, n_row) in enumerate(shards)]
+        write_file(os.path.join(partial, 'manifest.jsonl'), manifest)
     os.replace(partial, out)
     return n_document, sum(s[0] for s in shards)
 
@@ -148,7 +182,7 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
 def _new_folder(out):
     """Return a fresh `<out>.partial`, to be renamed to `out` when complete."""
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
-        raise ValueError(f"{out}: is there already; remove it or choose another --out")
+        raise UserError(f"{out}: is there already; remove it or choose another --out")
     partial = out.rstrip('/') + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -163,62 +197,79 @@ def _write_shard(folder, i, ids, layout, row_len, tokenizer):
         rows = [ids[j:j + row_len + 1] for j in range(0, len(ids), row_len + 1)]
         rows = [row for row in rows if len(row) > 1]
         n_row = len(rows)
-        with tarfile.open(name + '.tar', 'w') as tar:
-            for j, row in enumerate(rows):
-                _add(tar, f'{i:08d}_{j:08d}.json.gz', gzip.compress(json.dumps(row.tolist()).encode(), 6, mtime=0))
-    with open(name + '.json', 'w') as f:
-        json.dump({'tokenizer_sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size, 'n_token': len(ids)}, f)
+        packed = (gzip.compress(json.dumps(row.tolist()).encode(), 6, mtime=0) for row in rows)      # no time stamp
+        write_tar(name + '.tar', ((f'{i:08d}_{j:08d}.json.gz', content) for j, content in enumerate(packed)))
+    write_file(name + '.json', {'tokenizer_sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
+                                'n_token': len(ids)})
     return len(ids), n_row
 
 
-def _add(tar, name, content):
-    info = tarfile.TarInfo(name)                                         # time 0: the same input gives the same bytes
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 # --- images and captions --------------------------------------------------------------------------
-def pair(folder, out, captions='', samples_per_shard=1000):
+def pair(folders, out, captions='', samples_per_shard=1000):
     """
     Write images and their captions as WebDataset tars into the new folder `out`; image files are stored as they are.
-    Captions stand in `<image>.txt` beside each image, or in a .jsonl of {"image": path in folder, "caption": text}.
-    A sample's key ends in the image's name, so that bad items can be told. Other formats than IMAGE_SUFFIXES are left
-    out, with a line. Returns the number of samples. Raises ValueError for an image without a caption, an empty caption,
-    or a path outside the folder.
+    folders   a folder or a list of them; each image has its caption beside it, `<image>.txt`
+    captions  instead of these, a .jsonl of {"image": path in the one folder, "caption": text}
+    A sample's key is its number and the image's name, so that a bad item is easily found. Formats other than
+    IMAGE_SUFFIXES are left out, with a line. Returns the number of samples. Raises UserError for an image that is not
+    there, a caption that is missing or empty, or a path outside the folder.
     """
-    if captions:
-        with open(captions, encoding='utf-8-sig') as f:
-            pairs = [(_field(captions, n, line, 'image'), _field(captions, n, line, 'caption'))
-                     for n, line in enumerate(f, 1) if line.strip()]
-    else:
-        suffixes = tuple('.' + s for s in data.IMAGE_SUFFIXES)
-        pairs = [(os.path.relpath(p, folder), None) for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
-        other = [p for _, _, names in os.walk(folder) for p in names if p.lower().endswith(OTHER_IMAGES)]
-        if other:
-            print(f"!!! {len(other)} images left out, such as {other[0]}: expected {' '.join(suffixes)}")
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder}: expected a folder of images")
+    if captions and len(folders) > 1:
+        raise UserError(f"pair: {len(folders)} folders, expected one: the images of {captions} are paths in it")
+    pairs = _listed(folders[0], captions) if captions else [p for folder in folders for p in _beside(folder)]
     partial = _new_folder(out)
     for first in tqdm(range(0, len(pairs), samples_per_shard), unit=' shards', disable=None):
-        with tarfile.open(os.path.join(partial, f'{first // samples_per_shard:06d}.tar'), 'w') as tar:
-            for i, (image, caption) in enumerate(pairs[first:first + samples_per_shard], first):
-                path, (stem, suffix) = data.safe_join(folder, image), os.path.splitext(image)
-                key = f"{i:09d}_{re.sub(r'[^0-9A-Za-z_-]', '_', stem)[-60:]}"
-                try:
-                    with open(path, 'rb') as f:
-                        _add(tar, key + suffix.lower(), f.read())
-                    if caption is None:
-                        with open(os.path.splitext(path)[0] + '.txt', encoding='utf-8-sig') as f:
-                            caption = f.read()
-                except (OSError, UnicodeDecodeError) as e:
-                    raise ValueError(f"{path}: needs a caption of its own beside it, a readable .txt: {e}") from None
-                if not caption.strip():
-                    raise ValueError(f"{path}: its caption is empty")
-                _add(tar, key + '.txt', caption.strip().encode('utf-8'))
+        write_tar(os.path.join(partial, f'{first // samples_per_shard:06d}.tar'),
+                  (member for i, found in enumerate(pairs[first:first + samples_per_shard], first)
+                   for member in _members(i, *found)))
     os.replace(partial, out)
     return len(pairs)
 
 
+def _listed(folder, captions):
+    """Return [(folder, image, caption)] of the lines of a .jsonl."""
+    pairs = []
+    for where, line in _json_lines(captions):
+        image = _field(where, line, 'image')
+        if not os.path.isfile(data.safe_join(folder, image)):
+            raise UserError(f"{where}: no image {image!r} in {folder}")
+        pairs.append((folder, image, _field(where, line, 'caption')))
+    return pairs
+
+
+def _beside(folder):
+    """Return [(folder, image, None)] of the images in a folder: their captions stand beside them."""
+    suffixes = tuple('.' + s for s in data.IMAGE_SUFFIXES)
+    other = [p for _, _, names in os.walk(folder) for p in names if p.lower().endswith(OTHER_IMAGES)]
+    if other:
+        print(f"!!! {len(other)} images left out, such as {other[0]}: expected {' '.join(suffixes)}")
+    return [(folder, os.path.relpath(p, folder), None)
+            for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
+
+
+def _members(i, folder, image, caption):
+    """Return the two members of sample i in its tar: [(name, bytes)]."""
+    path, (stem, suffix) = data.safe_join(folder, image), os.path.splitext(image)
+    key = f"{i:09d}_{re.sub(r'[^0-9A-Za-z_-]', '_', stem)[-60:]}"
+    if caption is None:
+        beside = os.path.splitext(path)[0] + '.txt'
+        if not os.path.isfile(beside):
+            raise UserError(f"{path}: needs a caption of its own beside it, {os.path.basename(beside)}")
+        with reading(beside, 'UTF-8 text'), open(beside, encoding='utf-8-sig') as f:
+            caption = f.read()
+    if not caption.strip():
+        raise UserError(f"{path}: its caption is empty")
+    with reading(path, 'a file'), open(path, 'rb') as f:
+        return [(key + suffix.lower(), f.read()), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
+
+
 # --- a look at a data set -------------------------------------------------------------------------
-def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, kind='auto', **instruct):
+def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, kind='auto',
+                caption_field='auto', **instruct):
     """Return the source that reads `paths`: 'text', 'caption' or 'instruct', by their contents when kind is 'auto'."""
     if kind == 'auto':
         files = data.find(paths, '.bin', '.tar', '.json', '.jsonl')      # text shards have a .json beside them
@@ -228,11 +279,11 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
             suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in data.tar_members(tars[0])[0][:8]]
             kind = 'caption' if set(suffixes) & set(data.IMAGE_SUFFIXES) else 'text'
     if kind not in ('text', 'caption', 'instruct'):
-        raise ValueError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
+        raise UserError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
     if kind == 'text':
         return data.TextSource(paths, tokenizer, seq_len)
     if kind == 'caption':
-        return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size)
+        return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
     image_root = image_root or os.path.dirname(data.find(paths, '.json', '.jsonl')[0])
     return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
 
@@ -311,7 +362,7 @@ def parse(argv=None):
             ('kind', 'auto', 'auto, text, caption, instruct'), ('seq_len', 2048, 'positions'),
             ('image_root', '', "folder of LLaVA JSON's images; empty = the JSON's own"),
             ('n_token', 729, 'image positions'), ('image_size', 384, 'pixels'),
-            ('system_prompt', '', 'in front of questions')]
+            ('caption_field', 'auto', ', '.join(data.CAPTION_FIELDS)), ('system_prompt', '', 'in front of questions')]
     command('train_tokenizer', out, key, ('vocab_size', 8192, 'pieces'), ('model_type', 'bpe', 'bpe or unigram'),
             ('max_lines', 1_000_000, 'lines to train on'))
     command('tokenize', out, key, look[0], ('layout', 'bin', 'bin (uint16) or tar (OpenLM rows)'),
@@ -326,6 +377,12 @@ def parse(argv=None):
 
 def main(argv=None):
     a = parse(argv)
+    with writing(getattr(a, 'out', '') or getattr(a, 'image_out', '') or 'output'):
+        return run(a)
+
+
+def run(a):
+    """Run a parsed command; returns the exit status."""
     if a.command == 'train_tokenizer':
         train_tokenizer(documents(a.paths, a.key), a.out, a.vocab_size, a.model_type, a.max_lines)
         print(f"{a.out}: {data.load_tokenizer(a.out).vocab_size} ids with the four special ones")
@@ -334,7 +391,7 @@ def main(argv=None):
                              a.n_process)
         print(f"{a.out}: {n:,} documents, {tokens:,} tokens")
     elif a.command == 'pair':
-        print(f"{a.out}: {pair(a.paths[0], a.out, a.captions, a.samples_per_shard):,} samples")
+        print(f"{a.out}: {pair(a.paths, a.out, a.captions, a.samples_per_shard):,} samples")
     elif a.command == 'index':
         damage = [data.tar_members(path, a.cache_dir)[1] for path in tqdm(data.find(a.paths, '.tar'), disable=None)]
         damaged = [d for d in damage if d]
@@ -343,7 +400,9 @@ def main(argv=None):
     else:
         tokenizer = data.load_tokenizer(a.tokenizer)
         source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size, a.kind,
-                             system_prompt=a.system_prompt)
+                             a.caption_field, system_prompt=a.system_prompt)
+        if getattr(source, 'note', ''):
+            print(source.note)
         if a.command == 'show':
             show(source, tokenizer, a.n, a.seed, a.image_out)
             return 0
@@ -354,7 +413,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as e:
-        sys.exit(f"prepare.py: {e}")
+    sys.excepthook = user_error_hook
+    sys.exit(main())

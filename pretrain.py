@@ -69,6 +69,7 @@ schedule = 'main'                       # ['main' | 'cooldown' | 'rewarm'] 'cool
 lr = 1e-2                               # [> 0] peak of the main schedule
 final_lr = 1e-5                         # [>= 0] paper; the DCLM records say 3e-5
 warmup_steps = 5000                     # [>= 0] of 'main'
+warmup_from_zero = False                # the first step's lr: 0, or one part of the warmup (OpenLM's rule)
 cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] flat start from lr(x), or the rest of the main arc
 start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the checkpoint's schedule says
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
@@ -122,7 +123,7 @@ for percent in dict.fromkeys(keep_percent):
     step = round(percent / 100 * max_steps)
     if step == 0 or step in keep:
         raise UserError(f"keep_percent={keep_percent}: {percent} % of {max_steps} steps is step {step}"
-                        + (f", as is {keep[step]}" if step else '') + ': give fewer percents, or more steps')
+                        + (f", as is {keep[step]}" if step else '') + ': give fewer, such as --keep_percent=(100,), or more steps')
     keep[step] = f'ckpt_{percent:03d}'
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -170,7 +171,10 @@ def text_mixture(patterns, start):
 def caption_mixture(patterns):
     eye = model.encoder
     sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, eye.n_token, eye.image_size, resize, pattern,
-                             cache_dir) for pattern, _ in patterns]
+                             cache_dir, caption_field) for pattern, _ in patterns]
+    for source in sources:
+        if source.note:
+            process.print(source.note)           # which of several captions is read
     return Mixture(sources, [w for _, w in patterns], seed, max_bad_samples=max_bad_samples)
 
 
@@ -229,9 +233,11 @@ elif schedule == 'cooldown':
 if run.resumed:
     curve = run.meta['schedule']
 elif schedule == 'main':
-    curve = dict(kind='main', peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps)
+    curve = dict(kind='main', peak=lr, final=final_lr, warmup=warmup_steps, total=max_steps,
+                 from_zero=warmup_from_zero)
 elif schedule == 'rewarm':
-    curve = dict(kind='rewarm', peak=rewarm_lr or 0.3 * lr, final=final_lr, warmup=rewarm_steps, total=max_steps)
+    curve = dict(kind='rewarm', peak=rewarm_lr or 0.3 * lr, final=final_lr, warmup=rewarm_steps, total=max_steps,
+                 from_zero=warmup_from_zero)
 else:
     before = run.meta and run.meta['schedule']                   # the checkpoint's own
     if not start_lr and not before:
@@ -269,15 +275,15 @@ def validate():
     model.eval()
     line, per_micro = {'step': run.step}, run.micro_batch_size * process.world_size
     for key, held_out in validation.items():
-        there = sum(len(leaf.source) for leaf in held_out.leaves.values())
+        there = sum(len(shuffled.source) for shuffled in held_out.sources.values())
         rows = max(1, min(eval_rows, there) // per_micro) * per_micro    # whole micro-batches, each row at most once
         nll = n_kept = 0
         for batch in run.loader(held_out, tokenizer.pad_id, start=0, stop=1, global_batch_size=rows, n_worker=0,
                                 pad_to=seq_len):
             batch = batch.to(process.device)
             with process.autocast():
-                _, _, row_loss = model(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.rows)
-            nll, n_kept = nll + float(row_loss[0].sum()), n_kept + len(batch.rows)
+                _, _, row_loss = model(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.kept)
+            nll, n_kept = nll + float(row_loss[0].sum()), n_kept + len(batch.kept)
         nll, n_kept = process.host_sum([nll, n_kept])
         line[key] = nll / n_kept
     model.train()
@@ -301,7 +307,7 @@ for step in range(run.first_step, run.last_step):
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         with process.autocast():
             loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.rows)
+                                        batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
         row_loss.append(nats)
     if images and counts['n_image'].sum() == 0:

@@ -5,9 +5,9 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
 
 A scene is a grid of 3 x 3 cells of 14 px, so that one image token sees one cell. Three or four cells hold an object (4
 shapes x 4 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
-worded the same in text, instructions and benchmarks: text teaches what images need, lookup of attributes.
+worded the same in text, instructions and benchmarks: the text teaches to look up attributes, as images will ask.
 Training, choice and test scenes are disjoint by a checksum of what they show; HELD_OUT pairs are in the text but in no
-training image. All bytes follow from the seed, and from the Python version, whose own documentation is the English.
+training image. All bytes follow from the seed and the Python version (the English text is Python's documentation).
 """
 import argparse
 import functools
@@ -19,7 +19,6 @@ import os
 import pickle
 import shutil
 import sys
-import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -33,6 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import main_lr
+from errors import UserError, reading, user_error_hook
+from prepare import write_file, write_tar, writing
 from vision import SigLIP, SigLIPConfig, siglip_loss
 
 COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20))
@@ -95,7 +96,7 @@ class Scene(NamedTuple):
 
 
 class Draws:
-    """Uniform numbers from one numpy generator, drawn in blocks: a scalar call of numpy costs more than a scene."""
+    """Uniform numbers from one numpy generator, drawn in blocks: a numpy call for each costs more than a scene."""
     def __init__(self, *seed):
         self.rng, self.block = np.random.default_rng(seed), []
 
@@ -205,7 +206,8 @@ def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
     pairs    what an absent object may be;  about: ask only about these pairs (None = all)
     nominal  the cell's box, which is all that text can know, instead of the object's
     want     of a presence question: 'yes', 'no' (one attribute at least is there), 'binding' (both are, but apart)
-    blind_answers  what is left to guess for one who sees which attributes there are, but not what belongs to what
+    blind_answers  the answers that remain possible when one knows which attributes the scene has, but not which of
+                   them belong together
     """
     objects, question = scene.objects, QUESTION[kind]
     about = [thing for thing in objects if about is None or (thing.colour, thing.shape) in about]
@@ -243,7 +245,7 @@ def ask(kind, scene, draw, pairs=SEEN, about=None, nominal=False, want=None):
 
 
 def distinct(kinds, n, scene, draw, **options):
-    """Up to n questions about a scene, none twice, of kinds taken in the given order: [(question, answer)]."""
+    """Up to n different questions about a scene, of the given kinds in their order: [(question, answer)]."""
     found = {}
     for kind in kinds:
         if len(found) < n and (got := ask(kind, scene, draw, **options)):
@@ -278,29 +280,11 @@ def facts():
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-def write_file(path, data):
-    """Write bytes, a str, a dict as JSON, or a list as one JSON object a line; makes the folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if isinstance(data, list):
-        data = ''.join(json.dumps(row) + '\n' for row in data)
-    elif isinstance(data, dict):
-        data = json.dumps(data)
-    with open(path, 'wb') as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-def write_tar(path, members):
-    """Write [(name, bytes)] as a tar that holds nothing of the time, the user or the machine."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def train_tokenizer(path, documents, vocab_size):
-    """Train sentencepiece BPE (its unigram model shreds these words) on one thread; each coordinate is one piece."""
+    """
+    Train sentencepiece BPE on one thread; each coordinate of a box is one piece. Its other model, unigram, would cut
+    these words into small pieces.
+    """
     edges = [cell * CELL + offset for cell in range(GRID) for offset in (1, 2, 3, 11, 12, 13)]
     numbers = [f'{space}{round(edge / SIZE, 2):.2f}{comma}'
                for edge in edges for space in ('', '\u2581') for comma in ('', ',')]
@@ -469,15 +453,18 @@ def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000
                vocab_size=768, seed=7):
     """
     Write the world into the folder `out`, built beside it and renamed when complete; does nothing when it is there.
-    Raises ValueError when `out` holds anything else than the world of these settings.
+    Raises UserError when `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
     settings = dict(n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct, n_test=n_test,
                     n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
     if os.path.exists(out):
-        found = Path(out, 'world.json').read_text() if os.path.isfile(f'{out}/world.json') else 'no tiny world'
+        found = 'no tiny world'
+        if os.path.isfile(f'{out}/world.json'):
+            with reading(f'{out}/world.json', 'text'):
+                found = Path(out, 'world.json').read_text()
         if found != json.dumps(settings):
-            raise ValueError(f"{out}: holds {found}, expected {settings}; remove it or give another --out")
+            raise UserError(f"{out}: holds {found}, expected {settings}; remove it or give another --out")
         return print(f'{out}: already there')
     start, part = time.time(), os.path.normpath(out) + '.part'
     shutil.rmtree(part, ignore_errors=True)
@@ -527,7 +514,7 @@ def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
 def score_encoder(encoder, table, n=500, seed=0):
     """
     Retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all phrases is nearest to a patch?
-    {what: share of right answers}, and the length of a feature over sqrt(width).
+    Returns {what: share of right answers}, and as 'norm' the mean length of a feature divided by sqrt(width).
     """
     images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
     x, vectors = encoder(images), F.normalize(table(ids := phrases()).sum(2), dim=-1)    # by cell and name
@@ -546,13 +533,14 @@ def score_encoder(encoder, table, n=500, seed=0):
 def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96, seed=7, n_thread=2):
     """
     Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`, whole or not at all.
-    The sigmoid loss joins regions and phrases: each patch after block 2, which is what a VLM uses, and the phrase of
-    what it shows and where ('a red star at b2', 'nothing at c3'), n_cell cells and all their phrases in a step. After
-    block 3 and the final norm the mean patch meets its caption, the usual loss. Every image has a word.
-    Returns score_encoder's numbers. Raises ValueError when `out` exists.
+    Two sigmoid losses are added. The first compares each patch after block 2, which is what a VLM uses, with the phrase
+    of what it shows and where ('a red star at b2', 'nothing at c3'): n_cell cells in a step, each with all its phrases.
+    The second is SigLIP's own: the mean patch after block 3 and the final norm, with the image's caption. Every image
+    has a word.
+    Returns score_encoder's numbers. Raises UserError when `out` exists.
     """
     if os.path.exists(out):
-        raise ValueError(f"{out}: already exists; remove it or give another --out")
+        raise UserError(f"{out}: already exists; remove it or give another --out")
     torch.set_num_threads(n_thread)
     torch.manual_seed(seed)
     start, draw = time.time(), Draws(seed, 8)
@@ -573,7 +561,7 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
         target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
         labels = torch.full((target.numel(), n_cell * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
         region = siglip_loss(x[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
-        # not by indexing, whose backward adds in an order that differs from run to run on two threads
+        # not by an index, whose backward adds in an order that changes from run to run on two threads
         named = F.embedding(torch.arange(len(CELLS)) * len(seen) + column[shown], vectors.flatten(0, 1))
         captions = (named * (shown < len(NAMES) - 1)[..., None]).sum(1)     # (B, C)
         pooled = encoder.post_layernorm(encoder.encoder['layers'][2](x)).mean(1)    # (B, C), as are the captions
@@ -600,10 +588,7 @@ if __name__ == '__main__':
     parser.add_argument('--out', default='', help="folder to make; '' = data/tiny, data/tiny/encoder")
     parser.add_argument('--seed', type=int, default=7)
     args = parser.parse_args()
-    try:
-        if args.command == 'data':
-            write_data(args.out or 'data/tiny', seed=args.seed)
-        else:
-            train_encoder(args.out or 'data/tiny/encoder', seed=args.seed)
-    except ValueError as error:
-        sys.exit(str(error))
+    sys.excepthook = user_error_hook
+    out = args.out or {'data': 'data/tiny', 'encoder': 'data/tiny/encoder'}[args.command]
+    with writing(out):
+        write_data(out, seed=args.seed) if args.command == 'data' else train_encoder(out, seed=args.seed)

@@ -71,6 +71,8 @@ def test_main_schedule_from_end_to_end():
     assert lrs == sorted(lrs, reverse=True)
     assert main_lr(0, peak=1.0, final=0.0, warmup=0, total=9) == 1.0
     assert [main_lr(s, peak=1.0, final=0.0, warmup=3, total=3) for s in (2, 3)] == [1.0, 0.0]
+    assert [main_lr(s, **main, from_zero=True) for s in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert all(main_lr(s, **main, from_zero=True) == main_lr(s, **main) for s in range(4, 30))
 
 
 def test_cooldown_goes_on_where_the_main_schedule_stood():

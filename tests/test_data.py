@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ import data
 import mixture
 from conftest import child_env
 from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
+from errors import UserError
 
 X = -100
 SENTENCES = [f"the {a} {b} is on the {c}, {n} times" for a in ('red', 'blue') for b in ('star', 'cat')
@@ -105,7 +107,7 @@ def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
     text = 'a <|endoftext|> in the <|padding|> text'
     assert min(t.encode(text)) > 1 and t.decode(t.encode(text)) == text
     parts = json.loads((tmp_path / 'tokenizer.json').read_text())
-    parts['added_tokens'][0]['special'] = False                          # then the engine itself would find it in the text
+    parts['added_tokens'][0]['special'] = False                          # then the engine itself would find it
     (tmp_path / 'tokenizer.json').write_text(json.dumps(parts))
     assert 0 not in load_tokenizer(str(tmp_path)).encode(text)
 
@@ -214,6 +216,27 @@ def test_missing_files_are_named(tmp_path, tok, paths):
         TextSource(str(tmp_path / paths), tok, 8)
 
 
+def test_braces_mean_files_that_all_must_be_there(tmp_path):
+    for name in ('00008', '00009', '00010', '00011', 'a1', 'a2', 'b', 'odd{1}'):
+        (tmp_path / f'{name}.bin').touch()
+
+    def found(pattern):
+        return [os.path.basename(p)[:-4] for p in data.find(f'{tmp_path}/{pattern}.bin', '.bin')]
+    assert found('{00008..00011}') == ['00008', '00009', '00010', '00011']
+    assert found('000{11..10}') == ['00010', '00011']
+    assert data.expand_braces('{9..10}{0..1}') == '90 91 100 101'.split()
+    assert found('{a{1..2},b}') == ['a1', 'a2', 'b'] and found('{a?,b}') == ['a1', 'a2', 'b']
+    assert found('odd{1}') == ['odd{1}']                                 # a name with braces is itself
+    with pytest.raises(UserError, match='no such file: .*/00012.bin, .*/00013.bin$'):
+        found('{00010..00013}')
+    os.symlink('nowhere', tmp_path / 'dangling.bin')
+    with pytest.raises(UserError, match='dangling.bin: no such file'):
+        found('dangling')
+    with pytest.raises(UserError, match='x.tar.gz: compressed tars cannot be read in place; unpack it first'):
+        (tmp_path / 'x.tar.gz').touch()
+        data.find(f'{tmp_path}/*.gz', '.tar')
+
+
 # --- tars and their index ---
 @pytest.mark.parametrize('cut', ['member', 'header', 'boundary', 'noise'])
 def test_a_damaged_tar_is_named_and_its_whole_rows_survive(tmp_path, tok, cut):
@@ -247,6 +270,11 @@ def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     write_rows(tmp_path / 'a.tar', [[7] * 9] * 4)
     source = TextSource(path, tok, 8)
     assert len(source) == 4 and source[0].tokens[0] == 7  # neither the old index nor the old file handle
+    whole = dict(np.load(path + '.idx'))
+    np.savez(open(path + '.idx', 'wb'), mark=whole['mark'])              # the right mark and nothing else
+    data._tar_members.cache_clear()
+    with pytest.raises(UserError, match='a.tar.idx: not readable as the index of a tar'):
+        TextSource(path, tok, 8)
     for junk in (b'', b'junk', open(path + '.idx', 'rb').read()[:200]):
         open(path + '.idx', 'wb').write(junk)
         data._tar_members.cache_clear()
@@ -301,6 +329,26 @@ def test_captions_from_json_and_syn_json(tmp_path, tok):
     texts = [tok.decode(source[i].targets) if (source[i].targets >= 0).all() else tok.decode(source[i].tokens)
              for i in range(len(source))]
     assert texts[:2] == ['the cat', 'the box'] and set(texts[2:]) == {'the red star', 'the blue cat'}
+
+
+def test_the_caption_field_is_the_users_choice_and_what_auto_takes_is_said(tmp_path, tok):
+    syn, info = json.dumps({'syn_text': ['the blue cat']}).encode(), json.dumps({'caption': 'the box'}).encode()
+    path = write_tar(tmp_path / 'a.tar', [('a.jpg', jpeg()), ('a.txt', b'the red star'), ('a.json', info),
+                                          ('a.syn.json', syn), ('b.jpg', jpeg()), ('b.txt', b'the mat')])
+    options = dict(tokenizer=tok, seq_len=64, encoder_n_token=4, image_size=28)
+    for field, words in dict(auto='the red star', txt='the red star', json='the box', syn='the blue cat').items():
+        source = CaptionSource(path, caption_field=field, **options)
+        assert tok.decode(source[0].tokens[5:]) == words
+        assert source.note == (field == 'auto') * ('caption: captions: .txt of each sample (.syn.json is there too: '
+                                                   '--caption_field=syn reads the synthetic captions)')
+    with pytest.raises(BadSample, match=r"a.tar: b: no caption \(.syn.json 'syn_text'\).* among its members: jpg, txt"):
+        source[1]
+    path = write_tar(tmp_path / 'b.tar', [('a.jpg', jpeg()), ('a.txt', b'the red star'), ('a.json', info)])
+    assert CaptionSource(path, **options).note == ''
+    path = write_tar(tmp_path / 'c.tar', [('a.jpg', jpeg()), ('a.json', info), ('a.syn.json', syn)])
+    assert "captions: 'caption' or 'text' of the .json that have one (.syn" in CaptionSource(path, **options).note
+    with pytest.raises(UserError, match="caption_field='alt': expected one of auto, txt, json, syn"):
+        CaptionSource(path, caption_field='alt', **options)
 
 
 def test_names_that_are_there_twice_are_two_samples(tmp_path, tok):
@@ -443,7 +491,7 @@ def test_collate_pads_and_counts(tok):
     assert batch.targets[1, 3:].eq(X).all()
     assert batch.source.tolist() == [1, 0] and batch.ids == ['a0', 'b0'] and batch.images is None
     assert batch.image_index is None
-    assert batch.rows.tolist() == [0, 1, 3, 4, 8, 10] == (batch.targets.flatten() != X).nonzero().flatten().tolist()
+    assert batch.kept.tolist() == [0, 1, 3, 4, 8, 10] == (batch.targets.flatten() != X).nonzero().flatten().tolist()
     assert batch.weights[0].tolist() == [1, 1, 0, 1, 1, 0, 0, 0] and batch.weights[1, :3].tolist() == [.5, 0, .25]
     assert batch.stats['b'] == dict(n_sample=1, n_text=3, n_image_position=0, n_kept=2, n_pad=5, n_image=0,
                                     n_truncated=0)
@@ -559,6 +607,9 @@ def test_bad_items_stop_or_are_replaced_in_the_same_source():
 
 
 # --- loader ---
+CHILD = f"import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(data.__file__)]!r}\n"
+
+
 def loader(mix, **keys):
     defaults = dict(start=0, stop=6, global_batch_size=8, micro_batch_size=2, pad_id=0, n_worker=0)
     return Loader(mix, **{**defaults, **keys})
@@ -606,7 +657,7 @@ def test_any_number_of_workers_gives_the_same_batches(n_worker):
     a, b = list(loader(numbers_mix())), list(loader(numbers_mix(), n_worker=n_worker))
     assert len(a) == len(b) == 24 and torch.equal(state, torch.get_rng_state())
     for x, y in zip(a, b):
-        assert x.tokens.equal(y.tokens) and x.rows.equal(y.rows) and x.ids == y.ids and x.stats == y.stats
+        assert x.tokens.equal(y.tokens) and x.kept.equal(y.kept) and x.ids == y.ids and x.stats == y.stats
 
 
 def test_resuming_at_any_step_continues():
@@ -653,10 +704,66 @@ def test_without_fork_the_loader_says_so_and_works(monkeypatch, capsys):
 
 
 def test_a_process_ends_although_its_workers_ignore_signals():
-    code = f"import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(data.__file__)]!r}\nfrom test_data import loader, numbers_mix\n" \
-           f"x = loader(numbers_mix(), n_worker=2, stop=10**6)\nnext(x)\nprint('ready', flush=True)\nsys.exit('one line')"
+    code = CHILD + "from test_data import loader, numbers_mix\nx = loader(numbers_mix(), n_worker=2, stop=10**6)\n" \
+                   "next(x)\nprint('ready', flush=True)\nsys.exit('one line')"
     run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (1, 'ready\n', 'one line\n')
+
+
+class LongNames(Numbers):
+    """Samples whose batches are larger than a pipe holds, so that a worker is often in the middle of writing one."""
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        sample.id = 'x' * 50_000
+        return sample
+
+
+def kill_workers(n_try, seed):
+    """Kill a worker at random moments of three kinds of work; only next() may tell, in one line."""
+    rng = random.Random(seed)
+    for i in range(n_try):
+        batches = loader(Mixture([LongNames('t', [50])], [1], seed=1), n_worker=1 + i % 2, stop=10 ** 6)
+        next(batches)
+        victim = rng.choice(batches.workers)
+        timer = threading.Timer(rng.uniform(0, 0.02), os.kill, (victim.pid, signal.SIGKILL))
+        timer.start()
+        while i % 3 and victim.exitcode is None:
+            if i % 3 == 1:
+                sorted(str(k) for k in range(1000))
+            else:
+                torch.save({'x': torch.zeros(10_000)}, io.BytesIO())
+        try:
+            while True:
+                next(batches)
+        except UserError as e:
+            assert str(e) == ('a loader worker died (exit code -9): killed, or out of memory or of /dev/shm; '
+                              '--n_worker=0 makes the batches in the training process'), e
+        timer.join()
+        batches.close()
+        assert signal.getsignal(signal.SIGCHLD) != batches._on_child_exit
+    print('killed', n_try)
+
+
+def test_a_worker_killed_at_any_moment_is_one_line_from_next():
+    code = CHILD + "from test_data import kill_workers\nkill_workers(45, seed=3)"
+    run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, 'killed 45\n', '')
+
+
+def test_the_death_of_another_child_is_not_a_workers():
+    batches = loader(numbers_mix(), n_worker=2)
+    for _ in range(8):
+        assert subprocess.run([sys.executable, '-S', '-c', 'raise SystemExit(3)']).returncode == 3
+        next(batches)
+    assert len(list(batches)) == 16 and not batches.workers
+
+
+def test_an_error_of_the_code_in_a_worker_stays_what_it_is(monkeypatch):
+    monkeypatch.setattr(Numbers, '__getitem__', lambda self, i: {}['a bug'])
+    batches = loader(numbers_mix(), n_worker=1)
+    with pytest.raises(KeyError, match='a bug'):
+        next(batches)
+    batches.close()
 
 
 def test_real_sources_survive_damage_in_workers(tmp_path, tok):

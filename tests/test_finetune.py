@@ -6,8 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import RECORD, meta_of, recorded_ids, same_weights, steps
-from safetensors.torch import load_file
-from test_pretrain import KILL
+from test_pretrain import KILL, equal, tensors
 
 from checkpoint import load_vlm
 from common import main_lr
@@ -17,12 +16,6 @@ def chat(world, base, *more):
     return ['finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={base}', *more]
 
 
-def tensors(folder, part):
-    return {k: v for k, v in load_file(folder / 'model.safetensors').items() if k.startswith(part + '.')}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +40,22 @@ def test_epochs_under_one_cosine(world, stage_2, tuned):
     assert equal(tensors(tuned / 'ckpt_100', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
     for part in ('decoder', 'projector'):
         assert not equal(tensors(tuned / 'ckpt_100', part), tensors(stage_2 / 'ckpt_100', part))
+
+
+def test_stage_3_warms_up_from_zero_and_spares_gains_as_prismatic_does(world, scripts, stage_2, tmp_path):
+    lrs, weights = {}, {}
+    for name, more in (('default', ()), ('openlm', ('--warmup_from_zero=false', '--decay=all'))):
+        scripts(*chat(world, stage_2 / 'ckpt_100', '--warmup_ratio=0.5', '--weight_decay=0.9', '--stop_after=4', *more,
+                      f'--out_dir={tmp_path / name}'))
+        lrs[name] = [line['lr'] for line in steps(tmp_path / name)]
+        weights[name] = tensors(tmp_path / name / 'ckpt_last', 'decoder')
+    assert lrs == {'default': [0.0, 3e-3 / 4, 3e-3 / 2, 3e-3 * 3 / 4], 'openlm': [3e-3 / 4, 3e-3 / 2, 3e-3 * 3 / 4, 3e-3]}
+    scripts(*chat(world, stage_2 / 'ckpt_100', '--warmup_ratio=0.5', '--weight_decay=0.0', '--stop_after=4',
+                  f'--out_dir={tmp_path / "none"}'))
+    apart = tensors(tmp_path / 'none' / 'ckpt_last', 'decoder')
+    change = {k: float((weights['default'][k] - v).norm() / v.norm()) for k, v in apart.items() if 'inv_freq' not in k}
+    gains = [v for k, v in change.items() if 'norm' in k]
+    assert max(gains) < 1e-3 < min(v for k, v in change.items() if 'norm' not in k)          # decay moved matrices alone
 
 
 def test_killed_and_resumed_gives_the_same_bits_without_its_base(world, scripts, stage_2, tuned, tmp_path):
@@ -102,7 +111,7 @@ def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(wor
     assert words == recorded_ids(world / 'ids_text')[128:140]
     assert meta_of(tmp_path / 'a' / 'ckpt_last')['cursor'] == {'text': 64 + 6}               # two windows a row
     assert not equal(tensors(tmp_path / 'a' / 'ckpt_last', 'encoder'), tensors(stage_2 / 'ckpt_100', 'encoder'))
-    scripts(*chat(world, stage_1 / 'ckpt_080', '--encoder_path=patch', '--image_size=28', '--save_encoder=false',
+    scripts(*chat(world, stage_1 / 'ckpt_080', '--encoder_path=patch', '--image_size=28',
                   f'--out_dir={tmp_path / "b"}', '--stop_after=1'))
     model, _, meta = load_vlm(str(tmp_path / 'b' / 'ckpt_last'))
     assert model.encoder.n_token == 4 and meta['base']['stage'] == 'text'
@@ -139,16 +148,15 @@ def test_refusals_and_dry_run(world, scripts, stage_2, tmp_path):
             (chat(world, base, out, '--data_dir=/nowhere'), '/nowhere/instruct/llava.json', hint),
             (chat(world, 'out/tiny_no/ckpt80_img10/ckpt_100', out, '--scale=tiny'), 'out/tiny_no/ckpt80_img10/ckpt_100',
              'python pretrain.py config/ckpt80_img10.py config/tiny.py'),
-            (chat(world, base, out, '--micro_batch_size=5'), 'micro_batch_size=5'),
+            (chat(world, base, out, '--micro_batch_size=0'), 'micro_batch_size=0'),
             (chat(world, base, out, '--loss_average=mean'), "loss_average='mean'"),
             (chat(world, base, out, '--text_share=1'), 'text_share=1.0'),
             (chat(world, base, out, '--seq_len=4'), 'seq_len=4'),
-            (chat(world, base, out, '--n_epoch=0', '--max_steps=0'), 'n_epoch=0'),
-            (chat(world, base, out, '--train_encoder=true', '--save_encoder=false'), 'save_encoder')):
+            (chat(world, base, out, '--n_epoch=0', '--max_steps=0'), 'n_epoch=0')):
         line = scripts.refuses(*argv)
         assert all(part in line for part in parts), line
     out = scripts(*chat(world, base, f'--out_dir={tmp_path / "out"}', '--dry_run=true')).out
-    assert '2.13 passes over 30 conversations' in out
-    out = scripts('finetune.py', 'config/finetune.py', '--data_dir=/nowhere', '--dry_run=true').out
-    assert 'MISSING out/1b/ckpt80_img10/ckpt_100' in out and 'MISSING /nowhere/instruct/' in out
+    assert 'instruct: 64 of 64 sequences (100.0%), 2.13 passes over 30' in out and 'upper bound' in out
+    line = scripts('finetune.py', 'config/finetune.py', '--data_dir=/nowhere', '--dry_run=true', code=1).err
+    assert 'out/1b/ckpt80_img10/ckpt_100 not found; make it with' in line and '/nowhere/instruct/' in line
     assert not (tmp_path / 'out').exists()

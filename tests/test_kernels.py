@@ -552,6 +552,25 @@ def test_attention_compiles_once_for_all_masks_and_checkpoints(impl):
     assert n_compile[0] == 1
 
 
+def test_two_dense_calls_give_the_same_compiled():
+    mask = Intervals.prefix(torch.tensor([9, 9]), 30, DEVICE)
+    q, k, v = (torch.randn(2, 1, 30, 64).to(DEVICE, DTYPE) for _ in range(3))
+    run = lambda *x: attention(*x, mask, impl='torch-split').sin()                           # noqa: E731
+    compiled = torch.compile(run, backend='aot_eager')                       # not one graph: torch's CausalBias is none
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
+
+
+def test_importing_kernels_does_not_import_the_compiler():
+    code = "import kernels, sys; sys.exit('torch._dynamo' in sys.modules)"                # 1 to 3 s of every command
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_the_choice_is_marked_as_torch_marks_it():
+    import torch._dynamo
+    plain = lambda: 0                                                                        # noqa: E731
+    assert vars(torch.compiler.assume_constant_result(plain)).items() <= vars(kernels._choose).items()
+
+
 @pytest.mark.parametrize('impl', ATTENTION_IMPLS)
 def test_attention_under_autocast(impl):
     q, k, v = (leaf(torch.randn(2, 1, 30, 64), torch.float32) for _ in range(3))

@@ -61,11 +61,8 @@ def compile_one(kernel, cc, width, config, dtype):
 def compile_all(cc):
     """One row for each shipped config of an architecture."""
     import kernels
-    rows = []
-    for (kernel, arch, width), configs in kernels.CONFIG.items():
-        if arch == cc:
-            rows += [compile_one(kernel, cc, width, config, 'bf16') for config in dict.fromkeys(configs)]
-    return rows
+    return [compile_one(kernel, cc, width, config, 'bf16')
+            for (kernel, arch, width), config in kernels.CONFIG.items() if arch == cc]
 
 
 @pytest.fixture(scope='module')

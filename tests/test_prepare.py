@@ -2,7 +2,7 @@
 import gzip
 import json
 import os
-import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 import prepare
+from conftest import child_env
+from errors import UserError
 
 TEXTS = [f"document {i}:\n    the {c} {s} is  on the mat\n\tünïcode ☃" for i in range(30) for c in ('red', 'blue')
          for s in ('star', 'cat')]
@@ -74,13 +76,14 @@ def test_an_interrupted_tokenize_leaves_nothing_that_looks_whole(world, tmp_path
 
 @pytest.mark.parametrize('name, content, words', [
     ('a.jsonl', b'{"text": "x"}\n{"text": 5}\n', "a.jsonl: line 2: 'text' is int"),
-    ('a.jsonl', b'{"text": "x"}\n\n{"te', "a.jsonl: line 3: no JSON object with 'text'"),
-    ('a.jsonl', b'{"body": "x"}', "a.jsonl: line 1: no JSON object with 'text'"),
-    ('a.txt', b'\xff\xfe', 'a.txt: not UTF-8'), ('a.pdf', b'x', 'a.pdf: expected one of .txt'),
-    ('a.jsonl.gz', b'junk', 'ot a gzipped file')])
+    ('a.jsonl', b'{"text": "x"}\n\n{"te', "a.jsonl: line 3: not readable as a JSON object with 'text'"),
+    ('a.jsonl', b'{"body": "x"}', "a.jsonl: line 1: not readable as a JSON object with 'text'"),
+    ('a.txt', b'\xff\xfe', 'a.txt: not readable as UTF-8 text'), ('a.pdf', b'x', 'a.pdf: expected one of .txt'),
+    ('a.jsonl.gz', b'junk', 'a.jsonl.gz: not readable .* .Not a gzipped file'),
+    ('a.jsonl.zst', b'junk', 'a.jsonl.zst: not readable|pip install zstandard')])
 def test_what_is_no_text_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, OSError), match=words):
+    with pytest.raises(UserError, match=words):
         list(prepare.documents(str(tmp_path / name)))
 
 
@@ -144,6 +147,11 @@ def test_pair_check_and_show_photos(world, tmp_path, capsys):
     captions.write_text('{"image": "p1.jpg", "caption": "one"}\n{"image": "../p2.jpg", "caption": "two"}\n')
     with pytest.raises(ValueError, match="'../p2.jpg': expected a path inside"):
         prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
+    captions.write_text('{"image": "p1.jpg", "caption": "one"}\n\n{"image": "gone.jpg", "caption": "two"}\n')
+    with pytest.raises(UserError, match="captions.jsonl: line 3: no image 'gone.jpg' in .*photos"):
+        prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
+    captions.write_text(json.dumps({'image': 'p1.jpg', 'caption': 'a lone surrogate \ud800'}))
+    assert prepare.pair(str(photos), f'{tmp_path}/lone', str(captions)) == 1
     captions.write_text('{"image": "p1.jpg", "caption": " "}\n')
     with pytest.raises(ValueError, match='p1.jpg: its caption is empty'):
         prepare.pair(str(photos), f'{tmp_path}/more', str(captions))
@@ -190,11 +198,38 @@ def test_show_marks_exactly_the_answers(world, tmp_path, capsys):
         assert [line for line in lines if '| <pad>' not in line] == want
 
 
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'check', f'{tmp_path}/gone', '--tokenizer', f'{world}/t.model'])
-    with pytest.raises(SystemExit) as e:
-        runpy.run_path(prepare.__file__, run_name='__main__')
-    assert e.value.code == f'prepare.py: {tmp_path}/gone: no such file'
+def test_pair_takes_several_folders(world, tmp_path):
+    folders = [str(write_photos(tmp_path / name, n)) for name, n in (('one', 2), ('two', 3))]
+    assert prepare.main(['pair', *folders, '--out', f'{tmp_path}/tars', '--samples_per_shard', '4']) == 0
+    source = data.CaptionSource(f'{tmp_path}/tars', data.load_tokenizer(f'{world}/t.model'), 64, 4, 28)
+    assert [source[i].id.split(':')[1] for i in range(len(source))] == [
+        f'{i:09d}_{stem}' for i, stem in enumerate(('p0', 'p1', 'p0', 'p1', 'p2'))]
+    with pytest.raises(UserError, match='2 folders, expected one'):
+        prepare.pair(folders, f'{tmp_path}/more', 'captions.jsonl')
+    with pytest.raises(UserError, match='p0.jpg: expected a folder of images'):
+        prepare.pair([f'{folders[0]}/p0.jpg'], f'{tmp_path}/more')
+
+
+def test_an_error_of_the_input_reaches_the_user_through_the_trainer(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n{"text": 5}\n')
+    with pytest.raises(UserError, match="a.jsonl: line 2: 'text' is int"):
+        prepare.train_tokenizer(prepare.documents(str(tmp_path)), str(tmp_path / 'x.model'), 300)
+
+
+@pytest.mark.parametrize('argv, line', [
+    (['check', '{tmp}/gone', '--tokenizer', '{world}/t.model'], '{tmp}/gone: no such file'),
+    (['check', '{tmp}/x.tar.gz', '--tokenizer', '{world}/t.model'],
+     '{tmp}/x.tar.gz: compressed tars cannot be read in place; unpack it first (gunzip for .gz)'),
+    (['tokenize', '{world}/texts', '--tokenizer', '{world}/t.model', '--out', '{tmp}/x.tar.gz/out'],
+     '{tmp}/x.tar.gz/out: cannot be written ([Errno 20] Not a directory: \'{tmp}/x.tar.gz/out.partial\')')])
+def test_mistakes_end_in_one_line(world, tmp_path, argv, line):
+    (tmp_path / 'x.tar.gz').write_bytes(gzip.compress(b'x'))
+    argv, line = ([text.format(tmp=tmp_path, world=world) for text in texts] for texts in (argv, [line]))
+    run = subprocess.run([sys.executable, prepare.__file__, *argv], env=child_env(), capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, line[0] + '\n')
+
+
+def test_an_impossible_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match='Vocabulary size too high'):
         prepare.train_tokenizer(TEXTS[:3], str(tmp_path / 'x.model'), 50_000)
     assert not os.listdir(tmp_path)
