@@ -315,33 +315,39 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, images=None, image_index=None, *, max_new_tokens=128, stop_ids=(), temperature=0.0,
-                 top_k=0, generator=None):
+                 top_k=0, generator=None, prefix=None):
         """
         Continue prompts of different lengths in one batch; greedy unless temperature > 0.
         prompts      list of B lists of ids; image_id at image slots
         images       (N,3,S,S) uint8 or None; image_index (M,) as in forward
+        prefix       instead of images: what prefill_images(images) gave, for prompts that open with an image
         returns      list of B lists: the new ids, without the stop id that ended a row
         An image that opens several prompts is encoded and prefilled once.
         """
         if not prompts or not all(prompts):
             raise ValueError("generate: expected prompts of at least one token each")
-        device, config, B = self.decoder.output.weight.device, self.decoder.config, len(prompts)
+        device, B = self.decoder.output.weight.device, len(prompts)
         length = torch.tensor([len(p) for p in prompts], device=device)
         tokens = torch.zeros(B, int(length.max()), dtype=torch.int64, device=device)
         for row, prompt in zip(tokens, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        if images is not None:
-            images = images.to(device)
-            image_index = torch.arange(len(images)) if image_index is None else image_index
+        if images is not None or prefix is not None:
+            n_image = len(images) if prefix is None else prefix.k.shape[1]
+            image_index = torch.arange(n_image) if image_index is None else image_index
             image_index = image_index.to(device)
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.decoder.output.weight.dtype
-        cache = KVCache(config, B, tokens.shape[1] + max_new_tokens, device, dtype)
-        start = self._prefill_images(cache, tokens, length, images, image_index)
-        if start:
-            x = self.decoder.tok_embeddings(tokens[:, start:])
+            if self._images_open_rows(tokens, length, image_index):
+                if prefix is None:
+                    used, image_index = image_index.unique(return_inverse=True)
+                    prefix = self.prefill_images(images[used.to(images.device)])
+            elif prefix is not None:
+                raise ValueError("generate: with a prefix, each prompt is one image and then text without images")
+        cache = self._new_cache(B, tokens.shape[1] + max_new_tokens)
+        if prefix is None:
+            start, x = 0, self.embed(tokens, None if images is None else images.to(device), image_index)
         else:
-            x = self.embed(tokens, images, image_index)
+            cache.fill(prefix, image_index)
+            start = prefix.k.shape[3]
+            x = self.decoder.tok_embeddings(tokens[:, start:])
         position = start + torch.arange(x.shape[1], device=device).expand(B, -1)       # (B,T)
         last = length - 1 - start                                                     # (B,) where each prompt ends in x
         new, done = [], torch.zeros(B, dtype=torch.bool, device=device)
@@ -361,22 +367,35 @@ class VLM(nn.Module):
         new = torch.stack(new, 1).tolist() if new else [[]] * B
         return [[t for t in row if t >= 0] for row in new]
 
-    def _prefill_images(self, cache, tokens, length, images, image_index):
-        """Fill the cache with the images that open the rows, each once; returns how many positions are done."""
-        if images is None or len(image_index) != len(tokens):
-            return 0
+    def _new_cache(self, batch, length):
+        weight = self.decoder.output.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return KVCache(self.decoder.config, batch, length, weight.device, dtype)
+
+    def _images_open_rows(self, tokens, length, image_index):
+        """Is every row of tokens (B,T) one whole image, then at least one id, and no further image?"""
         n = self.encoder.n_token if self.encoder is not None else 0
+        if n == 0 or len(image_index) != len(tokens) or length.min() <= n:
+            return False
         slots = tokens == self.image_id                                                # (B,T)
-        if n == 0 or length.min() <= n or not slots[:, :n].all() or slots[:, n:].any():
-            return 0
-        used, row = image_index.unique(return_inverse=True)
-        x = self.image_features(images[used]).to(self.decoder.tok_embeddings.weight.dtype)     # (N,n,C) as embed
-        prefix = KVCache(self.decoder.config, len(used), n, x.device, cache.k.dtype)
-        position = torch.arange(n, device=x.device).expand(len(used), -1)
-        self.decoder.trunk(x, torch.zeros(1, dtype=torch.int64, device=x.device), Intervals.cached(position, n),
-                           position, prefix)
-        cache.fill(prefix, row)
-        return n
+        return bool(slots[:, :n].all()) and not slots[:, n:].any()
+
+    @torch.no_grad()
+    def prefill_images(self, images):
+        """
+        Read images once, for any number of calls of generate(prompts, prefix=..., image_index=...).
+        images   (N,3,S,S) uint8 or normalised float
+        returns  KVCache of N rows and n_token positions
+        """
+        N, n = len(images), self.encoder.n_token
+        prefix = self._new_cache(N, n)
+        device = prefix.k.device
+        x = self.image_features(images.to(device)).to(self.decoder.tok_embeddings.weight.dtype)     # (N,n,C) as embed
+        position = torch.arange(n, device=device).expand(N, -1)
+        unread = torch.zeros(1, dtype=torch.int64, device=device)      # the trunk's output: keys and values are enough
+        self.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
+        return prefix
 
 
 # --- a model from its description -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
-Scores as pure functions: VQA soft accuracy in its four published variants, boxes, POPE, intervals, blind baselines,
-the paper's stable score (arXiv 2503.07603, section 2.2, tables 8 and 9), and the results entry of one benchmark.
-Nothing here reads a file or asks a model.
+Scores as pure functions: VQA soft accuracy in its four published variants, boxes, captions, POPE, intervals, what
+guessers score, the paper's stable score (arXiv 2503.07603, section 2.2, tables 8 and 9), and the results entry of one
+benchmark. Nothing here reads a file or asks a model.
 """
 import ast
 import functools
@@ -50,7 +50,7 @@ def clean_space(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
 
-@functools.lru_cache(maxsize=1 << 16)                       # the 2.1 M answers of VQAv2 val hold few distinct ones
+@functools.lru_cache(maxsize=1 << 16)                       # VQAv2 val has 2.1 M answers, few of them distinct
 def clean_punctuation(text):
     """Step 2: punctuation deleted where it touches a space (or anywhere in a text with '1,000'), else made a space."""
     out, comma = text, DIGIT_COMMA.search(text) is not None
@@ -77,7 +77,7 @@ def vqa_accuracy(prediction, answers, variant='official'):
     """
     VQA soft accuracy: mean over annotators of min(1, matches among the others / 3), after the variant's normalisation.
     prediction  str
-    answers     the annotators' answers, str or dicts with 'answer'; never modified (10 of them; 'm4c' insists)
+    answers     the annotators' answers, str or dicts with 'answer'; never modified; 'm4c' takes exactly 10
     variant     'official' (VQA repository), 'vlm-eval' (TRI-ML/vlm-evaluation, VQAv2), 'm4c' (TextVQA), 'vizwiz'
     returns     0..1; with 10 annotators and k matches 0, .3, .6, .9, 1
     Raises ValueError for no answers, an unknown variant, or other than 10 answers with 'm4c'.
@@ -156,6 +156,35 @@ def letterbox_box(box, width, height):
             (box[2] * width + left) / side, (box[3] * height + top) / side]
 
 
+# --- captions -----------------------------------------------------------------------------------------------------
+
+def normalize_caption(text):
+    """Lower case, single spaces."""
+    return ' '.join(text.lower().split())
+
+
+def phrases(text):
+    """The set of a caption's phrases, each of which a full stop ends: 'A dog.  a red ball .' has two."""
+    return {normalize_caption(phrase) for phrase in text.split('.')} - {''}
+
+
+def phrase_f1(prediction, references):
+    """
+    F1 of the phrases of a caption: the harmonic mean of the share of its phrases that are right and the share of the
+    right phrases that it has. Order, case, spaces and repetitions do not matter.
+    prediction  str
+    references  list of str, the captions that the image has; the one that fits best counts
+    returns     0..1
+    """
+    said = phrases(prediction)
+    best = 0.0
+    for reference in references:
+        right = phrases(reference)
+        if said & right:
+            best = max(best, 2 * len(said & right) / (len(said) + len(right)))
+    return best
+
+
 # --- POPE ---------------------------------------------------------------------------------------------------------
 
 def pope_answer(text):
@@ -186,7 +215,8 @@ def wilson_interval(share, n):
     z2 = Z95 ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))     # rounding alone would cross it
+    # the share lies inside; rounding could put it outside by its last bit
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def mean_interval(scores):
@@ -204,7 +234,7 @@ def mean_interval(scores):
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-# --- blind baselines ----------------------------------------------------------------------------------------------
+# --- what guessers score ------------------------------------------------------------------------------------------
 
 def constant_baseline(fit, test, score, n_candidate=20, max_fit=1000):
     """
@@ -230,11 +260,22 @@ def constant_baseline(fit, test, score, n_candidate=20, max_fit=1000):
     return total / max(len(test), 1), {kind: answer for kind, answer in best.items() if kind is not None}
 
 
-def uniform_baseline(test, score):
-    """Expected score of an answer drawn evenly from the distinct answers of its question type; test as above."""
+def uniform_baseline(test, score, partial=False, n_draw=100):
+    """
+    Expected score of an answer drawn evenly from the distinct answers of its question type; test and score as above.
+    partial  other questions' answers can earn a part of the score: n_draw answers are drawn and scored. Without it
+             only a question's own answers count, and the result is exact
+    """
     known = defaultdict(set)
     for kind, answers in test:
         known[kind].update(answers)
+    if partial:
+        pools = {kind: sorted(answers) for kind, answers in known.items()}
+        rng, total = Random(21), 0.0
+        for kind, answers in test:
+            drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind])))
+            total += sum(score(guess, answers) for guess in drawn) / len(drawn)
+        return total / max(len(test), 1)
     total = sum(sum(score(a, answers) for a in set(answers)) / len(known[kind]) for kind, answers in test)
     return total / max(len(test), 1)
 
@@ -277,9 +318,10 @@ class Example:
     prompt: str                                 # the question as the model reads it
     answers: list                               # what the scorer compares with; [index] when there are choices
     image: str = ''                             # path; '' = text only
-    types: tuple = ()                           # labels it is also reported under
+    types: tuple = ()                           # labels; scores are also reported by label
     choices: list = None                        # None = the model writes its answer
-    blind: list = None                          # candidate answers of an attribute-blind guesser
+    guesses: list = None                        # answers (indices of choices) that somebody could guess who sees the
+                                                # image, but not what is asked about it
 
 
 @dataclass
@@ -289,9 +331,14 @@ class Task:
     kind: str
     examples: list
     score: Callable                             # (prediction, answers) -> 0..1, or None when malformed
-    chat: bool = True                           # instruction format, as in fine-tuning; False = plain text
-    train: list = None                          # (type, answers) on which the blind constant is chosen
-    split_mean: bool = False                    # the score is the mean of the first type's scores (POPE)
+    layout: str = 'instruct'                    # how the model is asked: 'instruct' = a question, as in fine-tuning;
+                                                # 'caption' = the image alone, as in stage 2; 'text' = plain text
+    upright: bool = True                        # turn images as their EXIF says; False = as stored
+    train: list = None                          # (types, answers) of other questions, to choose constant answers on
+    n_candidate: int = 20                       # how many constant answers are tried per type of question,
+    max_fit: int = 1000                         # and on how many questions
+    partial: bool = False                       # a wrong answer can earn a part of the score
+    split_mean: bool = False                    # the score is the mean over the questions' first labels (POPE)
     variant: str = ''                           # which published scoring rule
     extra: dict = field(default_factory=dict)   # name -> function(records) for results.json
 
@@ -312,7 +359,7 @@ def subset(examples, n, split=lambda e: ''):
     return kept
 
 
-def vqa_task(name, kind, examples, variant, others, fit):
+def vqa_task(name, kind, examples, variant, others=(), train=None):
     """A Task scored by VQA soft accuracy; an empty answer is malformed. `others` are variants reported beside it."""
     def score(prediction, answers):
         return vqa_accuracy(prediction, answers, variant) if prediction else None
@@ -320,8 +367,23 @@ def vqa_task(name, kind, examples, variant, others, fit):
     def under(other):
         return lambda records: sum(vqa_accuracy(r['prediction'] or '', r['answers'], other)
                                    for r in records) / max(len(records), 1)
-    return Task(name, kind, examples, score, train=fit, variant=variant,
-                extra={f'accuracy_{other}': under(other) for other in others})
+    extra = {f'accuracy_{other}': under(other) for other in others}
+    return Task(name, kind, examples, score, train=train, variant=variant, extra=extra)
+
+
+def caption_task(name, examples):
+    """
+    A Task scored by phrase_f1; an empty caption is malformed. Beside it stands exact_match: the share of captions that
+    equal one of the image's captions as a whole, but for case and spaces.
+    """
+    def score(prediction, answers):
+        return phrase_f1(prediction, answers) if prediction else None
+
+    def exact_match(records):
+        right = [normalize_caption(r['prediction']) in map(normalize_caption, r['answers']) for r in records]
+        return sum(right) / max(len(right), 1)
+    return Task(name, 'captions', examples, score, layout='caption', partial=True,
+                variant='F1 of the phrases between full stops', extra={'exact_match': exact_match})
 
 
 def same(prediction, answers):
@@ -345,30 +407,36 @@ def score_box(prediction, answers):
 
 def blind_baselines(task, examples):
     """
-    What guessers score on `examples` who do not look at the image: 'chance' draws evenly from the choices, or from the
-    answers that questions of this type have; 'constant' always gives the best single answer per type; 'attribute' (None
-    without blind answers) draws from what the image holds without knowing which is asked for, else gives the constant.
+    What guessers score on `examples`, to compare a model with.
+    returns  ({'chance', 'constant', 'attribute'}, {types: the constant answer})
+             chance     any of the choices or, without choices, any answer that questions of this type have
+             constant   always the one answer that is best for this type of question, whatever the image
+             attribute  any of the example's `guesses`, else the constant; None where no example has guesses
     """
     def score(prediction, answers):
         return task.score(prediction, answers) or 0.0
     test = [(e.types, e.answers) for e in examples]
-    # nearly every gold box is different, so a box needs more candidates than a word
-    tried = {'n_candidate': 100, 'max_fit': 300} if task.kind == 'refcoco' else {}
-    constant, answers = constant_baseline(task.train or test, test, score, **tried)
-    chance, attribute = uniform_baseline(test, score), None
+    constant, answers = constant_baseline(task.train or test, test, score, task.n_candidate, task.max_fit)
     if examples[0].choices:
         chance = sum(1 / len(e.choices) for e in examples) / len(test)
-    if any(e.blind for e in examples):
-        guesses = [e.blind or [answers.get(e.types, '')] for e in examples]
-        attribute = sum(sum(score(b, e.answers) for b in g) / len(g) for g, e in zip(guesses, examples)) / len(test)
+    else:
+        chance = uniform_baseline(test, score, task.partial)
+    attribute = None
+    if any(e.guesses for e in examples):
+        total = 0.0
+        for e in examples:
+            guesses = e.guesses or [answers.get(e.types, '')]
+            total += sum(score(guess, e.answers) for guess in guesses) / len(guesses)
+        attribute = total / len(test)
     return {'chance': chance, 'constant': constant, 'attribute': attribute}, answers
 
 
 def summarise(task, predictions, nats=None):
     """
     One task's results entry, and its records, one dict per question.
-    predictions  str per example, or the index of a choice, None when there is none; malformed ones are counted, score 0
-    nats         per example the value of each choice, only recorded
+    predictions  per example a str or the index of a choice; None when the model could not choose. What task.score
+                 cannot read is counted as malformed and scores 0
+    nats         per example what each choice was compared by; only recorded
     """
     scores = [task.score(p, e.answers) for p, e in zip(predictions, task.examples)]
     records, labels = [], {}
@@ -401,7 +469,12 @@ def summarise(task, predictions, nats=None):
 
 
 def stable_scores(results, vqav2_baseline=0.5):
-    """The paper's stable scores over the tasks that `results` (name -> entry) holds, each with the tasks it lacks."""
+    """
+    The paper's stable scores, each over those of its tasks that are there.
+    results         dict task name -> entry of results.json
+    vqav2_baseline  what to subtract for VQAv2; see VISION_BASELINES
+    returns         dict title -> {'score', 'tasks': names, 'missing': names}
+    """
     six = VISION_BASELINES | {'vqav2': vqav2_baseline}
     five = {task: b for task, b in six.items() if task != 'ocid_ref'}
     named = {TEXT_ALIAS.get(name, name): r['score'] for name, r in results.items()}
@@ -420,12 +493,22 @@ def stable_scores(results, vqav2_baseline=0.5):
 
 
 def table(results):
-    """The printed table: percent, half width of the 95 % interval, what guessers get (blind: the best), malformed."""
+    """The printed table, in percent; TABLE_NOTES says what its columns are."""
     lines = [f"{'task':<28}{'n':>7}{'score':>8}{'+-95%':>7}{'chance':>8}{'blind':>8}{'malformed':>11}"]
     for name, result in results.items():
         rows = [(name, result)] + [('  ' + label, row) for label, row in result['types'].items()]
         for title, row in rows:
-            lines.append(f"{title:<28}{row['n']:>7}{100 * row['score']:>8.2f}{50 * (row['high'] - row['low']):>7.2f}"
-                         f"{100 * row['chance']:>8.2f}{100 * max(row['constant'], row['attribute'] or 0):>8.2f}"
-                         + (f"{row['malformed']:>11}" if row is result else ''))
+            half_width = (row['high'] - row['low']) / 2
+            blind = max(row['constant'], row['attribute'] or 0)
+            malformed = f"{row['malformed']:>11}" if row is result else ''
+            lines.append(f"{title:<28}{row['n']:>7}{100 * row['score']:>8.2f}{100 * half_width:>7.2f}"
+                         f"{100 * row['chance']:>8.2f}{100 * blind:>8.2f}{malformed}")
     return '\n'.join(lines)
+
+
+TABLE_NOTES = """\
+score: in percent; +-95%: half the width of its 95 % confidence interval
+chance: the score of random answers: any of the choices, or any answer that occurs for this type of question
+blind: the score of the better of two guessers. One gives every question of a type the same answer, the best there is.
+       The other picks at random among what the image shows; it is there where the files say what that is
+malformed: answers that could not be read; they score 0"""

@@ -30,8 +30,11 @@ say '5/6 stage 3: instruction fine-tuning'
 stage finetune.py config/finetune.py --init_from="$out/ckpt80_img10/ckpt_100" --out_dir="$out/finetune"
 say '6/6 scores'
 for ckpt in text/ckpt_020 text/ckpt_040 text/ckpt_060 text/ckpt_080 text/ckpt_100 ckpt80_img10/ckpt_100 finetune/ckpt_100; do
-    tasks=reading,facts                 # before stage 3 a model completes text and does not answer questions about images
-    [ $ckpt != finetune/ckpt_100 ] || tasks=
+    case $ckpt in
+        text/*) tasks=reading,facts ;;
+        ckpt80_img10/*) tasks=reading,facts,captions ;; # it has not learned to answer questions about images yet
+        *) tasks= ;;                                    # all that a fine-tuned model can be asked
+    esac
     if [ -e "$out/$ckpt/eval/table.txt" ]; then
         cat "$out/$ckpt/eval/table.txt"
     else

@@ -403,6 +403,12 @@ def write_refcoco(folder, scenes, draw):
     write_file(f'{folder}/refs(unc).p', pickle.dumps(refs, protocol=2))
 
 
+def write_caption_lines(folder, scenes):
+    """captions.jsonl: the listing of each of VQAv2's images, for a model of stage 2, which answers no questions yet."""
+    write_file(f'{folder}/captions.jsonl', [dict(image=f'COCO_val2014_{i:012d}.jpg', caption=listing(scene.things))
+                                            for i, scene in enumerate(scenes)])
+
+
 def write_text_choices(folder, split, n, draw):
     """Four choices: reading.jsonl on listings of unseen scenes, facts.jsonl, a quarter of the facts for 'choice'."""
     pools, lines = dict(colour=tuple(COLOURS), shape=SHAPES, where=CELLS, at=tuple(map(' '.join, PAIRS))), []
@@ -434,6 +440,7 @@ def write_benchmarks(folder, split, n, seed):
     for path, group in zip(paths, (scenes, held_out, boxed, worded)):
         for i, pixels in enumerate(render(group)):
             write_file(f'{folder}/{path.format(i)}', encode_image(pixels, 'jpg'))
+    write_caption_lines(f'{folder}/captions', scenes)
     write_vqa(f'{folder}/vqav2', scenes, draw)
     write_vqa(f'{folder}/vqav2_heldout', held_out, draw, about=HELD_OUT, per_scene=1)
     write_pope(f'{folder}/pope', scenes[:n // 2], draw)

@@ -2,6 +2,7 @@
 Images in, visual tokens out: opening and resizing as Prismatic does (arXiv 2402.07865), the SigLIP tower
 (arXiv 2303.15343) in Hugging Face's weight layout, a patch projection without any encoder, and SigLIP's loss.
 """
+import contextlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from errors import UserError
@@ -30,37 +31,30 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000')
 # what damaged files make Pillow raise (bytes flipped and cut in eight formats: tests/test_vision.py)
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
                  MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
 
 
-def open_image(source):
+def open_image(source, upright=True):
     """
-    Decode one image (the first frame of an animation) upright as RGB; transparency becomes white.
+    Decode one image (the first frame of an animation) as RGB; transparency becomes white.
     source   path, or the file's bytes
+    upright  turn it as its EXIF orientation says; False = the pixels as stored, in which COCO counts its boxes
     returns  PIL image, mode RGB
-    Raises ValueError naming the file and the reason: missing, not an image, truncated, corrupt, above MAX_PIXELS.
+    Raises UserError naming the file and the reason: missing, not an image, truncated, corrupt, above MAX_PIXELS.
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or min(image.size) < 1:   # known from the header alone
-                raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS:,} in all")
+                raise UserError(f"{image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS:,} in all")
             image.load()
-            turn = UPRIGHT.get(_orientation(image))
-            return to_rgb(image if turn is None else image.transpose(turn))
+            if upright:
+                with contextlib.suppress(Exception):           # a damaged EXIF block does not spoil the pixels
+                    ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image, or its header is damaged; readable: {', '.join(FORMATS)}") from error
+        raise UserError(f"{name}: not an image, or its header is damaged; readable: {', '.join(FORMATS)}") from error
     except DECODE_ERRORS as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def _orientation(image):
-    try:
-        return image.getexif().get(0x0112)
-    except DECODE_ERRORS:                      # a damaged EXIF block does not spoil the pixels: show them as stored
-        return None
+        raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def to_rgb(image):

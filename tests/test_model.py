@@ -477,9 +477,29 @@ def test_an_image_prefix_is_prefilled_once(monkeypatch):
     assert model.generate(prompts, images, index, max_new_tokens=7) == expected
     assert (model.encoder.calls, model.encoder.n_image) == (1, 2)            # image 1 is asked nothing
     assert seen[:2] == [(2, 4), (4, 3)]                  # two prefixes of 4, then 4 questions of at most 3 tokens
-    monkeypatch.setattr(VLM, '_prefill_images', lambda *a: 0)
+    monkeypatch.setattr(VLM, '_images_open_rows', lambda *a: False)
     assert model.generate(prompts, images, index, max_new_tokens=7) == expected
     assert [model.generate([p], images[i:i + 1], max_new_tokens=7)[0] for p, i in zip(prompts, index)] == expected
+
+
+@torch.no_grad()
+def test_a_prefix_answers_as_its_image_does_and_is_encoded_no_more():
+    model, images = tiny_vlm(21, spread=3.0), pictures(2)
+    questions = [[IMAGE] * 4 + question for question in ([1], [2, 3, 4], [5, 6])]
+    expected = [model.generate([q], images[:1], max_new_tokens=7)[0] for q in questions]
+    other = model.generate(questions[:1], images[1:], max_new_tokens=7)[0]
+    assert other != expected[0]
+    both = model.prefill_images(images)
+    prefix = model.prefill_images(images[:1])
+    model.encoder.calls = 0
+    assert [model.generate([q], prefix=prefix, max_new_tokens=7)[0] for q in questions] == expected
+    same = torch.zeros(3, dtype=torch.int64)
+    assert model.generate(questions, prefix=prefix, image_index=same, max_new_tokens=7) == expected
+    assert model.generate(questions[:1] * 2, prefix=both, max_new_tokens=7) == [expected[0], other]
+    assert model.encoder.calls == 0
+    for wrong in ([1, 2], [1] + questions[0], [IMAGE] * 4, [IMAGE] * 8 + [1]):
+        with pytest.raises(ValueError, match='one image and then text'):
+            model.generate([wrong], prefix=prefix)
 
 
 @torch.no_grad()

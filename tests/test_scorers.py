@@ -10,8 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scorers import (CONTRACTIONS, TEXT_BASELINES_9, TEXT_BASELINES_10, VISION_BASELINES, VIZWIZ_CONTRACTIONS, box_iou,
                      clean_punctuation, clean_words, constant_baseline, gqa_match, letterbox_box, mean_interval,
-                     normalize_m4c, parse_box, pope_answer, pope_metrics, stable_score, uniform_baseline, vqa_accuracy,
-                     wilson_interval)
+                     normalize_m4c, parse_box, phrase_f1, pope_answer, pope_metrics, stable_score, uniform_baseline,
+                     vqa_accuracy, wilson_interval)
 
 VARIANTS = ('official', 'vlm-eval', 'm4c', 'vizwiz')
 
@@ -153,6 +153,19 @@ def test_letterbox_box():
     assert letterbox_box([.2, .3, .4, .5], 64, 64) == pytest.approx([.2, .3, .4, .5])
 
 
+# --- captions -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('prediction, references, score', [
+    ('a red ball . a dog .', ['a red ball . a dog .'], 1), ('A  dog.a red\nball', ['a red ball . a dog .'], 1),
+    ('a dog. a dog. a red ball', ['a red ball. a dog'], 1),              # order and repetitions do not matter
+    ('a dog', ['a red ball. a dog'], 2 / 3),                             # all of it right, half of it there
+    ('a dog. a cat. a cow', ['a dog'], 1 / 2), ('a cat', ['a dog'], 0), ('a red', ['a red ball'], 0),
+    ('a dog', ['a cat', 'a dog. a cow', 'a dog'], 1),                    # the best of several captions
+    ('', ['a dog'], 0), ('. .', ['a dog'], 0), ('', [''], 0), ('a dog', [], 0)])
+def test_phrase_f1_compares_captions_as_sets_of_phrases(prediction, references, score):
+    assert phrase_f1(prediction, references) == pytest.approx(score)
+
+
 # --- POPE, intervals, baselines -----------------------------------------------------------------------------------
 
 def test_pope_answer_rule():
@@ -201,6 +214,15 @@ def test_constant_baseline_is_per_type_and_fitted_where_told():
     assert constants == {'colour': 'red', 'count': '2'}
     assert score == pytest.approx((1 + 1 + 1) / 6)                      # one red, one count, 'new' gets overall 'red'
     assert constant_baseline(test, test, exact)[0] == pytest.approx(5 / 6)
+
+
+def test_uniform_baseline_counts_what_wrong_answers_earn_where_they_earn_a_part():
+    test = [('', ['a. b']), ('', ['a. c']), ('', ['d'])]
+    assert uniform_baseline(test, phrase_f1) == pytest.approx(3 / 9)
+    assert uniform_baseline(test, phrase_f1, partial=True) == pytest.approx((1.5 + 1.5 + 1) / 9)
+    many = [('', [f'{i}. {i % 2}']) for i in range(40)]                  # one word in common: half of the pairs
+    drawn = uniform_baseline(many, phrase_f1, partial=True, n_draw=10)
+    assert drawn == pytest.approx(uniform_baseline(many, phrase_f1, partial=True), abs=.05)
 
 
 def test_uniform_baseline():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks
 import evaluate
 import tinyworld as tw
 from data import CaptionSource, InstructSource, TextSource, load_tokenizer
@@ -171,14 +172,17 @@ def test_benchmarks_are_read_by_evaluate_with_balanced_answers(world):
     options = evaluate.default_options(eval_dir=str(world / 'eval'), short_suffix='', box_prompt='box of the {sent}?',
                                        pope_words=('yes', 'no'))
     tasks = {task.name: task for task in evaluate.find_tasks(options)}
-    assert set(tasks) == {'vqav2', 'vqav2_heldout', 'pope', 'textvqa', 'refcoco', 'reading', 'facts'}
+    assert set(tasks) == {'vqav2', 'vqav2_heldout', 'pope', 'textvqa', 'refcoco', 'captions', 'reading', 'facts'}
     pope = tasks['pope'].examples
     assert np.mean([example.answers == [0] for example in pope]) == 0.5 and len(pope) == 3 * SMALL['n_test']
+    captions, asked = tasks['captions'].examples, {example.image for example in tasks['vqav2'].examples}
+    assert len(captions) == SMALL['n_test'] and {example.image for example in captions} == asked
+    assert all(re.fullmatch(r'([a-c][1-3] \w+ \w+ \. ?)+', example.answers[0]) for example in captions)
     box = tasks['refcoco'].examples[0]
     assert re.fullmatch(r'box of the \w+ \w+\?', box.prompt)
     for task in tasks.values():
         assert all(Image.open(example.image).size == (tw.SIZE, tw.SIZE) for example in task.examples if example.image)
-    refs = evaluate.read_refs(str(world / 'eval/refcoco/refs(unc).p'))
+    refs = benchmarks.read_refs(str(world / 'eval/refcoco/refs(unc).p'))
     assert {'ref_id', 'ann_id', 'image_id', 'category_id', 'split', 'sent_ids', 'sentences'} <= refs[0].keys()
 
 

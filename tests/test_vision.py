@@ -378,6 +378,16 @@ def test_damaged_exif_leaves_the_image_as_stored():
     assert open_image(data).size == (16, 8)
 
 
+def test_the_stored_frame_is_there_for_boxes_that_are_counted_in_it():
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # stored lying on its side
+    data = encoded(photo(16, 8), 'JPEG', exif=exif)
+    assert open_image(data).size == (8, 16) and open_image(data, upright=False).size == (16, 8)
+    plain = np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+    assert (np.asarray(open_image(data, upright=False)) == plain).all()
+    assert (np.asarray(open_image(data)) == np.rot90(plain, -1)).all()
+
+
 def test_first_frame_of_an_animation():
     frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'lime', 'blue')]
     for format in ('GIF', 'WEBP', 'PNG', 'TIFF', 'MPO'):

@@ -1,0 +1,356 @@
+"""
+Benchmark files to Tasks: the official releases as they are, found under a folder. The first lines of evaluate.py say
+which files go where. Nothing here asks a model.
+
+    for task in find_tasks(opt): ...            # opt: evaluate.default_options(eval_dir='data/eval', tasks='pope,copa')
+
+A new benchmark is one function, which reads its rows with read_table and returns a Task, and its line in READERS.
+"""
+import functools
+import glob
+import json
+import os
+import pickle
+
+from errors import UserError, reading
+from scorers import Example, Task, caption_task, pope_metrics, same, score_box, subset, unit_box, vqa_task
+
+IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images')
+IMAGE_ENDINGS = ('.jpg', '.png', '.jpeg')
+# what DCLM puts between query and choice, where it is not one space (llm-foundry ICL, heavy.yaml)
+TEXT_DELIMITER = {'arc_easy': '\nAnswer: ', 'piqa': '\nAnswer: ', 'boolq': '\nAnswer: '}
+
+
+# --- tables: files to checked rows --------------------------------------------------------------------------------
+
+def read_table(path, key, *fields):
+    """
+    The rows of a benchmark's JSON file, checked.
+    key      the list of rows stands under it; None = a file with one JSON object a line
+    fields   what every row must have
+    returns  list of dicts
+    Raises UserError that names the file, the entry and what is wrong with it.
+    """
+    with reading(path, 'JSON'), open(path, encoding='utf-8') as f:
+        if key is None:
+            rows = []
+            for i, line in enumerate(f, 1):
+                if line.strip():
+                    with reading(f'{path}:{i}', 'JSON'):
+                        rows.append(json.loads(line))
+        else:
+            content = json.load(f)
+            rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected an object with a list under '{key}'")
+    return check_rows(rows, path, *fields)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """RefCOCO releases refs as a pickle of lists, dicts, numbers and strings; anything that names code is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and a refs file holds only lists, dicts and strings")
+
+
+def read_refs(path, *fields):
+    """The rows of an official refs(unc).p file, checked as in read_table and read without running any code."""
+    with reading(path, 'RefCOCO refs'), open(path, 'rb') as f:
+        refs = PlainUnpickler(f).load()
+    if not isinstance(refs, list):
+        raise UserError(f"{path}: holds a {type(refs).__name__}, expected the list of refs")
+    return check_rows(refs, path, *fields)
+
+
+def check_rows(rows, path, *fields):
+    """`rows` if each is a dict that has the fields; else UserError."""
+    for i, row in enumerate(rows):
+        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise UserError(f"{path}: entry {i} has no '{missing[0]}'; expected {', '.join(fields)}")
+    return rows
+
+
+def check_known(rows, path, field, known, other):
+    """UserError unless the `field` of every row is among `known`, which the file `other` holds."""
+    for i, row in enumerate(rows):
+        if row[field] not in known:
+            raise UserError(f"{path}: entry {i} has {field} {row[field]}, which {other} does not hold")
+
+
+def optional(row, names=None):
+    """
+    Two fields that any row of any benchmark may have, as Example's `types` and `guesses`.
+    question_type   a label or a list of labels; questions are also reported by label. VQAv2's files have it
+    blind_answers   a list of answers that somebody could give who sees the image, but not what is asked about it: what
+                    "blind" in the table can be. No official file has it
+    names           of the choices, for questions with choices: the guesses then become their indices
+    """
+    labels = row.get('question_type') or ()
+    types = (labels,) if isinstance(labels, str) else tuple(labels)
+    guesses = row.get('blind_answers')
+    if guesses and names:
+        guesses = [names.index(guess) for guess in guesses]
+    return types, guesses
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+def find_images(folder, examples):
+    """
+    Replace the `image` of each example, a file's name without its ending, by the file's path.
+    Raises UserError that says how many are missing, and the first of them.
+    """
+    @functools.cache
+    def names(place):
+        return frozenset(os.listdir(place)) if os.path.isdir(place) else frozenset()
+
+    def path_of(stem):
+        for base in (folder, os.path.dirname(folder)):
+            for place in (os.path.join(base, sub) for sub in IMAGE_FOLDERS):
+                for ending in IMAGE_ENDINGS:
+                    if stem + ending in names(place):
+                        return os.path.join(place, stem + ending)
+        return ''
+    stems = dict.fromkeys(e.image for e in examples if e.image)
+    paths = {stem: path_of(stem) for stem in stems}
+    missing = [stem for stem in stems if not paths[stem]]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of {len(stems)} images missing, first {missing[0]}.jpg; expected "
+                        f"there or in {os.path.dirname(folder)}, or in the folders {', '.join(IMAGE_FOLDERS[1:])} of "
+                        "either")
+    for example in examples:
+        if example.image:
+            example.image = paths[example.image]
+
+
+# --- benchmarks: each function gets the first file of a benchmark, the task's name and the options ------------------
+
+def read_vqav2(path, name, opt):
+    """VQAv2 val, scored by opt.vqa_variant; the other variant is reported beside it."""
+    folder = os.path.dirname(path)
+    questions_file = os.path.join(folder, 'v2_OpenEnded_mscoco_val2014_questions.json')
+    answers_file = os.path.join(folder, 'v2_mscoco_val2014_annotations.json')
+    train_file = os.path.join(folder, 'v2_mscoco_train2014_annotations.json')
+    questions = read_table(questions_file, 'questions', 'question_id', 'question')
+    rows = read_table(answers_file, 'annotations', 'question_id', 'image_id', 'answers')
+    text = {row['question_id']: row['question'] for row in questions}
+    check_known(rows, answers_file, 'question_id', text, questions_file)
+
+    def answers_of(row, i, file):
+        if not row['answers']:
+            raise UserError(f"{file}: entry {i} has no answers")
+        return [answer['answer'] for answer in row['answers']]
+    examples = []
+    for i, row in enumerate(rows):
+        types, guesses = optional(row)
+        examples.append(Example(
+            id=str(row['question_id']),
+            prompt=text[row['question_id']] + opt.short_suffix,
+            answers=answers_of(row, i, answers_file),
+            image=f"COCO_val2014_{row['image_id']:012d}",
+            types=types,
+            guesses=guesses))
+    train = None
+    if os.path.exists(train_file):
+        train = [(optional(row)[0], answers_of(row, i, train_file))
+                 for i, row in enumerate(read_table(train_file, 'annotations', 'answers'))]
+    return vqa_task(name, 'vqav2', examples, opt.vqa_variant, ('official', 'vlm-eval'), train)
+
+
+def read_textvqa(path, name, opt):
+    """TextVQA val by M4C's score. Where `path` is the file with OCR tokens, they are part of the question."""
+    folder = os.path.dirname(path)
+    file = os.path.join(folder, 'TextVQA_0.5.1_val.json')
+    ocr_file = os.path.join(folder, 'textvqa_val_v051_ocr.jsonl')
+    train_file = os.path.join(folder, 'TextVQA_0.5.1_train.json')
+    rows = read_table(file, 'data', 'question_id', 'image_id', 'question', 'answers')
+    questions = [row['question'] for row in rows]
+    if os.path.exists(ocr_file):
+        questions = [row['text'] for row in read_table(ocr_file, None, 'text')]
+        if len(questions) != len(rows):
+            raise UserError(f"{ocr_file}: {len(questions)} lines, expected one per question of {file}: {len(rows)}")
+        if path != ocr_file:
+            questions = [question.split('\nReference OCR token:')[0] for question in questions]
+    examples = []
+    for i, (row, question) in enumerate(zip(rows, questions)):
+        if len(row['answers']) != 10:
+            raise UserError(f"{file}: entry {i} has {len(row['answers'])} answers; the TextVQA score is defined for 10")
+        types, guesses = optional(row)
+        examples.append(Example(
+            id=str(row['question_id']),
+            prompt=question + opt.short_suffix,
+            answers=row['answers'],
+            image=str(row['image_id']),
+            types=types,
+            guesses=guesses))
+    train = None
+    if os.path.exists(train_file):
+        train = [(optional(row)[0], row['answers']) for row in read_table(train_file, 'data', 'answers')]
+    return vqa_task(name, 'textvqa', examples, 'm4c', train=train)
+
+
+def read_pope(path, name, opt):
+    """POPE: the more probable of two first tokens is the answer; the mean accuracy of the splits that are there."""
+    words = [word.lower() for word in opt.pope_words if isinstance(word, str)]
+    if len(opt.pope_words) != 2 or len(set(words)) != 2:
+        raise UserError(f"pope_words={opt.pope_words}: expected two different words, the one for yes first")
+    labels = ('yes', 'no')
+    examples = []
+    for split in ('adversarial', 'popular', 'random'):       # vlm-evaluation's order
+        file = os.path.join(os.path.dirname(path), f'coco_pope_{split}.json')
+        if not os.path.exists(file):
+            continue
+        for i, row in enumerate(read_table(file, None, 'question_id', 'image', 'text', 'label')):
+            if row['label'] not in labels:
+                raise UserError(f"{file}: entry {i} has label {row['label']!r}, expected 'yes' or 'no'")
+            types, guesses = optional(row, labels)
+            examples.append(Example(
+                id=f"{split}-{row['question_id']}",
+                prompt=row['text'] + opt.short_suffix,
+                answers=[labels.index(row['label'])],
+                image=os.path.splitext(row['image'])[0],
+                types=(split, *types),
+                choices=list(opt.pope_words),
+                guesses=guesses))
+
+    def metrics(records):
+        label = dict(zip(words, labels))
+        given = [label[r['prediction'].lower()] if r['prediction'] else '' for r in records]
+        return pope_metrics(given, [label[r['answers'][0].lower()] for r in records])
+    return Task(name, 'pope', examples, same, split_mean=True, variant='first token', extra={'yes_no': metrics})
+
+
+def read_refcoco(path, name, opt):
+    """
+    One split of RefCOCO, RefCOCO+ or RefCOCOg: the model writes a box, right at IoU >= 0.5. The gold boxes count the
+    pixels of the image as stored, so that an EXIF orientation is not applied to it.
+    """
+    instances = os.path.join(os.path.dirname(path), 'instances.json')
+    images = read_table(instances, 'images', 'id', 'width', 'height')
+    objects = read_table(instances, 'annotations', 'id', 'image_id', 'bbox')
+    refs = read_refs(path, 'ann_id', 'image_id', 'split', 'sentences')
+    size = {row['id']: (row['width'], row['height']) for row in images}
+    check_known(objects, instances, 'image_id', size, 'its list of images')
+    box, in_image = {}, {}                                   # by object; the boxes of all objects by image
+    for row in objects:
+        box[row['id']] = unit_box(row['bbox'], size[row['image_id']], opt.box_frame)
+        in_image.setdefault(row['image_id'], []).append(box[row['id']])
+    check_known(refs, path, 'ann_id', box, instances)
+    examples, train = [], []
+    for i, ref in enumerate(refs):
+        types, _ = optional(ref)
+        gold = [box[ref['ann_id']]]
+        if ref['split'] == 'train':
+            train.append((types, gold))
+        if ref['split'] != opt.refcoco_split:
+            continue
+        for k, sentence in enumerate(ref['sentences']):
+            examples.append(Example(
+                id=f"{ref.get('ref_id', i)}-{sentence.get('sent_id', k)}",
+                prompt=opt.box_prompt.replace('{sent}', sentence['sent']),
+                answers=gold,
+                image=f"COCO_train2014_{ref['image_id']:012d}",
+                types=types,
+                guesses=in_image[ref['image_id']]))          # any object's box
+    if not examples:
+        splits = sorted({ref['split'] for ref in refs})
+        raise UserError(f"{path}: no ref of split {opt.refcoco_split!r}; it has {splits}")
+    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
+    return Task(name, 'refcoco', examples, score_box, upright=False, train=train or None, n_candidate=100, max_fit=300,
+                variant=f'IoU>=0.5, {opt.box_frame} frame, images as stored')
+
+
+def read_captions(path, name, opt):
+    """Captions: what the model writes about an image without being asked; an image may have several captions."""
+    captions = {}
+    for row in read_table(path, None, 'image', 'caption'):
+        captions.setdefault(row['image'], []).append(row['caption'])
+    examples = []
+    for image, references in captions.items():
+        examples.append(Example(id=image, prompt='', answers=references, image=os.path.splitext(image)[0]))
+    return caption_task(name, examples)
+
+
+def read_text(path, name, opt):
+    """Multiple choice, zero-shot: the choice that is most probable after the plain query."""
+    examples = []
+    for i, row in enumerate(read_table(path, None, 'query', 'choices', 'gold')):
+        choices, gold = row['choices'], row['gold']
+        if len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
+            raise UserError(f"{path}: entry {i} has gold={gold!r} for {len(choices)} choices; expected an index")
+        types, guesses = optional(row, choices)
+        query = row['query'].strip() + TEXT_DELIMITER.get(name, ' ')
+        examples.append(Example(
+            id=str(i),
+            prompt=query.rstrip(),
+            answers=[gold],
+            choices=[choice.strip() for choice in choices],
+            types=types,
+            guesses=guesses))
+    return Task(name, 'text', examples, same, layout='text', variant=f'nats per {opt.choice_norm}')
+
+
+# kind: the files under eval_dir that show that it is there, the name of its task, and what reads it
+READERS = {
+    'vqav2': ('*/v2_*mscoco_val2014_*.json', '{folder}', read_vqav2),
+    'pope': ('*/coco_pope_*.json', '{folder}', read_pope),
+    'textvqa': ('*/TextVQA_0.5.1_val.json', '{folder}', read_textvqa),
+    'textvqa_ocr': ('*/textvqa_val_v051_ocr.jsonl', '{folder}_ocr', read_textvqa),
+    'refcoco': ('*/refs(u*).p', '{folder}', read_refcoco),
+    'captions': ('*/captions.jsonl', '{folder}', read_captions),
+    'text': ('text/*.jsonl', '{file}', read_text),
+}
+
+
+def list_tasks(eval_dir):
+    """What is there, known from the files' names alone: dict task name -> (kind, first file)."""
+    found = {}
+    for kind, (pattern, title, _) in READERS.items():
+        for file in sorted(glob.glob(pattern, root_dir=eval_dir)):
+            folder, base = os.path.split(file)
+            name = title.format(folder=folder, file=os.path.splitext(base)[0])
+            path = os.path.join(eval_dir, file)
+            before = found.setdefault(name, (kind, path))
+            if before[0] != kind or os.path.dirname(before[1]) != os.path.dirname(path):
+                raise UserError(f"{before[1]} and {path} are both the task {name}: rename one")
+    return found
+
+
+def find_tasks(opt):
+    """
+    The tasks under opt.eval_dir that opt.tasks names (separated by commas; '' = all), in the order of READERS, cut to
+    opt.n_example questions each. Files of other tasks are not read.
+    Raises UserError for a folder without any, an unknown name, or the first file or image that is missing or broken.
+    """
+    if not os.path.isdir(opt.eval_dir):
+        raise UserError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py's first lines say which files go there")
+    found = list_tasks(opt.eval_dir)
+    asked = [name.strip() for name in opt.tasks.split(',') if name.strip()]
+    unknown = sorted(set(asked) - set(found))
+    if unknown or not found:
+        raise UserError(f"eval_dir={opt.eval_dir}: no {unknown[0] if unknown else 'benchmark'} found; there is "
+                        f"{', '.join(sorted(found)) or 'nothing that can be read'}; evaluate.py's first lines say "
+                        "which files go there")
+    tasks = []
+    for name, (kind, path) in found.items():
+        if asked and name not in asked:
+            continue
+        folder = os.path.dirname(path)
+        with reading(folder, f'a benchmark of the kind {kind}'):
+            task = READERS[kind][2](path, name, opt)
+            if not task.examples:
+                raise UserError(f"eval_dir={opt.eval_dir}: {name} holds no question: mend it or leave it out (--tasks)")
+            check_texts(task, path)
+            find_images(folder, task.examples)
+        task.examples = subset(task.examples, opt.n_example, lambda e: e.types[0] if task.split_mean else '')
+        tasks.append(task)
+    return tasks
+
+
+def check_texts(task, path):
+    """UserError unless written answers are texts, as the scores expect them."""
+    for example in task.examples:
+        texts = [*example.answers, *(example.guesses or ())]
+        if example.choices is None and not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}: the answers of question {example.id} are not all texts: {str(texts)[:80]}")

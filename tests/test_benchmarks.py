@@ -1,0 +1,384 @@
+"""benchmarks.py on small benchmarks in the official formats: what they become, what they score, how they break."""
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import benchmarks
+import scorers
+from benchmarks import find_tasks
+from errors import UserError
+from evaluate import default_options
+
+COLOURS = {'red': (220, 30, 30), 'blue': (30, 30, 220), 'green': (30, 200, 30)}
+
+
+# --- a folder of every kind ---------------------------------------------------------------------------------------
+
+def save(folder, name, colour, size=(28, 28)):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, COLOURS[colour]).save(folder / name)
+
+
+def write_vqav2(root, n=9):
+    folder = root / 'vqav2'
+    names = list(COLOURS)
+    questions, annotations = [], []
+    for i in range(n):
+        image_id, colour = 100 + i // 2, names[(i // 2) % 3]
+        save(folder / 'val2014', f'COCO_val2014_{image_id:012d}.{"png" if image_id % 2 else "jpg"}', colour)
+        gold = colour if i % 2 == 0 else 'yes'
+        questions.append({'image_id': image_id, 'question': f'what colour is it {i}?', 'question_id': 7000 + i})
+        annotations.append({'question_id': 7000 + i, 'image_id': image_id, 'answer_type': 'other',
+                            'question_type': 'colour' if i % 2 == 0 else ['is it', 'held out'],
+                            'multiple_choice_answer': gold, 'blind_answers': ['red', gold] if i % 2 == 0 else None,
+                            'answers': [{'answer': gold, 'answer_id': k} for k in range(10)]})
+    (folder / 'v2_OpenEnded_mscoco_val2014_questions.json').write_text(json.dumps({'questions': questions[::-1]}))
+    (folder / 'v2_mscoco_val2014_annotations.json').write_text(json.dumps({'annotations': annotations}))
+    return folder
+
+
+def write_pope(root, n=4):
+    folder = root / 'pope'
+    for split in ('random', 'popular', 'adversarial'):
+        rows = [{'question_id': i, 'image': f'COCO_val2014_{100 + i // 2:012d}.jpg',
+                 'text': f'Is there a {split} dog {i}?', 'label': 'yes' if i % 2 else 'no',
+                 'blind_answers': ['yes']} for i in range(n)]
+        save(folder, 'COCO_val2014_000000000100.png', 'red')
+        save(folder, 'COCO_val2014_000000000101.jpg', 'blue')
+        (folder / f'coco_pope_{split}.json').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    return folder
+
+
+def write_textvqa(root, ocr=True):
+    folder = root / 'textvqa'
+    rows = [{'question_id': i, 'image_id': f'0a{i}', 'question': f'which word {i}?', 'answers': [f'word{i}'] * 10}
+            for i in range(4)]
+    for row in rows:
+        save(folder / 'train_images', row['image_id'] + '.jpg', 'green')
+    (folder / 'TextVQA_0.5.1_val.json').write_text(json.dumps({'data': rows}))
+    if ocr:
+        (folder / 'textvqa_val_v051_ocr.jsonl').write_text(''.join(json.dumps(
+            {'text': row['question'] + f"\nReference OCR token: word{row['question_id']}, x"}) + '\n' for row in rows))
+    return folder
+
+
+def write_refcoco(root, refs=None, name='refs(unc).p'):
+    folder = root / 'refcoco'
+    folder.mkdir(parents=True)
+    images = [{'id': i, 'width': 40, 'height': 20, 'file_name': 'unused'} for i in range(3)]
+    annotations = [{'id': 10 * i + k, 'image_id': i, 'bbox': [20 * k, 2, 10 + i, 12]}
+                   for i in range(3) for k in range(2)]
+    for image in images:
+        save(folder / 'train2014', f"COCO_train2014_{image['id']:012d}.jpg", 'blue', (40, 20))
+    if refs is None:
+        refs = [{'ref_id': i, 'ann_id': 10 * i + 1, 'image_id': i, 'category_id': 1, 'split': split, 'sent_ids': [i],
+                 'file_name': 'ignored.jpg', 'sentences': [{'sent_id': i, 'sent': f'the thing {i}', 'tokens': []}]}
+                for i, split in enumerate(['val', 'val', 'train'])]
+    (folder / 'instances.json').write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': []}))
+    (folder / name).write_bytes(refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=2))
+    return folder
+
+
+def write_text(root, n=6):
+    folder = root / 'text'
+    folder.mkdir(parents=True)
+    rows = [{'query': f' what is {i} ', 'choices': ['red', 'blue green', 'no'], 'gold': i % 3,
+             'blind_answers': ['red', 'no']} for i in range(n)]
+    (folder / 'copa.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (folder / 'boolq.jsonl').write_text(json.dumps({'query': 'is it', 'choices': ['no', 'yes'], 'gold': 1}) + '\n')
+    return folder
+
+
+def write_captions(root):
+    folder = root / 'captions'
+    rows = []
+    for name in ('a.png', 'b.jpg'):
+        save(folder / 'images', name, 'red')
+        rows += [{'image': name, 'caption': 'A red wall. Nothing else.'}, {'image': name, 'caption': 'a wall'}]
+    (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return folder
+
+
+def write_eval_dir(root):
+    for write in (write_vqav2, write_pope, write_textvqa, write_refcoco, write_captions, write_text):
+        write(root)
+    return str(root)
+
+
+@pytest.fixture(scope='module')
+def eval_dir(tmp_path_factory):
+    return write_eval_dir(tmp_path_factory.mktemp('eval'))
+
+
+def options(eval_dir, **changes):
+    opt = default_options(eval_dir=eval_dir, **changes)
+    opt.device, opt.dtype, opt.resize, opt.system_prompt = 'cpu', 'float32', opt.resize or 'letterbox', ''
+    return opt
+
+
+# --- questions and what they score --------------------------------------------------------------------------------
+
+def test_prompts_are_the_harness_s(eval_dir):
+    tasks = {t.name: t.examples for t in find_tasks(options(eval_dir))}
+    suffix = '\nAnswer the question using a single word or phrase.'
+    assert tasks['vqav2'][0].prompt == 'what colour is it 0?' + suffix
+    assert tasks['pope'][0].prompt == 'Is there a adversarial dog 0?' + suffix
+    assert tasks['textvqa'][1].prompt == 'which word 1?' + suffix
+    assert tasks['textvqa_ocr'][1].prompt == 'which word 1?\nReference OCR token: word1, x' + suffix
+    assert tasks['refcoco'][0].prompt == ('Please provide the bounding box coordinate of the region this sentence '
+                                          'describes: "the thing 0"')
+    assert tasks['copa'][0].prompt == 'what is 0' and tasks['boolq'][0].prompt == 'is it\nAnswer:'
+
+
+def test_question_types_and_baselines_are_reported(eval_dir):
+    (task,) = find_tasks(options(eval_dir, tasks='vqav2'))
+    result, records = scorers.summarise(task, [e.answers[0] if e.id != '7001' else 'no' for e in task.examples])
+    types = result['types']
+    assert {k: v['n'] for k, v in types.items()} == {'colour': 5, 'held out': 4, 'is it': 4}
+    assert (types['colour']['score'], types['held out']['score'], types['is it']['score']) == (1, .75, .75)
+    assert types['colour']['low'] < 1 and types['colour']['high'] == pytest.approx(1)
+    # colours of the five images: red, blue, green, red, blue
+    assert types['colour']['constant'] == pytest.approx(2 / 5) and types['colour']['chance'] == pytest.approx(1 / 3)
+    assert types['colour']['attribute'] == pytest.approx((2 * 1 + 3 * .5) / 5)
+    assert types['is it']['constant'] == 1 and result['constant_fitted_on'].startswith('these test questions')
+    assert result['constant'] == pytest.approx((2 + 4) / 9) and records[1]['types'] == ['is it', 'held out']
+    assert scorers.table({'vqav2': result}).count('\n') == 4
+
+
+def test_blind_answers_of_choices(eval_dir):
+    pope, copa = find_tasks(options(eval_dir, tasks='pope,copa'))
+    assert scorers.summarise(pope, [0] * 12)[0]['attribute'] == .5
+    assert scorers.summarise(copa, [0] * 6)[0]['attribute'] == pytest.approx(1 / 3)  # gold is there in 4 of 6
+
+
+def test_train_annotations_fit_the_blind_constant(tmp_path):
+    folder = write_vqav2(tmp_path)
+    (folder / 'v2_mscoco_train2014_annotations.json').write_text(json.dumps({'annotations': [
+        {'question_type': 'colour', 'answers': [{'answer': 'green'}] * 10}]}))
+    (task,) = find_tasks(options(str(tmp_path)))
+    result, _ = scorers.summarise(task, [''] * 9)
+    assert result['constant_fitted_on'] == 'train answers' and result['constant_answers'] == {'colour': 'green'}
+    assert result['types']['colour']['constant'] == pytest.approx(1 / 5)
+
+
+def test_subset_is_the_harness_s_shuffle(eval_dir):
+    order = list(range(9))
+    Random(21).shuffle(order)
+    (task,) = find_tasks(options(eval_dir, tasks='vqav2', n_example=4))
+    assert [int(e.id) - 7000 for e in task.examples] == order[:4]
+    (task,) = find_tasks(options(eval_dir, tasks='pope', n_example=2))
+    assert sorted(e.types[0] for e in task.examples) == ['adversarial'] * 2 + ['popular'] * 2 + ['random'] * 2
+
+
+def test_pope_is_the_mean_of_its_splits(tmp_path):
+    folder = write_pope(tmp_path)
+    rows = (folder / 'coco_pope_random.json').read_text().splitlines()[:2]
+    (folder / 'coco_pope_random.json').write_text('\n'.join(rows))
+    (task,) = find_tasks(options(str(tmp_path)))
+    by_split = {'random': [0, 0], 'popular': [1, 1, 0, 0], 'adversarial': [0, 0, 0, 0]}
+    picks = {split: iter(v) for split, v in by_split.items()}
+    result, _ = scorers.summarise(task, [next(picks[e.types[0]]) for e in task.examples])
+    assert {s: v['score'] for s, v in result['types'].items()} == {'random': .5, 'popular': .5, 'adversarial': .5}
+    assert result['score'] == .5 and result['yes_no']['yes_share'] == pytest.approx(8 / 10)
+
+
+# --- RefCOCO ------------------------------------------------------------------------------------------------------
+
+def test_gold_boxes_in_both_frames(eval_dir):
+    (task,) = find_tasks(options(eval_dir, tasks='refcoco'))
+    assert task.examples[1].answers == ['[0.5, 0.1, 0.78, 0.7]']         # x, w over 40; y, h over 20; two decimals
+    (task,) = find_tasks(options(eval_dir, tasks='refcoco', box_frame='letterbox'))
+    assert task.examples[1].answers == ['[0.5, 0.3, 0.78, 0.6]']         # y = (2 + 10) / 40
+    assert task.train == [((), ['[0.5, 0.3, 0.8, 0.6]'])]
+
+
+def test_any_object_s_box_is_the_attribute_blind_guess(eval_dir):
+    (task,) = find_tasks(options(eval_dir, tasks='refcoco'))
+    result, _ = scorers.summarise(task, ['[0, 0, 1, 1]'] * 2)
+    assert result['attribute'] == .5                                     # two objects an image, far apart
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ('attacked',)
+
+
+@pytest.mark.parametrize('content', [pickle.dumps([Attack()]), b'', b'not a pickle', pickle.dumps({'a': 1}),
+                                     pickle.dumps([1]), pickle.dumps([{}])[:-3]])
+def test_refs_never_run_code(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    write_refcoco(tmp_path, content)
+    with pytest.raises(UserError, match=r'refs\(unc\)\.p'):
+        find_tasks(options(str(tmp_path)))
+    assert not (tmp_path / 'attacked').exists()
+
+
+def test_umd_refs_and_unknown_split(tmp_path):
+    write_refcoco(tmp_path, name='refs(umd).p')
+    assert len(find_tasks(options(str(tmp_path)))[0].examples) == 2
+    with pytest.raises(ValueError, match=r"split 'testA'.*\['train', 'val'\]"):
+        find_tasks(options(str(tmp_path), refcoco_split='testA'))
+
+
+# --- broken files -------------------------------------------------------------------------------------------------
+
+def edit(path, function):
+    content = json.loads(path.read_text())
+    function(content)
+    path.write_text(json.dumps(content))
+
+
+QUESTIONS, ANNOTATIONS = 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'
+
+
+@pytest.mark.parametrize('write, damage, message', [
+    (write_vqav2, lambda f: next((f / 'val2014').iterdir()).unlink(), 'vqav2: 1 of 5 images missing, first COCO_val'),
+    (write_vqav2, lambda f: (f / ANNOTATIONS).write_text('{"a'), 'annotations.json: not readable as JSON'),
+    (write_vqav2, lambda f: (f / ANNOTATIONS).unlink(), r'annotations.json: not readable as JSON \(No such file'),
+    (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].pop('answers')),
+     "annotations.json: entry 2 has no 'answers'"),
+    (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].update(answers=['red'] * 10)),
+     'vqav2: not readable as a benchmark of the kind vqav2'),
+    (write_vqav2, lambda f: edit(f / QUESTIONS, lambda c: c['questions'].pop()), 'question_id 7000, which'),
+    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('{}\n'), "entry 0 has no 'question_id'"),
+    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('x\n'), 'random.json:1: not readable as JSON'),
+    (write_textvqa, lambda f: edit(f / 'TextVQA_0.5.1_val.json', lambda c: c['data'][1]['answers'].pop()),
+     'entry 1 has 9'),
+    (write_textvqa, lambda f: (f / 'textvqa_val_v051_ocr.jsonl').write_text('{"text": "a"}\n'),
+     '1 lines, expected one per'),
+    (write_text, lambda f: (f / 'copa.jsonl').write_text(''), 'copa holds no question'),
+    (write_vqav2, lambda f: [edit(f / QUESTIONS, lambda c: c.update(questions=[])),
+                             edit(f / ANNOTATIONS, lambda c: c.update(annotations=[]))], 'vqav2 holds no question'),
+    (write_text, lambda f: (f / 'copa.jsonl').write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}'),
+     'copa.jsonl: entry 0 has gold=2 for 2 choices')])
+def test_broken_files_are_named_in_one_line(tmp_path, write, damage, message):
+    damage(write(tmp_path))
+    with pytest.raises(UserError, match=message) as e:
+        find_tasks(options(str(tmp_path)))
+    assert '\n' not in str(e.value)
+
+
+def test_unknown_task_empty_folder_and_unknown_option(tmp_path, eval_dir):
+    with pytest.raises(ValueError, match='no gqa found; there is .*eval'):
+        find_tasks(options(eval_dir, tasks='gqa'))
+    with pytest.raises(ValueError, match='no benchmark found'):
+        find_tasks(options(str(tmp_path)))
+    with pytest.raises(ValueError, match='no such folder'):
+        find_tasks(options(str(tmp_path / 'none')))
+    with pytest.raises(ValueError, match='no option batchsize'):
+        default_options(batchsize=2)
+
+
+def test_a_new_benchmark_is_one_function_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'gqa.json').write_text(json.dumps({'rows': [{'question': 'what is it?', 'answer': 'red'}]}))
+
+    def read_gqa(path, name, opt):
+        rows = benchmarks.read_table(path, 'rows', 'question', 'answer')
+        return scorers.Task(name, 'gqa', [scorers.Example(str(i), row['question'], [row['answer']])
+                                          for i, row in enumerate(rows)], lambda p, a: scorers.gqa_match(p, a[0]))
+    monkeypatch.setitem(benchmarks.READERS, 'gqa', ('*/gqa.json', '{folder}', read_gqa))
+    (task,) = find_tasks(options(str(tmp_path)))
+    assert task.name == 'mine' and scorers.summarise(task, ['Red.'])[0]['score'] == 1
+
+
+# --- which tasks are there ----------------------------------------------------------------------------------------
+
+def test_any_name_that_is_there_can_be_asked_alone(eval_dir):
+    names = [task.name for task in find_tasks(options(eval_dir))]
+    assert names == ['vqav2', 'pope', 'textvqa', 'textvqa_ocr', 'refcoco', 'captions', 'boolq', 'copa']
+    for name in names:
+        assert [task.name for task in find_tasks(options(eval_dir, tasks=name))] == [name]
+    both = find_tasks(options(eval_dir, tasks=' copa, textvqa_ocr,'))
+    assert [task.name for task in both] == ['textvqa_ocr', 'copa']
+
+
+def test_a_name_need_not_begin_with_its_folder_s_and_folders_may_share_a_beginning(tmp_path):
+    write_pope(tmp_path).rename(tmp_path / 'objects')
+    write_textvqa(tmp_path).rename(tmp_path / 'objects_2')
+    tasks = find_tasks(options(str(tmp_path), tasks='objects_2_ocr'))
+    assert [(task.name, task.kind) for task in tasks] == [('objects_2_ocr', 'textvqa')]
+    assert [task.name for task in find_tasks(options(str(tmp_path), tasks='objects'))] == ['objects']
+
+
+def test_files_of_tasks_that_are_not_asked_are_not_read(tmp_path):
+    write_eval_dir(tmp_path)
+    for path in tmp_path.rglob('*.json*'):
+        if path.name != 'copa.jsonl':
+            path.write_text('broken')
+    (task,) = find_tasks(options(str(tmp_path), tasks='copa'))
+    assert len(task.examples) == 6
+    with pytest.raises(UserError, match='no nope found; there is boolq, captions, copa, pope, refcoco, textvqa, text'):
+        find_tasks(options(str(tmp_path), tasks='copa,nope'))
+
+
+def test_two_benchmarks_of_one_name_are_told(tmp_path):
+    write_pope(tmp_path)
+    (write_text(tmp_path) / 'pope.jsonl').write_text('{"query": "a", "choices": ["b", "c"], "gold": 1}')
+    with pytest.raises(UserError, match=r'coco_pope_adversarial.json and .*pope.jsonl are both the task pope'):
+        find_tasks(options(str(tmp_path)))
+
+
+# --- tables and their optional fields -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('content, key, message', [
+    ('[1]', 'rows', "expected an object with a list under 'rows'"), ('{"rows": 3}', 'rows', 'a list under'),
+    ('{"rows": [1]}', 'rows', "entry 0 has no 'a'; expected a, b"),
+    ('{"rows": [{"a": 1, "b": 2}, {"a": 1}]}', 'rows', "entry 1 has no 'b'"),
+    ('{"a": 1, "b": 2}\n\n{"a": 1', None, r't\.json:3: not readable as JSON'), ('[' * 100_000, 'rows', 'as JSON'),
+    (b'\xff', 'rows', 'as JSON'), (b'{"a": "\xff"}', None, 'as JSON')])
+def test_a_table_names_its_file_and_the_entry(tmp_path, content, key, message):
+    path = tmp_path / 't.json'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as e:
+        benchmarks.read_table(str(path), key, 'a', 'b')
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_labels_and_guesses_are_optional_in_every_row():
+    assert benchmarks.optional({}) == ((), None)
+    assert benchmarks.optional({'question_type': 'colour', 'blind_answers': ['x']}) == (('colour',), ['x'])
+    row = {'question_type': ['a', 'b'], 'blind_answers': ['no']}
+    assert benchmarks.optional(row, ('yes', 'no')) == (('a', 'b'), [1])
+
+
+def test_written_answers_are_texts(tmp_path):
+    folder = write_textvqa(tmp_path)
+    edit(folder / 'TextVQA_0.5.1_val.json', lambda c: c['data'][2].update(answers=[7] * 10))
+    with pytest.raises(UserError, match='the answers of question 2 are not all texts'):
+        find_tasks(options(str(tmp_path)))
+
+
+# --- captions -----------------------------------------------------------------------------------------------------
+
+def test_an_image_has_all_its_captions_and_the_best_counts(eval_dir):
+    (task,) = find_tasks(options(eval_dir, tasks='captions'))
+    assert [e.answers for e in task.examples] == [['A red wall. Nothing else.', 'a wall']] * 2
+    assert [os.path.basename(e.image) for e in task.examples] == ['a.png', 'b.jpg']
+    assert task.layout == 'caption' and task.upright
+    result, records = scorers.summarise(task, ['a red  wall .', 'A WALL'])
+    assert [r['score'] for r in records] == [pytest.approx(2 / 3), 1] and result['exact_match'] == .5
+    result, records = scorers.summarise(task, ['', '. .'])
+    assert result['malformed'] == 1 and result['score'] == 0
+
+
+def test_random_captions_earn_what_they_share_with_the_right_one(tmp_path):
+    folder = tmp_path / 'captions'
+    texts = ['red. blue.', 'red. green.', 'white. grey.']
+    for i, text in enumerate(texts):
+        save(folder, f'{i}.png', 'red')
+    (folder / 'captions.jsonl').write_text('\n'.join(json.dumps({'image': f'{i}.png', 'caption': text})
+                                                     for i, text in enumerate(texts)))
+    (task,) = find_tasks(options(str(tmp_path)))
+    result, _ = scorers.summarise(task, texts)
+    assert result['score'] == result['exact_match'] == 1 and result['attribute'] is None
+    assert result['chance'] == pytest.approx((1 + .5 + 1 + .5 + 1) / 9)       # every pair of a guess and an image
+    assert result['constant'] == pytest.approx((1 + .5) / 3)
