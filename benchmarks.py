@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 
-from errors import UserError, reading
+from errors import NUMBER, Field, UserError, check, reading
 from scorers import Example, Task, caption_task, pope_metrics, same, score_box, subset, unit_box, vqa_task
 
 IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images')
@@ -23,14 +23,39 @@ TEXT_DELIMITER = {'arc_easy': '\nAnswer: ', 'piqa': '\nAnswer: ', 'boolq': '\nAn
 
 # --- tables: files to checked rows --------------------------------------------------------------------------------
 
-def read_table(path, key, *fields):
+ID = Field((int, str))
+TEXT = Field(str, 1, 20_000)
+FREE = {                        # what any row of any benchmark may have: see `optional`
+    'question_type': Field((str, list), optional=True), 'blind_answers': Field(list, of=Field(str), optional=True)}
+ROWS = {                        # what the rows of each official file have
+    'vqav2 question': {'question_id': ID, 'question': TEXT},
+    'vqav2 answers': {'question_id': ID, 'image_id': Field(int, 0), 'answers': Field(
+        list, 1, 1000, of=Field(dict, of={'answer': Field(str)})), **FREE},
+    'vqav2 train': {'answers': Field(list, 1, 1000, of=Field(dict, of={'answer': Field(str)})), **FREE},
+    'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, **FREE,
+                'answers': Field(list, 10, 10, of=Field(str))},                      # its score is defined for 10
+    'textvqa train': {'answers': Field(list, 1, 1000, of=Field(str)), **FREE},
+    'textvqa ocr': {'text': Field(str, 1)},
+    'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str), **FREE},
+    'refcoco image': {'id': ID, 'width': Field(NUMBER, 1, 1e6), 'height': Field(NUMBER, 1, 1e6)},
+    'refcoco object': {'id': ID, 'image_id': Field(int, 0), 'bbox': Field(list, 4, 4, of=Field(NUMBER, -1e6, 1e6))},
+    'refcoco ref': {'ann_id': ID, 'image_id': Field(int, 0), 'split': Field(str), **FREE,
+                    'sentences': Field(list, of=Field(dict, of={'sent': TEXT}))},
+    'captions': {'image': TEXT, 'caption': TEXT},
+    'text': {'query': Field(str), 'gold': Field(int, 0), 'choices': Field(list, 2, 1000, of=Field(str)), **FREE},
+}
+
+
+def read_table(path, key, fields, unique=''):
     """
     The rows of a benchmark's JSON file, checked.
     key      the list of rows stands under it; None = a file with one JSON object a line
-    fields   what every row must have
+    fields   what each row has, a dict name -> Field; unique: the field in which no two rows may agree
     returns  list of dicts
     Raises UserError that names the file, the entry and what is wrong with it.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a file")
     with reading(path, 'JSON'), open(path, encoding='utf-8') as f:
         if key is None:
             rows = []
@@ -43,7 +68,7 @@ def read_table(path, key, *fields):
             rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected an object with a list under '{key}'")
-    return check_rows(rows, path, *fields)
+    return check_rows(rows, path, fields, unique)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -53,21 +78,23 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and a refs file holds only lists, dicts and strings")
 
 
-def read_refs(path, *fields):
+def read_refs(path):
     """The rows of an official refs(unc).p file, checked as in read_table and read without running any code."""
     with reading(path, 'RefCOCO refs'), open(path, 'rb') as f:
         refs = PlainUnpickler(f).load()
     if not isinstance(refs, list):
         raise UserError(f"{path}: holds a {type(refs).__name__}, expected the list of refs")
-    return check_rows(refs, path, *fields)
+    return check_rows(refs, path, ROWS['refcoco ref'])
 
 
-def check_rows(rows, path, *fields):
-    """`rows` if each is a dict that has the fields; else UserError."""
+def check_rows(rows, path, fields, unique=''):
+    """`rows` if each has the fields and no two agree in the field `unique`; else UserError."""
+    seen = set()
     for i, row in enumerate(rows):
-        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
-        if missing:
-            raise UserError(f"{path}: entry {i} has no '{missing[0]}'; expected {', '.join(fields)}")
+        check(row, Field(dict, of=fields), f"{path}: entry {i}")
+        if unique and row[unique] in seen:
+            raise UserError(f"{path}: entry {i} has the {unique} {row[unique]!r} of an entry before it")
+        seen.add(row[unique] if unique else i)
     return rows
 
 
@@ -132,29 +159,26 @@ def read_vqav2(path, name, opt):
     questions_file = os.path.join(folder, 'v2_OpenEnded_mscoco_val2014_questions.json')
     answers_file = os.path.join(folder, 'v2_mscoco_val2014_annotations.json')
     train_file = os.path.join(folder, 'v2_mscoco_train2014_annotations.json')
-    questions = read_table(questions_file, 'questions', 'question_id', 'question')
-    rows = read_table(answers_file, 'annotations', 'question_id', 'image_id', 'answers')
+    questions = read_table(questions_file, 'questions', ROWS['vqav2 question'], unique='question_id')
+    rows = read_table(answers_file, 'annotations', ROWS['vqav2 answers'], unique='question_id')
     text = {row['question_id']: row['question'] for row in questions}
     check_known(rows, answers_file, 'question_id', text, questions_file)
 
-    def answers_of(row, i, file):
-        if not row['answers']:
-            raise UserError(f"{file}: entry {i} has no answers")
+    def answers_of(row):
         return [answer['answer'] for answer in row['answers']]
     examples = []
-    for i, row in enumerate(rows):
+    for row in rows:
         types, guesses = optional(row)
         examples.append(Example(
             id=str(row['question_id']),
             prompt=text[row['question_id']] + opt.short_suffix,
-            answers=answers_of(row, i, answers_file),
+            answers=answers_of(row),
             image=f"COCO_val2014_{row['image_id']:012d}",
             types=types,
             guesses=guesses))
     train = None
     if os.path.exists(train_file):
-        train = [(optional(row)[0], answers_of(row, i, train_file))
-                 for i, row in enumerate(read_table(train_file, 'annotations', 'answers'))]
+        train = [(optional(row)[0], answers_of(row)) for row in read_table(train_file, 'annotations', ROWS['vqav2 train'])]
     return vqa_task(name, 'vqav2', examples, opt.vqa_variant, ('official', 'vlm-eval'), train)
 
 
@@ -164,18 +188,16 @@ def read_textvqa(path, name, opt):
     file = os.path.join(folder, 'TextVQA_0.5.1_val.json')
     ocr_file = os.path.join(folder, 'textvqa_val_v051_ocr.jsonl')
     train_file = os.path.join(folder, 'TextVQA_0.5.1_train.json')
-    rows = read_table(file, 'data', 'question_id', 'image_id', 'question', 'answers')
+    rows = read_table(file, 'data', ROWS['textvqa'], unique='question_id')
     questions = [row['question'] for row in rows]
     if os.path.exists(ocr_file):
-        questions = [row['text'] for row in read_table(ocr_file, None, 'text')]
+        questions = [row['text'] for row in read_table(ocr_file, None, ROWS['textvqa ocr'])]
         if len(questions) != len(rows):
             raise UserError(f"{ocr_file}: {len(questions)} lines, expected one per question of {file}: {len(rows)}")
         if path != ocr_file:
             questions = [question.split('\nReference OCR token:')[0] for question in questions]
     examples = []
-    for i, (row, question) in enumerate(zip(rows, questions)):
-        if len(row['answers']) != 10:
-            raise UserError(f"{file}: entry {i} has {len(row['answers'])} answers; the TextVQA score is defined for 10")
+    for row, question in zip(rows, questions):
         types, guesses = optional(row)
         examples.append(Example(
             id=str(row['question_id']),
@@ -186,7 +208,7 @@ def read_textvqa(path, name, opt):
             guesses=guesses))
     train = None
     if os.path.exists(train_file):
-        train = [(optional(row)[0], row['answers']) for row in read_table(train_file, 'data', 'answers')]
+        train = [(optional(row)[0], row['answers']) for row in read_table(train_file, 'data', ROWS['textvqa train'])]
     return vqa_task(name, 'textvqa', examples, 'm4c', train=train)
 
 
@@ -201,7 +223,7 @@ def read_pope(path, name, opt):
         file = os.path.join(os.path.dirname(path), f'coco_pope_{split}.json')
         if not os.path.exists(file):
             continue
-        for i, row in enumerate(read_table(file, None, 'question_id', 'image', 'text', 'label')):
+        for i, row in enumerate(read_table(file, None, ROWS['pope'], unique='question_id')):
             if row['label'] not in labels:
                 raise UserError(f"{file}: entry {i} has label {row['label']!r}, expected 'yes' or 'no'")
             types, guesses = optional(row, labels)
@@ -227,9 +249,9 @@ def read_refcoco(path, name, opt):
     pixels of the image as stored, so that an EXIF orientation is not applied to it.
     """
     instances = os.path.join(os.path.dirname(path), 'instances.json')
-    images = read_table(instances, 'images', 'id', 'width', 'height')
-    objects = read_table(instances, 'annotations', 'id', 'image_id', 'bbox')
-    refs = read_refs(path, 'ann_id', 'image_id', 'split', 'sentences')
+    images = read_table(instances, 'images', ROWS['refcoco image'], unique='id')
+    objects = read_table(instances, 'annotations', ROWS['refcoco object'], unique='id')
+    refs = read_refs(path)
     size = {row['id']: (row['width'], row['height']) for row in images}
     check_known(objects, instances, 'image_id', size, 'its list of images')
     box, in_image = {}, {}                                   # by object; the boxes of all objects by image
@@ -264,7 +286,7 @@ def read_refcoco(path, name, opt):
 def read_captions(path, name, opt):
     """Captions: what the model writes about an image without being asked; an image may have several captions."""
     captions = {}
-    for row in read_table(path, None, 'image', 'caption'):
+    for row in read_table(path, None, ROWS['captions']):
         captions.setdefault(row['image'], []).append(row['caption'])
     examples = []
     for image, references in captions.items():
@@ -275,9 +297,9 @@ def read_captions(path, name, opt):
 def read_text(path, name, opt):
     """Multiple choice, zero-shot: the choice that is most probable after the plain query."""
     examples = []
-    for i, row in enumerate(read_table(path, None, 'query', 'choices', 'gold')):
+    for i, row in enumerate(read_table(path, None, ROWS['text'])):
         choices, gold = row['choices'], row['gold']
-        if len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
+        if gold >= len(choices):
             raise UserError(f"{path}: entry {i} has gold={gold!r} for {len(choices)} choices; expected an index")
         types, guesses = optional(row, choices)
         query = row['query'].strip() + TEXT_DELIMITER.get(name, ' ')
@@ -341,16 +363,7 @@ def find_tasks(opt):
             task = READERS[kind][2](path, name, opt)
             if not task.examples:
                 raise UserError(f"eval_dir={opt.eval_dir}: {name} holds no question: mend it or leave it out (--tasks)")
-            check_texts(task, path)
             find_images(folder, task.examples)
         task.examples = subset(task.examples, opt.n_example, lambda e: e.types[0] if task.split_mean else '')
         tasks.append(task)
     return tasks
-
-
-def check_texts(task, path):
-    """UserError unless written answers are texts, as the scores expect them."""
-    for example in task.examples:
-        texts = [*example.answers, *(example.guesses or ())]
-        if example.choices is None and not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path}: the answers of question {example.id} are not all texts: {str(texts)[:80]}")

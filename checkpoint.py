@@ -6,6 +6,7 @@ by name), meta.json, the tokenizer. A frozen encoder is one file with a link fro
 safetensors, weights_only, JSON.
 """
 import base64
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -180,7 +181,7 @@ def open_folder(out_dir):
         os.close(LOCK.pop())
     try:
         os.makedirs(out_dir, exist_ok=True)
-        LOCK.append(os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC))
+        LOCK.append(_open_lock(out_dir))
     except OSError as e:
         raise UserError(f"out_dir={out_dir} cannot be used ({e.strerror}): give another --out_dir") from e
     try:
@@ -195,6 +196,24 @@ def open_folder(out_dir):
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
         elif name.startswith('.link_'):
             os.remove(os.path.join(out_dir, name))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Wait for the lock of a folder that is made where it is missing, and hold it inside the block."""
+    with reading(folder, 'a folder for results'):
+        os.makedirs(folder, exist_ok=True)
+        handle = _open_lock(folder)
+        with contextlib.suppress(OSError):                                # a file system without locks
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _open_lock(folder):
+    return os.open(os.path.join(folder, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def evaluate_task(model, tokenizer, task, opt):
 
 def write_whole(path, text):
     """Write a file under a temporary name, then rename: whole or not there. Raises UserError when it cannot."""
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'w', encoding='utf-8') as f:
@@ -294,6 +294,7 @@ def load(opt):
     opt.dtype = opt.dtype or ('bfloat16' if opt.device == 'cuda' else 'float32')
     if opt.n_thread:
         torch.set_num_threads(opt.n_thread)
+    opt.ckpt = os.path.realpath(opt.ckpt)                      # once: a run that goes on swaps its ckpt_last
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     # autocast keeps its bfloat16 copy of a weight only where the weight requires a gradient
     model.decoder.requires_grad_(opt.dtype == 'bfloat16')
@@ -361,12 +362,13 @@ def run(opt):
     """Evaluate every task found, printing the table; writes results.json when all are done. Returns its content."""
     found = find_tasks(opt)                                  # first: missing files should not wait for the model
     model, tokenizer, meta = load(opt)
-    real = Path(os.path.realpath(opt.ckpt))
+    real = Path(opt.ckpt)
     beside = real.parent / 'eval' / real.name if real.name.startswith('ckpt_step_') else real / 'eval'
     out = Path(opt.out_dir) if opt.out_dir else beside
     content = {'schema': 1, 'ckpt': str(real), 'config': vars(opt),
                'meta': {k: v for k, v in meta.items() if k != 'rng'}, 'torch': torch.__version__}
     results = content['tasks'] = earlier_results(out / 'results.json', content)
+    asked = []                                               # tasks of this very evaluation
     for task in found:
         if task.examples[0].image and model.encoder is None:
             print(f"{task.name}: skipped, {opt.ckpt} is text-only")
@@ -377,19 +379,22 @@ def run(opt):
         results[task.name], records = evaluate_task(model, tokenizer, task, opt)
         print(f"{task.name}: {100 * results[task.name]['score']:.2f} on {results[task.name]['n']} "
               f"in {results[task.name]['seconds']:.0f} s", flush=True)
-        content['stable'] = stable_scores(results, opt.vqav2_baseline)
+        asked.append(task.name)
         write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
-        write_whole(out / 'results.part.json', json.dumps(content, indent=1))
-    if 'stable' not in content:                              # no task was asked
+    if not asked:
         names = ', '.join(task.name for task in found)
         raise UserError(f"nothing to do: {opt.ckpt} can be asked none of {names}, see above")
+    with checkpoint.locked(out):                             # another evaluation may have written here meanwhile
+        others = earlier_results(out / 'results.json', content)
+        results = content['tasks'] = {**others, **{name: results[name] for name in asked}}
+        content['stable'] = stable_scores(results, opt.vqav2_baseline)
+        write_whole(out / 'results.json', json.dumps(content, indent=1))         # there when all that was asked is done
     lines = [table(results), TABLE_NOTES]
     for title, stable in content['stable'].items():
         n, names = len(stable['tasks']), ', '.join(stable['tasks'])
         lines.append(f"stable score, {title}: {100 * stable['score']:.2f} over {n} of {n + len(stable['missing'])}: "
                      f"{names}")
     lines.append(f"results and predictions in {out}")
-    os.replace(out / 'results.part.json', out / 'results.json')          # there when all that was asked is done
     write_whole(out / 'table.txt', '\n'.join(lines) + '\n')
     print('\n'.join(lines))
     return content

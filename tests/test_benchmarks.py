@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import benchmarks
 import scorers
 from benchmarks import find_tasks
-from errors import UserError
+from errors import Field, UserError
 from evaluate import default_options
 
 COLOURS = {'red': (220, 30, 30), 'blue': (30, 30, 220), 'green': (30, 200, 30)}
@@ -244,14 +244,14 @@ QUESTIONS, ANNOTATIONS = 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoc
     (write_vqav2, lambda f: (f / ANNOTATIONS).write_text('{"a'), 'annotations.json: not readable as JSON'),
     (write_vqav2, lambda f: (f / ANNOTATIONS).unlink(), r'annotations.json: not readable as JSON \(No such file'),
     (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].pop('answers')),
-     "annotations.json: entry 2 has no 'answers'"),
+     "annotations.json: entry 2: 'answers' is missing"),
     (write_vqav2, lambda f: edit(f / ANNOTATIONS, lambda c: c['annotations'][2].update(answers=['red'] * 10)),
-     'vqav2: not readable as a benchmark of the kind vqav2'),
+     "annotations.json: entry 2: 'answers': 0 is 'red', expected dict"),
     (write_vqav2, lambda f: edit(f / QUESTIONS, lambda c: c['questions'].pop()), 'question_id 7000, which'),
-    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('{}\n'), "entry 0 has no 'question_id'"),
+    (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('{}\n'), "entry 0: 'question_id' is missing"),
     (write_pope, lambda f: (f / 'coco_pope_random.json').write_text('x\n'), 'random.json:1: not readable as JSON'),
     (write_textvqa, lambda f: edit(f / 'TextVQA_0.5.1_val.json', lambda c: c['data'][1]['answers'].pop()),
-     'entry 1 has 9'),
+     "entry 1: 'answers' is 9 long, expected from 10 to 10"),
     (write_textvqa, lambda f: (f / 'textvqa_val_v051_ocr.jsonl').write_text('{"text": "a"}\n'),
      '1 lines, expected one per'),
     (write_text, lambda f: (f / 'copa.jsonl').write_text(''), 'copa holds no question'),
@@ -282,7 +282,7 @@ def test_a_new_benchmark_is_one_function_and_one_line(tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'gqa.json').write_text(json.dumps({'rows': [{'question': 'what is it?', 'answer': 'red'}]}))
 
     def read_gqa(path, name, opt):
-        rows = benchmarks.read_table(path, 'rows', 'question', 'answer')
+        rows = benchmarks.read_table(path, 'rows', {'question': Field(str), 'answer': Field(str)})
         return scorers.Task(name, 'gqa', [scorers.Example(str(i), row['question'], [row['answer']])
                                           for i, row in enumerate(rows)], lambda p, a: scorers.gqa_match(p, a[0]))
     monkeypatch.setitem(benchmarks.READERS, 'gqa', ('*/gqa.json', '{folder}', read_gqa))
@@ -331,16 +331,36 @@ def test_two_benchmarks_of_one_name_are_told(tmp_path):
 
 @pytest.mark.parametrize('content, key, message', [
     ('[1]', 'rows', "expected an object with a list under 'rows'"), ('{"rows": 3}', 'rows', 'a list under'),
-    ('{"rows": [1]}', 'rows', "entry 0 has no 'a'; expected a, b"),
-    ('{"rows": [{"a": 1, "b": 2}, {"a": 1}]}', 'rows', "entry 1 has no 'b'"),
+    ('{"rows": [1]}', 'rows', 'entry 0 is 1, expected dict'),
+    ('{"rows": [{"a": 1, "b": 2}, {"a": 1}]}', 'rows', "entry 1: 'b' is missing, expected int"),
     ('{"a": 1, "b": 2}\n\n{"a": 1', None, r't\.json:3: not readable as JSON'), ('[' * 100_000, 'rows', 'as JSON'),
     (b'\xff', 'rows', 'as JSON'), (b'{"a": "\xff"}', None, 'as JSON')])
 def test_a_table_names_its_file_and_the_entry(tmp_path, content, key, message):
     path = tmp_path / 't.json'
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as e:
-        benchmarks.read_table(str(path), key, 'a', 'b')
+        benchmarks.read_table(str(path), key, {'a': Field(int), 'b': Field(int)})
     assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('write, change, message', [
+    (write_vqav2, lambda f: edit(f / QUESTIONS, lambda c: c['questions'].append(c['questions'][0])),
+     "entry 9 has the question_id"),
+    (write_refcoco, lambda f: edit(f / 'instances.json', lambda c: c['annotations'][0].update(bbox=[1, 2, 3])),
+     "'bbox' is 3 long, expected from 4 to 4"),
+    (write_refcoco, lambda f: edit(f / 'instances.json', lambda c: c['annotations'][0]['bbox'].__setitem__(2, float('nan'))),
+     "entry 0: 'bbox': 2 is nan"),
+    (write_refcoco, lambda f: edit(f / 'instances.json', lambda c: c['images'][0].update(width=0)), "'width' is 0"),
+    (write_text, lambda f: (f / 'copa.jsonl').write_text('{"query": "a", "choices": ["b", 2], "gold": 1}'),
+     "'choices': 1 is 2, expected str"),
+    (write_text, lambda f: (f / 'copa.jsonl').write_text('{"query": "a", "choices": ["b", "c"], "gold": true}'),
+     "'gold' is True, expected int"),
+    (write_text, lambda f: ((f / 'copa.jsonl').unlink(), os.mkfifo(f / 'copa.jsonl')), 'copa.jsonl: not a file')])
+def test_a_row_outside_its_schema_is_named(tmp_path, write, change, message):
+    change(write(tmp_path))
+    with pytest.raises(UserError) as e:
+        find_tasks(options(str(tmp_path)))
+    assert message in str(e.value) and '\n' not in str(e.value), e.value
 
 
 def test_labels_and_guesses_are_optional_in_every_row():
@@ -353,7 +373,7 @@ def test_labels_and_guesses_are_optional_in_every_row():
 def test_written_answers_are_texts(tmp_path):
     folder = write_textvqa(tmp_path)
     edit(folder / 'TextVQA_0.5.1_val.json', lambda c: c['data'][2].update(answers=[7] * 10))
-    with pytest.raises(UserError, match='the answers of question 2 are not all texts'):
+    with pytest.raises(UserError, match="entry 2: 'answers': 0 is 7, expected str"):
         find_tasks(options(str(tmp_path)))
 
 

@@ -110,8 +110,9 @@ def checkpoint(tokenizer, tmp_path_factory):
                     image_id=tokenizer.image_id)
         if model.encoder is not None:
             spec.update(encoder=model.encoder.spec(), projector=dict(kind='mlp2'))
-        meta = dict(stage=stage, spec=spec, config={'resize': 'naive', 'system_prompt': 'be short'}, step=5, seen={},
-                    cursor={}, schedule={})
+        meta = dict(stage=stage, spec=spec, config={'resize': 'naive', 'system_prompt': 'be short'}, step=5, tokens=0,
+                    samples=0, seen={}, cursor={}, start_cursor={}, text_seed=7, text_rows={}, bad_samples=[], moments='',
+                    init_from='', schedule=dict(kind='main'), sources={})
         save_checkpoint(str(out), 'ckpt_100', model, None, tokenizer, meta)
         folders.append(str(out / 'ckpt_100'))
     return folders
@@ -325,6 +326,22 @@ def test_results_are_kept_across_tasks_and_out_of_retentions_way(eval_dir, check
     assert not (out / 'results.part.json').exists() and tasks() == ['copa']
 
 
+def test_two_evaluations_of_one_checkpoint_keep_each_others_results(eval_dir, checkpoint, tmp_path, monkeypatch):
+    plain = evaluate.evaluate_task
+
+    def ask(tasks):
+        return evaluate.run(default_options(ckpt=checkpoint[1], eval_dir=eval_dir, device='cpu', tasks=tasks,
+                                            out_dir=str(tmp_path)))
+
+    def with_another_meanwhile(model, tokenizer, task, opt):
+        if task.name == 'boolq':
+            ask('copa')                                      # begins after and ends before the one of boolq
+        return plain(model, tokenizer, task, opt)
+    monkeypatch.setattr(evaluate, 'evaluate_task', with_another_meanwhile)
+    assert set(ask('boolq')['tasks']) == {'boolq', 'copa'}
+    assert set(json.loads((tmp_path / 'results.json').read_text())['tasks']) == {'boolq', 'copa'}
+
+
 def test_an_evaluation_that_is_killed_leaves_no_results(eval_dir, checkpoint, tmp_path, monkeypatch):
     plain = evaluate.evaluate_task
     monkeypatch.setattr(evaluate, 'evaluate_task', lambda model, tokenizer, task, opt: (
@@ -333,7 +350,7 @@ def test_an_evaluation_that_is_killed_leaves_no_results(eval_dir, checkpoint, tm
         evaluate.run(default_options(ckpt=checkpoint[1], eval_dir=eval_dir, device='cpu', out_dir=str(tmp_path),
                                      tasks='boolq,copa'))
     assert not (tmp_path / 'results.json').exists() and not (tmp_path / 'table.txt').exists()
-    assert list(json.loads((tmp_path / 'results.part.json').read_text())['tasks']) == ['boolq']
+    assert os.listdir(tmp_path / 'predictions') == ['boolq.jsonl']
 
 
 def test_a_checkpoint_of_another_scale_is_told(eval_dir, checkpoint, tmp_path, capsys):
