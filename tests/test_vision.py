@@ -414,6 +414,9 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path):
             open_image(bad)
     with pytest.raises(ValueError, match='not an image'):                        # Pillow would hand this to ghostscript
         open_image(encoded(photo(9, 9), 'EPS'))
+    os.mkfifo(tmp_path / 'pipe.png')
+    with pytest.raises(ValueError, match='pipe.png: not a file'):
+        open_image(str(tmp_path / 'pipe.png'))
     nan = Image.fromarray(np.full((2, 2), np.nan, np.float32))
     with pytest.raises(ValueError, match='not finite'):
         open_image(encoded(nan, 'TIFF'))
