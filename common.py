@@ -451,8 +451,10 @@ class Run:
         begin = time.perf_counter()
         try:
             micro = [next(batches) for _ in range(self.n_micro)]
-        except BadSample as e:
-            raise UserError(f"{e} (max_bad_samples={self.config['max_bad_samples']})") from e
+        except UserError as e:
+            self.reader.flush()                                  # the last step's line is still to be written
+            limit = f" (max_bad_samples={self.config['max_bad_samples']})" if isinstance(e, BadSample) else ''
+            raise UserError(f"{e}{limit}") from e
         self.waited = time.perf_counter() - begin
         bad = [message for batch in micro for message in batch.bad]
         counts, n_bad, stop = count(self.process, micro, self.mixture.names, len(bad), self.stop_signal.set)
@@ -462,6 +464,7 @@ class Run:
             return None, None
         self.bad_samples, self.n_bad_sample = self.bad_samples + bad, self.n_bad_sample + n_bad
         if self.n_bad_sample > self.config['max_bad_samples']:
+            self.reader.flush()
             raise UserError(f"{self.n_bad_sample} bad samples are more than max_bad_samples="
                             f"{self.config['max_bad_samples']}; on this process: {'; '.join(self.bad_samples[-3:])}")
         self.micro, self.counts = micro, counts
