@@ -11,10 +11,14 @@ is an id of its own):
     instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on each answer and the sep after it
 """
 import hashlib
+import io
 import json
 import os
 import re
+import resource
+import stat
 import tarfile
+import zipfile
 import zlib
 from bisect import bisect_right
 from contextlib import contextmanager
@@ -23,17 +27,23 @@ from glob import escape, glob
 
 import numpy as np
 
-from errors import UserError, first_line, reading
+from errors import Field, UserError, check, first_line, reading
 from kernels import IGNORE_INDEX
 from mixture import BadSample, Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module too)
 from vision import RESIZE, open_image
+from weights import MAX_JSON_BYTES
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
 COMPRESSED_TARS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn')
 ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
 ROWS_PER_SHARD = 8192                # a .bin file is shuffled as if cut into shards of so many rows (OpenLM's tars)
-MAX_ROW_BYTES = 64 << 20             # an unpacked row beyond this is refused (a gzip bomb)
+# What is larger is refused before it is read or unpacked. Beside each bound: what real data needs.
+MAX_ROW_BYTES = 64 << 20             # a row of ids, unpacked: OpenLM's 2,049 ids are 14 KB of JSON
+MAX_TEXT_BYTES = 4 << 20             # a caption, a .json of a tar, an entry of LLaVA JSON: its 665k average 1.5 KB
+MAX_IMAGE_BYTES = 512 << 20          # an image file: vision.MAX_PIXELS of RGB are 268 MB before compression
+MAX_TOKENIZER_BYTES = 256 << 20      # GPT-NeoX-20B's tokenizer.json has 2 MB, a vocabulary of 256k ids 34 MB
+MAX_HEADER_BYTES = 1 << 16           # a header inside a tar: a path has at most 4 KB
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -44,9 +54,7 @@ class Tokenizer:
     can never contain them (GPT-NeoX-20B: 0, 50277, 50278, 50279). vocab_size counts them all.
     """
     def __init__(self, path):
-        self.path = path
-        with open(path, 'rb') as f:
-            self.content = f.read()
+        self.path, self.content = path, read_whole(path, MAX_TOKENIZER_BYTES)
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.hf = path.endswith('.json')
         if self.hf:
@@ -55,14 +63,18 @@ class Tokenizer:
             parts = json.loads(self.content.decode('utf-8'))
             if not isinstance(parts, dict) or not isinstance(parts.get('model'), dict):
                 raise UserError(f"{path}: not a Hugging Face tokenizer.json: it has no 'model'")
-            self.engine = tokenizers.Tokenizer.from_file(path)
+            self.engine = tokenizers.Tokenizer.from_buffer(self.content)
+            self.engine.no_truncation()                                  # a file may ask for each of these three, and
+            self.engine.no_padding()                                     # texts would be cut, or grow, without a word
+            self.engine.post_processor = None
             self.engine.encode_special_tokens = True                     # '<|endoftext|>' in a text is text
             n_own = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
             known = [self.engine.token_to_id(t) for t in ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>')]
             eot = next((i for i in known if i is not None), -1)
         else:
             import sentencepiece
-            self.engine = sentencepiece.SentencePieceProcessor(model_file=path)
+            self.engine = sentencepiece.SentencePieceProcessor()
+            self.engine.LoadFromSerializedProto(self.content)
             n_own, eot = self.engine.get_piece_size(), self.engine.eos_id()
         first = self.engine.encode('a').tokens[0] if self.hf else self.engine.id_to_piece(self.engine.encode('a')[0])
         self.leading_space = first.startswith('\u2581')       # sentencepiece's own: 'a' is encoded as ' a'
@@ -124,6 +136,9 @@ def find(paths, *suffixes):
         if missing:
             names = ', '.join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else '')
             raise UserError(f"{path}: no such file" + (f": {names}" if missing != [path] else ''))
+        other = [p for p in hits if not os.path.isfile(p)]
+        if other:
+            raise UserError(f"{other[0]}: not a file")
         packed = [p for p in hits if '.tar' in suffixes and p.endswith(COMPRESSED_TARS)]
         if packed:
             raise UserError(f"{packed[0]}: compressed tars cannot be read in place; unpack it first (gunzip for .gz)")
@@ -156,43 +171,76 @@ def _item(where):
         raise BadSample(f"{where}: {first_line(e)}") from e
 
 
+def regular(path, flags=os.O_RDONLY):
+    """The opener for open(): raises UserError for a pipe, a device or a folder; a pipe might never end."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path}: not a file")
+    return fd
+
+
+def read_whole(path, limit):
+    """Return the bytes of a file; raises UserError for what is no file, or above `limit` bytes."""
+    with open(path, 'rb', opener=regular) as f:
+        return f.read(_bounded(os.fstat(f.fileno()).st_size, limit))
+
+
+def _bounded(size, limit):
+    if size > limit:
+        raise UserError(f"{size:,} bytes, expected at most {limit:,}")
+    return size
+
+
 class _File:
     def __init__(self, path):
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = regular(path)
 
     def __del__(self):
         if hasattr(self, 'fd'):
             os.close(self.fd)
 
 
-@lru_cache(maxsize=64)               # opened when first needed, in each process; the least recently used is closed
+# opened when first needed, in each process; the least recently used is closed, and most of `ulimit -n` left to others
+_MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@lru_cache(maxsize=64 if _MAY_OPEN == resource.RLIM_INFINITY else min(64, _MAY_OPEN // 4))
 def _open_file(stamp):
     return _File(stamp[0])
 
 
 def _stamp(path):
-    stat = os.stat(path)
-    return path, stat.st_size, stat.st_mtime_ns
+    about = os.stat(path)
+    return path, about.st_size, about.st_mtime_ns
 
 
-def _read(stamp, offset, size):
-    data = os.pread(_open_file(stamp).fd, size, offset)                  # no shared file position: safe after a fork
+def _read(stamp, offset, size, limit):
+    """Every item of every file is read here: at most `limit` bytes, at a place that an index told."""
+    if offset < 0:
+        raise UserError("a link or a sparse member of the tar: it has no bytes of its own there")
+    file = _open_file(stamp)                                             # named: it is open as long as someone has it
+    data = os.pread(file.fd, _bounded(size, limit), offset)              # no shared file position: safe after a fork
     if len(data) != size:
         raise UserError(f"{size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
     return data
 
 
-def _cached_index(stamp, cache_dir, build):
-    """Return build(path), a dict of arrays, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
-    path, mark = stamp[0], np.array([1, *stamp[1:]])
+def _cached_index(stamp, cache_dir, build, *names):
+    """
+    Return build(path), a dict of arrays with `names`, kept in `<path>.idx` or in cache_dir while size and time of the
+    file agree.
+    """
+    path, mark = stamp[0], np.array([2, *stamp[1:]])                     # 2 = the version of the index
     places = [path + '.idx']
     if cache_dir:
         places.append(os.path.join(cache_dir, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16] + '.idx'))
     for file in places:
         try:
-            with reading(file, 'an index'), np.load(file, allow_pickle=False) as z:
-                if np.array_equal(z['mark'], mark):
-                    return dict(z)
+            with reading(file, 'an index'), open(file, 'rb', opener=regular) as f:
+                index = _load_index(f, stamp[1], {'mark', *names})
+                if np.array_equal(index.pop('mark'), mark):
+                    return index
         except UserError:                                                # absent or damaged: made anew
             continue
     index = build(path)
@@ -210,38 +258,73 @@ def _cached_index(stamp, cache_dir, build):
     return index
 
 
+def _load_index(f, total, names):
+    """Return the arrays of an index of a file of `total` bytes; whoever wrote the data may have written it too."""
+    limit = _bounded(os.fstat(f.fileno()).st_size, 16 * total + 65536)   # the two bytes of '7,' have an entry of 32
+    with zipfile.ZipFile(f) as z:
+        _bounded(sum(entry.file_size for entry in z.infolist()), limit)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
+            raise UserError("compressed")
+    with np.load(f, allow_pickle=False) as z:
+        index = dict(z)
+    offsets, sizes = index['offsets'], index['sizes']
+    for name in names - {'mark', 'names', 'damage'}:
+        if index[name].dtype != np.int64 or index[name].shape != (len(offsets),):
+            raise UserError(f"{name!r} is no list of {len(offsets)} whole numbers")
+    if set(index) != names or ((offsets < -1) | (sizes < 0) | (sizes > total - offsets)).any():
+        raise UserError(f"not of a file of {total} bytes")
+    if 'names' in names and len(_split_names(index['names'])) != len(offsets):
+        raise UserError("not a name for each item")
+    return index
+
+
+def _split_names(joined):
+    return joined.tobytes().decode('utf-8', 'surrogateescape').split('\0')[:-1]
+
+
+class _Headers(io.BufferedReader):
+    """A tar as tarfile reads it, which takes the sizes of headers on trust, also those of 1 TB or of less than 0."""
+    def read(self, size=-1):
+        return super().read(_bounded(size % 2**64, MAX_HEADER_BYTES))    # -1, 'all there is', is beyond any bound
+
+
 def _build_tar_index(path):
     names, offsets, sizes, damage, end = [], [], [], '', 0
-    with reading(path, 'a tar'), open(path, 'rb') as f:
-        total = os.path.getsize(path)
+    with reading(path, 'a tar'), _Headers(io.FileIO(path, opener=regular)) as f:
+        total = os.fstat(f.fileno()).st_size
         try:
-            with tarfile.open(path, 'r:') as tar:                        # 'r:' = not compressed: its offsets hold
+            with tarfile.open(fileobj=f, mode='r:') as tar:              # 'r:' = not compressed: its offsets hold
                 for member in tar:
-                    if member.isreg() and not os.path.basename(member.name).startswith('.'):
-                        names.append(member.name)
-                        offsets.append(member.offset_data)
-                        sizes.append(member.size)
+                    elsewhere = member.islnk() or member.issym() or member.issparse()
+                    offset, size = (-1, 0) if elsewhere else (member.offset_data, member.size)
+                    if tar.offset <= end or offset + size > total:
+                        raise UserError(f"{member.name} of {member.size:,} bytes does not end inside the file")
+                    if (member.isreg() or elsewhere) and not os.path.basename(member.name).startswith('.'):
+                        names.append(member.name.replace('\0', '') + '\0')
+                        offsets.append(offset)
+                        sizes.append(size)
                     end = tar.offset
         except Exception as e:                                           # whatever tarfile raises: the rest is lost
             damage = first_line(e)
         f.seek(end)
         if not damage and f.read(512) != bytes(512):                     # tarfile takes a cut header for the end
             damage = "no end-of-archive marker there"
+        while not damage and (block := f.read(MAX_HEADER_BYTES)):        # zeros may follow, of any number
+            if block.count(0) < len(block):
+                damage = "more data behind the end-of-archive marker there: a second archive?"
     if damage:
         damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: {damage}"
-    keep = [i for i in range(len(names)) if offsets[i] + sizes[i] <= total]          # the last one may be cut
-    joined = '\0'.join(names[i] for i in keep).encode('utf-8', 'surrogateescape')
-    return {'names': np.frombuffer(joined, np.uint8), 'offsets': np.array(offsets, np.int64)[keep],
-            'sizes': np.array(sizes, np.int64)[keep], 'damage': np.array(damage)}
+    joined = ''.join(names).encode('utf-8', 'surrogateescape')
+    return {'names': np.frombuffer(joined, np.uint8), 'offsets': np.array(offsets, np.int64),
+            'sizes': np.array(sizes, np.int64), 'damage': np.array(damage)}
 
 
 @lru_cache(maxsize=64)
 def _tar_members(stamp, cache_dir):
     """Return ([(name, offset, size)], damage) of one tar."""
-    index = _cached_index(stamp, cache_dir, _build_tar_index)
-    with reading(stamp[0] + '.idx', 'the index of a tar'):
-        names = index['names'].tobytes().decode('utf-8', 'surrogateescape').split('\0')
-        return list(zip(names, index['offsets'].tolist(), index['sizes'].tolist())), str(index['damage'])
+    index = _cached_index(stamp, cache_dir, _build_tar_index, 'names', 'offsets', 'sizes', 'damage')
+    names, places = _split_names(index['names']), (index['offsets'].tolist(), index['sizes'].tolist())
+    return list(zip(names, *places)), str(index['damage'])
 
 
 def tar_members(path, cache_dir=''):
@@ -296,9 +379,11 @@ class TextSource:
         for path in files:
             if path.endswith('.bin') != self.binary:
                 raise UserError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
-            _check_sidecar(path, tokenizer)
             stamp = _stamp(path)
+            _check_sidecar(stamp, tokenizer)
             if self.binary:
+                if stamp[1] % 2:
+                    raise UserError(f"{path}: {stamp[1]} bytes, expected two for each id: truncated?")
                 n_row = -(-max(stamp[1] // 2 - 1, 0) // self.row_len)
                 for first in range(0, n_row, ROWS_PER_SHARD):
                     self.shards.add(stamp, min(ROWS_PER_SHARD, n_row - first), first)
@@ -325,8 +410,9 @@ class TextSource:
         if self.binary:
             start = r * self.row_len
             lo, hi = self._span(min(self.row_len, stamp[1] // 2 - 1 - start), w)
+            n_byte = 2 * (hi - lo + 1)
             with _item(stamp[0]):
-                ids = np.frombuffer(_read(stamp, 2 * (start + lo), 2 * (hi - lo + 1)), '<u2').astype(np.int64)
+                ids = np.frombuffer(_read(stamp, 2 * (start + lo), n_byte, n_byte), '<u2').astype(np.int64)
             self._check_ids(ids, f"{stamp[0]}: position {start + lo + int(ids.argmax())}")
         else:
             ids = self._row(row)
@@ -365,7 +451,7 @@ class TextSource:
         name, offset, size = members[r]
         where = f"{stamp[0]}: {name}"
         with _item(f"{where}: not a row of token ids"):
-            data = _read(stamp, offset, size)
+            data = _read(stamp, offset, size, MAX_ROW_BYTES)
             if name.endswith('.gz'):
                 unpack = zlib.decompressobj(31)                          # 31 = gzip
                 data = unpack.decompress(data, MAX_ROW_BYTES)
@@ -385,18 +471,27 @@ class TextSource:
                             f"text tokenised with {self.tokenizer.path}?")
 
 
-def _check_sidecar(path, tokenizer):
-    """Raise UserError when the .json beside a shard says that another tokenizer wrote it."""
-    side = os.path.splitext(path)[0] + '.json'
-    if not os.path.isfile(side):
+def _check_sidecar(stamp, tokenizer):
+    """Raise UserError when the .json beside a shard says that it was longer, or that another tokenizer wrote it."""
+    path, side = stamp[0], os.path.splitext(stamp[0])[0] + '.json'
+    if not os.path.lexists(side):
         return
-    with reading(side, 'JSON'), open(side, encoding='utf-8') as f:
-        info = json.load(f)
-    sha = info.get('tokenizer_sha256') if isinstance(info, dict) else None
+    with reading(side, 'JSON'):
+        info = json.loads(read_whole(side, MAX_TEXT_BYTES))
+    if not isinstance(info, dict):
+        return
+    check(info, Field(dict, of=SIDECAR), side)
+    sha, n_token = info.get('tokenizer_sha256'), info.get('n_token')
     if sha and sha != tokenizer.sha256:
-        raise UserError(f"{path}: written with another tokenizer (sha256 {str(sha)[:12]}..., vocabulary "
+        raise UserError(f"{path}: written with another tokenizer (sha256 {sha[:12]}..., vocabulary "
                         f"{info.get('vocab_size')}) than {tokenizer.path} ({tokenizer.sha256[:12]}..., "
                         f"{tokenizer.vocab_size}); tokenise again, or remove {side} if the two are the same")
+    if path.endswith('.bin') and n_token is not None and stamp[1] != 2 * n_token:
+        raise UserError(f"{path}: {stamp[1]} bytes, expected {2 * n_token} for the {n_token} ids of {side}: truncated?")
+
+
+SIDECAR = {'tokenizer_sha256': Field(str, optional=True), 'vocab_size': Field(int, 1, optional=True),
+           'n_token': Field(int, 0, optional=True)}
 
 
 class CaptionSource:
@@ -456,7 +551,7 @@ class CaptionSource:
             if image is None:
                 raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
             caption = self._caption(stamp, key, members)
-            image = RESIZE[self.resize](open_image(_read(stamp, *image)), self.image_size)
+            image = RESIZE[self.resize](open_image(_read(stamp, *image, MAX_IMAGE_BYTES)), self.image_size)
         ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
         cut = len(ids) > self.seq_len + 1
         ids = np.array(ids[:self.seq_len + 1], np.int64)
@@ -467,12 +562,12 @@ class CaptionSource:
 
     def _caption(self, stamp, key, members):
         def json_of(suffix):
-            about = json.loads(_read(stamp, *members[suffix])) if suffix in members else None
+            about = json.loads(_read(stamp, *members[suffix], MAX_TEXT_BYTES)) if suffix in members else None
             return about if isinstance(about, dict) else {}
         field, text = self.caption_field, None
         if field == 'txt' or field == 'auto' and 'txt' in members:
             field = 'txt'
-            text = _read(stamp, *members['txt']).decode('utf-8') if 'txt' in members else None
+            text = _read(stamp, *members['txt'], MAX_TEXT_BYTES).decode('utf-8') if 'txt' in members else None
         if field in ('json', 'auto'):
             about = json_of('json' if 'json' in members or field == 'json' else 'syn.json')
             text = about.get('caption') or about.get('text')
@@ -546,11 +641,11 @@ class InstructSource:
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
         self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
         self.loss_average, self.split_turns, self.damaged, self.shards = loss_average, split_turns, [], _Shards()
-        self.entries = []  # (n, 4) per file: begin, end, characters of text, has an image
+        self.entries, names = [], ('offsets', 'sizes', 'n_char', 'has_image')    # (n, 4) per file
         for path in find(json, '.json', '.jsonl'):
             stamp = _stamp(path)
-            with reading(path + '.idx', 'the index of JSON'):
-                self.entries.append(_cached_index(stamp, cache_dir, _build_json_index)['entries'].reshape(-1, 4))
+            index = _cached_index(stamp, cache_dir, _build_json_index, *names)
+            self.entries.append(np.stack([index[name] for name in names], 1))
             self.shards.add(stamp, len(self.entries[-1]))
         self.entries = np.concatenate(self.entries)
         self.group_sizes = [len(self.entries)]                           # one group: shuffled as a whole
@@ -566,17 +661,22 @@ class InstructSource:
 
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)
-        begin, end = self.entries[index, :2].tolist()
+        offset, size = self.entries[index, :2].tolist()
         with _item(f"{stamp[0]}: entry {r}"):
-            entry = json.loads(_read(stamp, begin, end - begin))
+            entry = json.loads(_read(stamp, offset, size, MAX_TEXT_BYTES))
             turns = _turns(entry)
             image = entry.get('image') or None
             sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
             if image:
-                sample.images = [RESIZE[self.resize](open_image(safe_join(self.image_root, image)), self.image_size)]
+                sample.images = [RESIZE[self.resize](self._open_image(image), self.image_size)]
                 sample.image_keys = [image]
         sample.source, sample.id = self.name, f"{os.path.basename(stamp[0])}:{r}"
         return sample
+
+    def _open_image(self, image):
+        path = safe_join(self.image_root, image)
+        with _item(path):
+            return open_image(read_whole(path, MAX_IMAGE_BYTES))
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id
@@ -628,20 +728,39 @@ def _turns(entry):
     return [turn.get('value') for turn in turns[:len(turns) // 2 * 2]]  # a last question without an answer has no loss
 
 
+def _json_entry(text, at):
+    """Return (entry, end) of the JSON that begins at `at`; no more than MAX_TEXT_BYTES of it are parsed."""
+    decoder, n = json.JSONDecoder(), 8192
+    try:
+        entry, n = decoder.raw_decode(text[at:at + n])                   # most are short, and a slice is a copy
+    except (ValueError, RecursionError):
+        pass
+    if n == 8192:
+        entry, n = decoder.raw_decode(text[at:at + MAX_TEXT_BYTES])
+    return entry, at + n
+
+
 def _build_json_index(path):
-    with reading(path, 'JSON'), open(path, 'rb') as f:
-        text = f.read().decode('latin-1')                                # a character a byte: positions are offsets
-    decoder, skip, entries, at = json.JSONDecoder(), re.compile(r'[\s,\[]*(?:\xef\xbb\xbf)?[\s,\[]*'), [], 0
+    with reading(path, 'JSON'):
+        text = read_whole(path, MAX_JSON_BYTES).decode('latin-1')        # a character a byte: positions are offsets
+    skip, entries, at = re.compile(r'[\s,\[]*(?:\xef\xbb\xbf)?[\s,\[]*'), [], 0
     while (at := skip.match(text, at).end()) < len(text) and text[at] != ']':
         try:
-            entry, end = decoder.raw_decode(text, at)
+            entry, end = _json_entry(text, at)
         except (ValueError, RecursionError) as e:
-            line = text.count('\n', 0, at) + 1
-            raise UserError(f"{path}: line {line}, entry {len(entries)}: broken JSON: {first_line(e)}") from None
+            line = text.count('\n', 0, at + getattr(e, 'pos', 0)) + 1
+            long = f" or an entry above {MAX_TEXT_BYTES:,} bytes" * (len(text) - at > MAX_TEXT_BYTES)
+            raise UserError(f"{path}: line {line}, entry {len(entries)}: broken JSON{long}: "
+                            f"{first_line(getattr(e, 'msg', e))}") from None
         turns = entry.get('conversations') if isinstance(entry, dict) else None
         n = sum(len(str(t.get('value'))) for t in turns if isinstance(t, dict)) if isinstance(turns, list) else 0
-        entries.append((at, end, n, bool(isinstance(entry, dict) and entry.get('image'))))
+        entries.append((at, end - at, n, bool(isinstance(entry, dict) and entry.get('image'))))
         at = end
-    if at == len(text) and text.lstrip('\ufeff \n').startswith('['):
+    is_list = re.match(r'(\s|\xef\xbb\xbf)*\[', text) is not None
+    if at == len(text) and is_list:
         raise UserError(f"{path}: broken JSON: the list has no end after entry {len(entries) - 1}: truncated?")
-    return {'entries': np.array(entries, np.int64).reshape(-1, 4)}
+    if at < len(text) and (not is_list or text[at + 1:].strip()):
+        line = text.count('\n', 0, at) + 1
+        raise UserError(f"{path}: line {line}: broken JSON: text behind entry {len(entries) - 1}, the last of the list")
+    columns = np.array(entries, np.int64).reshape(-1, 4).T
+    return dict(zip(('offsets', 'sizes', 'n_char', 'has_image'), columns))

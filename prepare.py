@@ -9,6 +9,7 @@ Data preparation: from your own files to the formats that data.py reads, and a l
 Texts are .txt .rst .md (a document each), .jsonl .jsonl.gz .jsonl.zst (a document a line), or folders of them.
 """
 import argparse
+import fcntl
 import gzip
 import io
 import itertools
@@ -17,9 +18,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
+import threading
 from array import array
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,6 +37,7 @@ from kernels import IGNORE_INDEX
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
 PLAIN = ('.txt', '.rst', '.md')
 LINES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.jsonl.zstd')
+MAX_DOCUMENT = 256 << 20             # characters of a text file or a line: a novel has 1 million, enwik8 100 million
 
 
 # --- files out: also for other scripts that write data ---------------------------------------------
@@ -73,31 +79,67 @@ def documents(paths, key='text'):
             for where, line in _json_lines(path):
                 yield _field(where, line, key)
         elif path.endswith(PLAIN):
-            with reading(path, 'UTF-8 text'), open(path, encoding='utf-8-sig') as f:     # -sig drops a byte order mark
-                yield f.read()
+            yield _read_text(path, MAX_DOCUMENT)
         else:
             raise UserError(f"{path}: expected one of {' '.join(PLAIN + LINES)}")
 
 
+def _read_text(path, limit):
+    with reading(path, 'UTF-8 text'), open(path, encoding='utf-8-sig', opener=data.regular) as f:
+        return _at_most(limit, f.read(limit + 1), path)                  # -sig drops a byte order mark
+
+
+def _at_most(limit, text, where):
+    if len(text) > limit:
+        raise UserError(f"{where}: more than {limit:,} characters; cut it into several documents")
+    return text
+
+
 def _json_lines(path):
     """Yield (where it is, line) of each line that is not blank."""
-    with reading(path, 'lines of UTF-8 text'), _open_lines(path) as f:
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                yield f"{path}: line {n}", line
+    with reading(path, 'lines of UTF-8 text'), open(path, 'rb', opener=data.regular) as f:
+        lines = io.TextIOWrapper(_unpacked(f, path), encoding='utf-8-sig')
+        for n, line in enumerate(iter(lambda: lines.readline(MAX_DOCUMENT + 1), ''), 1):
+            where = f"{path}: line {n}"
+            if _at_most(MAX_DOCUMENT, line, where).strip():
+                yield where, line
 
 
-def _open_lines(path):
+def _unpacked(f, path):
     if path.endswith('.gz'):
-        return gzip.open(path, 'rt', encoding='utf-8-sig')
+        return gzip.GzipFile(fileobj=f)
     if path.endswith(('.zst', '.zstd')):
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{path}: reading .zst needs `pip install zstandard`, or unpack it first") from None
-        unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True)
-        return io.TextIOWrapper(unpacked, encoding='utf-8-sig')
-    return open(path, encoding='utf-8-sig')
+        return io.BufferedReader(_Unzstd(f, zstandard.ZstdDecompressor()))
+    return f
+
+
+class _Unzstd(io.RawIOBase):
+    """What the frames of a .zst hold. zstandard's own reader takes a file that was cut short for a whole one."""
+    def __init__(self, f, decompressor):
+        self.f, self.decompressor = f, decompressor
+        self.frame, self.packed, self.left = None, b'', memoryview(b'')
+
+    def readable(self):
+        return True
+
+    def readinto(self, out):
+        while not self.left:
+            self.packed = self.packed or self.f.read(1024)               # they unpack to 32 MB at most
+            if not self.packed and self.frame:
+                raise EOFError("cut short")
+            if not self.packed:
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.left = memoryview(self.frame.decompress(self.packed))
+            self.packed = self.frame.unused_data
+            self.frame = None if self.frame.eof else self.frame
+        n = min(len(out), len(self.left))
+        out[:n], self.left = self.left[:n], self.left[n:]
+        return n
 
 
 def _field(where, line, key):
@@ -129,17 +171,36 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     except (RuntimeError, OSError) as e:
         raise UserError(f"train_tokenizer: --vocab_size={vocab_size}: "
                         f"{first_line(str(e).strip().splitlines()[-1].split('] ')[-1])}") from None
-    write_file(out + '.tmp', model.getvalue())
-    os.replace(out + '.tmp', out)
+    temporary = f'{out}.{os.getpid()}.tmp'
+    write_file(temporary, model.getvalue())
+    os.replace(temporary, out)
 
 
 def _start_process(path):
     global _tokenizer
     _tokenizer = data.load_tokenizer(path)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is for the main process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode(text):
     return _tokenizer.encode(text)
+
+
+def _encoded(texts, tokenizer_path, n_process):
+    """Yield the ids of each text, in order, made by n_process processes."""
+    texts = iter(texts)
+    try:
+        with ProcessPoolExecutor(n_process, initializer=_start_process, initargs=(tokenizer_path,)) as pool:
+            while block := list(itertools.islice(texts, 256 * n_process)):       # map alone would read everything
+                yield from pool.map(_encode, block, chunksize=16)
+    except BrokenProcessPool:
+        raise UserError("tokenize: one of the processes died: killed, or out of memory") from None
 
 
 def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_shard=8192, n_process=1):
@@ -154,39 +215,60 @@ def tokenize(texts, tokenizer_path, out, layout='bin', row_len=2048, rows_per_sh
     tokenizer = data.load_tokenizer(tokenizer_path)
     if layout == 'bin' and tokenizer.vocab_size > 65536:
         raise UserError(f"tokenize: {tokenizer.vocab_size} ids do not fit the uint16 of .bin; use --layout tar")
-    partial, texts, n_document, shards, ids = _new_folder(out), iter(texts), 0, [], array('I')
+    n_document, shards, ids = 0, [], array('I')
     size = rows_per_shard * (row_len if layout == 'bin' else row_len + 1)
-    with multiprocessing.Pool(n_process, _start_process, (tokenizer_path,)) as pool, \
-            tqdm(unit=' documents', disable=None) as bar:
-        while block := list(itertools.islice(texts, 256 * n_process)):       # Pool.imap alone would read everything
-            for document in pool.imap(_encode, block, chunksize=16):
-                ids.extend(document + [tokenizer.eot_id])
-                n_document += 1
-                while len(ids) >= size:
-                    n = len(ids) if layout == 'bin' else size
-                    shards.append(_write_shard(partial, len(shards), ids[:n], layout, row_len, tokenizer))
-                    del ids[:n]
-            bar.update(len(block))
-    if len(ids) > 1:                                                     # one id alone predicts nothing
-        shards.append(_write_shard(partial, len(shards), ids, layout, row_len, tokenizer))
-    if not shards:
-        shutil.rmtree(partial)
-        raise UserError("tokenize: no text in the input")
-    if layout == 'tar':                                                  # OpenLM's --dataset-manifest
-        manifest = [{'shard': f'{i:08d}', 'num_sequences': n_row} for i, (_, n_row) in enumerate(shards)]
-        write_file(os.path.join(partial, 'manifest.jsonl'), manifest)
-    os.replace(partial, out)
+    with _new_folder(out) as partial:
+        for document in tqdm(_encoded(texts, tokenizer_path, n_process), unit=' documents', disable=None):
+            ids.extend(document + [tokenizer.eot_id])
+            n_document += 1
+            while len(ids) >= size:
+                n = len(ids) if layout == 'bin' else size
+                shards.append(_write_shard(partial, len(shards), ids[:n], layout, row_len, tokenizer))
+                del ids[:n]
+        if len(ids) > 1:                                                 # one id alone predicts nothing
+            shards.append(_write_shard(partial, len(shards), ids, layout, row_len, tokenizer))
+        if not shards:
+            raise UserError("tokenize: no text in the input")
+        if layout == 'tar':                                              # OpenLM's --dataset-manifest
+            manifest = [{'shard': f'{i:08d}', 'num_sequences': n_row} for i, (_, n_row) in enumerate(shards)]
+            write_file(os.path.join(partial, 'manifest.jsonl'), manifest)
     return n_document, sum(s[0] for s in shards)
 
 
+@contextmanager
 def _new_folder(out):
-    """Return a fresh `<out>.partial`, to be renamed to `out` when complete."""
+    """
+    Yield `<out>.partial`, empty and for this process alone; it becomes `out` at the end, or vanishes with an error.
+    Raises UserError when `out` holds anything, and while another process writes it.
+    """
+    out = out.rstrip('/')
+    partial = out + '.partial'
+    lock = os.path.join(partial, '.lock')
+    _check_free(out)
+    os.makedirs(partial, exist_ok=True)
+    with open(lock, 'ab') as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)                # ends with this process, and is not forked
+            others = not os.path.samestat(os.fstat(f.fileno()), os.stat(lock))
+        except (BlockingIOError, FileNotFoundError):
+            others = True
+        if others:                                                       # it has the lock, or had it until now
+            raise UserError(f"{out}: another process is writing it")
+        try:
+            _check_free(out)
+            for name in set(os.listdir(partial)) - {'.lock'}:            # of a process that was killed
+                os.remove(os.path.join(partial, name))
+            yield partial
+            os.replace(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        os.remove(os.path.join(out, '.lock'))
+
+
+def _check_free(out):
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise UserError(f"{out}: is there already; remove it or choose another --out")
-    partial = out.rstrip('/') + '.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    return partial
 
 
 def _write_shard(folder, i, ids, layout, row_len, tokenizer):
@@ -221,12 +303,11 @@ def pair(folders, out, captions='', samples_per_shard=1000):
     if captions and len(folders) > 1:
         raise UserError(f"pair: {len(folders)} folders, expected one: the images of {captions} are paths in it")
     pairs = _listed(folders[0], captions) if captions else [p for folder in folders for p in _beside(folder)]
-    partial = _new_folder(out)
-    for first in tqdm(range(0, len(pairs), samples_per_shard), unit=' shards', disable=None):
-        write_tar(os.path.join(partial, f'{first // samples_per_shard:06d}.tar'),
-                  (member for i, found in enumerate(pairs[first:first + samples_per_shard], first)
-                   for member in _members(i, *found)))
-    os.replace(partial, out)
+    with _new_folder(out) as partial:
+        for first in tqdm(range(0, len(pairs), samples_per_shard), unit=' shards', disable=None):
+            write_tar(os.path.join(partial, f'{first // samples_per_shard:06d}.tar'),
+                      (member for i, found in enumerate(pairs[first:first + samples_per_shard], first)
+                       for member in _members(i, *found)))
     return len(pairs)
 
 
@@ -259,12 +340,12 @@ def _members(i, folder, image, caption):
         beside = os.path.splitext(path)[0] + '.txt'
         if not os.path.isfile(beside):
             raise UserError(f"{path}: needs a caption of its own beside it, {os.path.basename(beside)}")
-        with reading(beside, 'UTF-8 text'), open(beside, encoding='utf-8-sig') as f:
-            caption = f.read()
+        caption = _read_text(beside, data.MAX_TEXT_BYTES)
     if not caption.strip():
         raise UserError(f"{path}: its caption is empty")
-    with reading(path, 'a file'), open(path, 'rb') as f:
-        return [(key + suffix.lower(), f.read()), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
+    with reading(path, 'a file'):
+        content = data.read_whole(path, data.MAX_IMAGE_BYTES)
+    return [(key + suffix.lower(), content), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
 
 
 # --- a look at a data set -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """data.py and mixture.py: layouts token by token, exact shares, every row once, the same data anyhow, hostile files."""
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -112,10 +115,45 @@ def test_hf_tokenizer_json_with_an_end_of_text_in_the_text(tmp_path):
     assert 0 not in load_tokenizer(str(tmp_path)).encode(text)
 
 
+def bytes_tokenizer(**parts):
+    """A tokenizer.json whose ids are the bytes of a text."""
+    import tokenizers
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return json.dumps({**json.loads(hf.to_str()), **parts})
+
+
+def test_truncation_padding_and_templates_of_a_tokenizer_file_are_off(tmp_path):
+    (tmp_path / 'plain.json').write_text(bytes_tokenizer())
+    want = load_tokenizer(str(tmp_path / 'plain.json')).encode('the red star')
+    cut = {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}
+    pad = {'strategy': {'Fixed': 40}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
+           'pad_token': '!'}
+    template = {'type': 'TemplateProcessing', 'pair': [], 'single': [{'SpecialToken': {'id': '!', 'type_id': 0}},
+                                                                      {'Sequence': {'id': 'A', 'type_id': 0}}],
+                'special_tokens': {'!': {'id': '!', 'ids': [0], 'tokens': ['!']}}}
+    for parts in (dict(truncation=cut), dict(padding=pad), dict(post_processor=template)):
+        (tmp_path / 'odd.json').write_text(bytes_tokenizer(**parts))
+        t = load_tokenizer(str(tmp_path / 'odd.json'))
+        assert t.encode('the red star') == want and len(want) == 12
+        assert t.content == (tmp_path / 'odd.json').read_bytes() and t.sha256 == hashlib.sha256(t.content).hexdigest()
+
+
+@pytest.mark.parametrize('parts, words', [
+    (dict(model={'type': 'Nope'}), 'ModelUntagged'), (dict(truncation={'max_length': 3}), 'missing field'),
+    (dict(pre_tokenizer={'type': 'Split', 'pattern': {'Regex': '(['}, 'behavior': 'Isolated', 'invert': False}),
+     'Oniguruma error')])
+def test_a_wrong_part_of_a_tokenizer_file_is_named(tmp_path, parts, words):
+    (tmp_path / 'odd.json').write_text(bytes_tokenizer(**parts))
+    with pytest.raises(UserError, match=f'odd.json: not readable as a tokenizer .*{words}'):
+        load_tokenizer(str(tmp_path / 'odd.json'))
+
+
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match='nothing.model: no such file.*train_tokenizer'):
         load_tokenizer(str(tmp_path / 'nothing.model'))
-    for name, content in [('bad.model', b'junk'), ('bad.json', b'{'), ('list.json', b'[]')]:
+    for name, content in [('bad.model', b'junk'), ('no.model', b''), ('bad.json', b'{'), ('list.json', b'[]')]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             load_tokenizer(str(tmp_path / name))
@@ -210,6 +248,75 @@ def test_text_of_another_tokenizer_is_refused(tmp_path, tok):
         TextSource(str(tmp_path), tok, 8)
 
 
+def test_a_bin_shorter_than_it_was_written_is_named(tmp_path, tok):
+    np.arange(3, 50).astype('<u2').tofile(tmp_path / 'a.bin')
+    (tmp_path / 'a.json').write_text(json.dumps({'n_token': 47}))
+    TextSource(str(tmp_path), tok, 8)
+    whole = (tmp_path / 'a.bin').read_bytes()
+    (tmp_path / 'a.bin').write_bytes(whole[:92])
+    with pytest.raises(UserError, match='a.bin: 92 bytes, expected 94 for the 47 ids of .*a.json: truncated'):
+        TextSource(str(tmp_path), tok, 8)
+    (tmp_path / 'b.bin').write_bytes(whole[:93])
+    with pytest.raises(UserError, match='b.bin: 93 bytes, expected two for each id: truncated'):
+        TextSource(str(tmp_path / 'b.bin'), tok, 8)
+    (tmp_path / 'a.json').write_text('{"n_token": "47"}')
+    with pytest.raises(UserError, match="a.json: 'n_token' is '47', expected int"):
+        TextSource(str(tmp_path), tok, 8)
+
+
+def test_a_file_that_shrinks_while_a_run_goes_on_is_named(tmp_path, tok):
+    np.arange(3, 200).astype('<u2').tofile(tmp_path / 'a.bin')
+    write_llava(tmp_path, [talk('the red', 'star')] * 9)
+    rows = write_rows(tmp_path / 'a.tar', [[5] * 9] * 9)
+    llava = dict(image_root='', seq_len=64, n_token=0, image_size=28)
+    for source in (TextSource(str(tmp_path / 'a.bin'), tok, 8), TextSource(rows, tok, 8),
+                   InstructSource(str(tmp_path / 'llava.json'), tokenizer=tok, **llava)):
+        path = source.shards.stamps[0][0]
+        source[0]                                                        # also one that is open already
+        os.truncate(path, 100)
+        with pytest.raises(BadSample, match=f'{path}.*found 0: a truncated file'):
+            source[len(source) - 1]
+
+
+def test_files_that_never_end_are_refused_instead_of_waited_for(tmp_path, tok):
+    os.mkfifo(tmp_path / 'pipe')
+    for name in ('a.bin', 'a.tar', 'a.json', 't.model'):
+        os.symlink('pipe', tmp_path / name)
+    llava = dict(image_root=str(tmp_path), tokenizer=tok, seq_len=64, n_token=3, image_size=28)
+    signal.alarm(20)                                                     # ends the tests rather than waiting
+    for source in (lambda: TextSource(str(tmp_path / '*.bin'), tok, 8), lambda: TextSource('/dev/zero', tok, 8),
+                   lambda: CaptionSource(str(tmp_path / 'a.tar'), tok, 64, 4, 28),
+                   lambda: InstructSource(str(tmp_path / 'a.json'), **llava)):
+        with pytest.raises(UserError, match='not a file'):
+            source()
+    with pytest.raises(UserError, match='t.model: no such file'):
+        load_tokenizer(str(tmp_path / 't.model'))
+    np.arange(3, 50).astype('<u2').tofile(tmp_path / 'b.bin')
+    os.symlink('pipe', tmp_path / 'b.json')
+    with pytest.raises(UserError, match='b.json: not a file'):
+        TextSource(str(tmp_path / 'b.bin'), tok, 8)
+    (tmp_path / 'c.jsonl').write_text(json.dumps(talk('the red', 'star', image='pipe')))
+    os.symlink('pipe', tmp_path / 'c.jsonl.idx')
+    with pytest.raises(BadSample, match='c.jsonl: entry 0: .*pipe: not a file'):
+        InstructSource(str(tmp_path / 'c.jsonl'), **llava)[0]
+    assert os.path.isfile(tmp_path / 'c.jsonl.idx')
+    signal.alarm(0)
+
+
+def test_more_files_than_may_be_open(tmp_path, tok):
+    code = CHILD + f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import data
+source = data.TextSource({str(tmp_path)!r}, data.load_tokenizer({tok.path!r}), 8)
+import os
+print(len(source), sum(int(source[i].tokens[0]) for i in range(200)), len(os.listdir('/proc/self/fd')) < 32)"""
+    for i in range(200):
+        write_rows(tmp_path / f'{i:03d}.tar', [[i] * 9])
+    run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f'200 {sum(range(200))} True\n', '')
+
+
 @pytest.mark.parametrize('paths', ['missing.tar', 'miss*.bin', '.'])
 def test_missing_files_are_named(tmp_path, tok, paths):
     with pytest.raises(ValueError, match='no such file|holds no file that ends in .bin or .tar'):
@@ -260,6 +367,107 @@ def test_a_damaged_tar_is_named_and_its_whole_rows_survive(tmp_path, tok, cut):
     assert sum(len(s.bad) > 0 for s in drawn) == 1
 
 
+def member(name, content=b'', size=None, **fields):
+    """The blocks of one member of a tar; its header may say anything."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content) if size is None else size
+    for key, value in fields.items():
+        setattr(info, key, value)
+    header = info.tobuf(tarfile.PAX_FORMAT if info.pax_headers else tarfile.GNU_FORMAT)
+    return header + content + bytes(-len(content) % 512)
+
+
+ROW = json.dumps([5] * 9).encode()
+
+
+@pytest.mark.parametrize('blocks, words', [
+    (member('b.json', ROW, pax_headers={'size': str(1 << 40)}), '1,099,511,627,776 bytes does not end inside'),
+    (member('b.json', ROW, pax_headers={'size': '-4096'}), 'b.json of -4,096 bytes does not end inside'),
+    (member('b.json', ROW, pax_headers={'size': str(10 ** 30)}), r'1,000,.* bytes does not end inside'),
+    (member('b', size=1 << 40, type=tarfile.XHDTYPE), '1,099,511,627,776 bytes, expected at most 65,536'),
+    (member('b', size=1 << 40, type=tarfile.GNUTYPE_LONGNAME), '1,099,511,627,776 bytes, expected at most 65,536'),
+    (bytes(1024) + member('b.json', ROW), 'more data behind the end-of-archive marker there: a second archive')])
+def test_what_a_header_declares_is_not_believed(tmp_path, tok, blocks, words):
+    path = tmp_path / 'a.tar'
+    path.write_bytes(member('a.json', ROW) + blocks + bytes(1024))
+    source = TextSource(str(path), tok, 8)
+    assert len(source) == 2 and source[0].tokens.tolist() == [5] * 8
+    with pytest.raises(BadSample, match=f'a.tar: damaged or truncated tar at offset 1024 of .*{words}'):
+        source[1]
+
+
+def test_links_and_sparse_members_have_no_bytes_to_read(tmp_path, tok):
+    sparse = {'GNU.sparse.major': '0', 'GNU.sparse.minor': '1', 'GNU.sparse.map': '0,1', 'GNU.sparse.size': '99',
+              'GNU.sparse.name': 'd.json'}
+    links = [member(name, type=kind, linkname='a.json')
+             for name, kind in (('b.json', tarfile.LNKTYPE), ('c.json', tarfile.SYMTYPE))]
+    path = tmp_path / 'a.tar'
+    path.write_bytes(member('a.json', ROW) + b''.join(links) + member('d', b'1', pax_headers=sparse)
+                     + member('folder', type=tarfile.DIRTYPE) + member('e.json', ROW) + bytes(20480))
+    source = TextSource(str(path), tok, 8)
+    assert len(source) == 5 and not source.damaged
+    assert source[0].tokens.tolist() == source[4].tokens.tolist() == [5] * 8
+    for i, name in enumerate('bcd', 1):
+        with pytest.raises(BadSample, match=f'a.tar: {name}.json: .*a link or a sparse member of the tar'):
+            source[i]
+    path.write_bytes(member('a.jpg', jpeg()) + member('a.txt', type=tarfile.LNKTYPE, linkname='b.txt') + bytes(1024))
+    with pytest.raises(BadSample, match='a.tar: a: a link or a sparse member'):
+        CaptionSource(str(path), tok, 64, 4, 28)[0]
+
+
+def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
+    path = tmp_path / 'a.tar'
+    with open(path, 'wb') as f:
+        f.write(member('a.jpg', size=3 << 30))
+        f.seek(3 << 30, 1)
+        f.write(member('a.txt', b'x') + member('b.txt', b'x' * (32 << 20)) + member('b.jpg', b'junk') + bytes(1024))
+    source = CaptionSource(str(path), tok, 64, 4, 28)
+    read = []
+    monkeypatch.setattr(data.os, 'pread', lambda fd, size, offset, pread=os.pread: read.append(size) or
+                        pread(fd, size, offset))
+    for i, words in enumerate(['a: 3,221,225,472 bytes, expected at most 536,870,912',
+                               'b: 33,554,432 bytes, expected at most 4,194,304']):
+        with pytest.raises(BadSample, match=f'a.tar: {words}'):
+            source[i]
+    assert read == [1]
+    with open(tmp_path / 'big.jpg', 'wb') as f:
+        f.truncate(3 << 30)
+    files = write_llava(tmp_path, [talk('q', 'a', image='big.jpg')])
+    files['image_root'] = str(tmp_path)
+    with pytest.raises(BadSample, match='entry 0: .*big.jpg: 3,221,225,472 bytes, expected at most'):
+        InstructSource(**files, tokenizer=tok, seq_len=64, n_token=4, image_size=28)[0]
+
+
+def test_an_index_is_believed_only_where_it_can_be_true(tmp_path, tok):
+    path = write_rows(tmp_path / 'a.tar', [[5] * 9, [6] * 9], '.json')
+    want = data.tar_members(path)
+    whole, size = dict(np.load(path + '.idx')), os.path.getsize(path)
+    lies = [dict(whole, offsets=np.array([0, -2])), dict(whole, sizes=np.array([512, size])),
+            dict(whole, sizes=np.array([1, -1])), dict(whole, sizes=np.array([1, 2**63 - 1])),
+            dict(whole, offsets=whole['offsets'][:1]), dict(whole, offsets=whole['offsets'].astype(float)),
+            dict(whole, offsets=whole['offsets'][None], sizes=whole['sizes'][None]),
+            dict(whole, names=whole['names'][:-1]), dict(whole, names=np.zeros(1000, np.uint8)),
+            dict(whole, more=whole['sizes']), {k: v for k, v in whole.items() if k != 'damage'}]
+
+    def write_all():
+        for lie in lies:
+            np.savez(path + '.idx.npz', **lie)
+            yield open(path + '.idx.npz', 'rb').read()
+        with zipfile.ZipFile(path + '.idx.npz', 'w', zipfile.ZIP_DEFLATED) as z:
+            for name, array in {**whole, 'offsets': np.zeros(1 << 25, np.int64)}.items():      # 256 MB of zeros
+                with z.open(name + '.npy', 'w') as f:
+                    np.lib.format.write_array(f, array)
+        yield open(path + '.idx.npz', 'rb').read()
+    for content in write_all():
+        open(path + '.idx', 'wb').write(content)
+        data._tar_members.cache_clear()
+        tracemalloc.start()
+        assert data.tar_members(path) == want
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+        assert open(path + '.idx', 'rb').read() != content               # made anew
+
+
 def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     path = write_rows(tmp_path / 'a.tar', [[5] * 9] * 3)
     TextSource(path, tok, 8)
@@ -271,14 +479,11 @@ def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     source = TextSource(path, tok, 8)
     assert len(source) == 4 and source[0].tokens[0] == 7  # neither the old index nor the old file handle
     whole = dict(np.load(path + '.idx'))
-    np.savez(open(path + '.idx', 'wb'), mark=whole['mark'])              # the right mark and nothing else
-    data._tar_members.cache_clear()
-    with pytest.raises(UserError, match='a.tar.idx: not readable as the index of a tar'):
-        TextSource(path, tok, 8)
     for junk in (b'', b'junk', open(path + '.idx', 'rb').read()[:200]):
         open(path + '.idx', 'wb').write(junk)
         data._tar_members.cache_clear()
         assert len(TextSource(path, tok, 8)) == 4
+        assert all((v == whole[k]).all() for k, v in np.load(path + '.idx').items())
 
 
 def test_the_index_goes_to_cache_dir_when_the_data_is_read_only(tmp_path, tok, monkeypatch):
@@ -477,6 +682,21 @@ def test_json_of_any_shape_is_indexed_and_broken_json_named(tmp_path, tok):
     (tmp_path / 'g.json').write_text(json.dumps(entries)[:-1])           # cut between two entries
     with pytest.raises(ValueError, match='g.json: broken JSON: the list has no end after entry 2'):
         InstructSource(str(tmp_path / 'g.json'), **arguments)
+    for begin in ('', ' \n\t', '\ufeff', '\ufeff \n'):
+        (tmp_path / 'h.json').write_text(begin + json.dumps(entries)[:-1] + '\n', encoding='utf-8')
+        with pytest.raises(UserError, match='h.json: broken JSON: the list has no end after entry 2'):
+            InstructSource(str(tmp_path / 'h.json'), **arguments)
+    for text in (json.dumps(entries) + '\n' + json.dumps(entries[0]), json.dumps(entries) * 2, ways['c.jsonl'] + ']'):
+        (tmp_path / 'i.json').write_text(text)
+        with pytest.raises(UserError, match='i.json: line [14]: broken JSON: text behind entry 2, the last of the'):
+            InstructSource(str(tmp_path / 'i.json'), **arguments)
+    for n in (8180, 8192, 8200, 100_000, 5_000_000):                     # around the window in which an entry is parsed
+        (tmp_path / 'j.json').write_text(json.dumps([*entries, 10 ** 19, 'x' * n, 'x' * (n - 24), 123]))
+        if n < data.MAX_TEXT_BYTES:
+            assert len(InstructSource(str(tmp_path / 'j.json'), **arguments)) == 7
+        else:
+            with pytest.raises(UserError, match='j.json: line 1, entry 4: broken JSON or an entry above 4,194,304'):
+                InstructSource(str(tmp_path / 'j.json'), **arguments)
     (tmp_path / 'f.json').write_text('[]')
     with pytest.raises(ValueError, match='f.json: no entries'):
         InstructSource(str(tmp_path / 'f.json'), **arguments)

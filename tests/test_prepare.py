@@ -1,9 +1,12 @@
 """prepare.py: every command on real formats, what it writes is what data.py reads, and bad input ends in one line."""
 import gzip
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +62,99 @@ def test_tokens_written_are_the_tokens_read(world, tmp_path, layout):
     if layout == 'tar':
         manifest = [json.loads(line) for line in open(f'{out}/manifest.jsonl')]
         assert sum(m['num_sequences'] for m in manifest) == sum(source.group_sizes)
+
+
+CHILD = f"import sys; sys.path.insert(0, {os.path.dirname(prepare.__file__)!r}); import os, prepare\n"
+WAITING = CHILD + """
+def texts():
+    yield from ['the red star'] * 600
+    print('ready', flush=True)
+    yield sys.stdin.readline()
+prepare.tokenize(texts(), sys.argv[1], sys.argv[2], n_process=2)"""
+
+
+def start_waiting(world, out):
+    """A tokenize into out that has begun, holds what two processes made, and waits for the rest of its input."""
+    child = subprocess.Popen([sys.executable, '-c', WAITING, f'{world}/t.model', str(out)], env=child_env(), text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == 'ready\n'
+    return child
+
+
+def test_of_two_at_once_the_second_is_refused_and_the_first_is_whole(world, tmp_path):
+    child = start_waiting(world, tmp_path / 'out')
+    with pytest.raises(UserError, match='out: another process is writing it'):
+        prepare.tokenize(TEXTS, f'{world}/t.model', str(tmp_path / 'out'))
+    with pytest.raises(UserError, match='out: another process is writing it'):
+        prepare.pair(str(write_photos(tmp_path / 'photos')), f'{tmp_path}/out/')
+    child.communicate('the end')
+    assert child.returncode == 0 and sorted(os.listdir(tmp_path)) == ['out', 'photos']
+    assert sorted(os.listdir(tmp_path / 'out')) == ['00000000.bin', '00000000.json']
+    tokenizer = data.load_tokenizer(f'{world}/t.model')
+    want = [i for t in ['the red star'] * 600 + ['the end'] for i in tokenizer.encode(t) + [tokenizer.eot_id]]
+    assert np.fromfile(tmp_path / 'out/00000000.bin', '<u2').tolist() == want
+
+
+def test_a_killed_run_does_not_block_the_next_and_leaves_no_process(world, tmp_path):
+    child = start_waiting(world, tmp_path / 'out')
+    workers = open(f'/proc/{child.pid}/task/{child.pid}/children').read().split()
+    (tmp_path / 'out.partial/00000007.bin').write_text('of the killed run')
+    child.kill()
+    child.wait()
+    assert prepare.tokenize(TEXTS, f'{world}/t.model', str(tmp_path / 'out'))[0] == len(TEXTS)
+    assert os.listdir(tmp_path) == ['out'] and '00000007.bin' not in os.listdir(tmp_path / 'out')
+    deadline = time.time() + 20
+    while any(os.path.exists(f'/proc/{pid}') and open(f'/proc/{pid}/stat').read().split()[2] != 'Z' for pid in workers):
+        assert time.time() < deadline, workers
+        time.sleep(0.05)
+    assert len(workers) == 2
+
+
+def test_a_killed_process_of_the_pool_is_one_line(world, tmp_path):
+    others = multiprocessing.active_children()           # loaders of other tests
+
+    def texts():
+        yield from TEXTS * 6
+        os.kill(next(p.pid for p in multiprocessing.active_children() if p not in others), signal.SIGKILL)
+        yield from TEXTS * 60
+    with pytest.raises(UserError, match='tokenize: one of the processes died: killed, or out of memory'):
+        prepare.tokenize(texts(), f'{world}/t.model', str(tmp_path / 'out'), n_process=2)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('suffix', ['.txt', '.jsonl', '.jsonl.gz', '.jsonl.zst'])
+def test_a_document_beyond_its_bound_is_refused(tmp_path, monkeypatch, suffix):
+    pack = gzip.compress if suffix.endswith('.gz') else bytes
+    pack = pytest.importorskip('zstandard').compress if suffix.endswith('.zst') else pack
+    path = tmp_path / f'a{suffix}'
+    monkeypatch.setattr(prepare, 'MAX_DOCUMENT', 50)
+    path.write_bytes(pack(b'{"text": "%s"}' % (b'x' * 38)))
+    assert len(list(prepare.documents(str(path)))) == 1
+    path.write_bytes(pack(b'{"text": "x"}\n' + b'x' * 51))
+    with pytest.raises(UserError, match=r'a\..*: more than 50 characters; cut it'):
+        list(prepare.documents(str(path)))
+
+
+def test_every_frame_of_a_zst_is_read_and_a_cut_one_is_named(tmp_path):
+    zstandard, path = pytest.importorskip('zstandard'), tmp_path / 'a.jsonl.zst'
+    lines = [b'{"text": "%d %s"}\n' % (i, os.urandom(40).hex().encode()) for i in range(9000)]
+    frames = [zstandard.compress(b''.join(lines[i:i + 3000])) for i in (0, 3000, 6000)]
+    path.write_bytes(b''.join(frames[:2]) + b'\x50\x2a\x4d\x18\x03\0\0\0abc' + frames[2])     # a skippable one too
+    assert list(prepare.documents(str(path))) == [json.loads(line)['text'] for line in lines]
+    path.write_bytes(frames[0] + frames[1][:-2000])
+    with pytest.raises(UserError, match='a.jsonl.zst: not readable as lines of UTF-8 text .cut short'):
+        list(prepare.documents(str(path)))
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst'])
+def test_a_pipe_is_no_text(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    signal.alarm(20)                                     # ends the tests rather than waiting
+    with pytest.raises(UserError, match=f'{name}: not a file'):
+        list(prepare.documents(str(tmp_path / name)))
+    with pytest.raises(UserError, match=f'{name}: not a file'):
+        prepare.pair(str(tmp_path), f'{tmp_path}/out', str(tmp_path / name))
+    signal.alarm(0)
 
 
 def test_an_interrupted_tokenize_leaves_nothing_that_looks_whole(world, tmp_path):
