@@ -118,11 +118,8 @@ def make_batches(images, lengths, batch_size):
 
 def load_image(path, size, resize, upright=True):
     """(3, size, size) uint8 of an image file; UserError names it."""
-    image = open_image(path, upright)
-    try:
-        return RESIZE[resize](image, size)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
+    with reading(path, 'an image'):
+        return RESIZE[resize](open_image(path, upright), size)
 
 
 def load_images(images, lengths, model, opt, upright=True):
