@@ -1,21 +1,15 @@
 """
-What the training stages share: lr schedules, processes and devices, the optimizer, one run's bookkeeping, the log.
-Nothing here decides what is trained. Checkpoint folders are checkpoint.py's.
+What the training stages share: lr schedules, the optimizer, one run's bookkeeping, what a run will cost. Nothing here
+decides what is trained. Checkpoint folders are checkpoint.py's, the log is log.py's, processes and devices are
+processes.py's, whose names are names here, too.
 """
-import dataclasses
 import glob
-import inspect
 import itertools
 import math
 import os
-import signal
-import sys
 import time
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 from configurator import config_keys
@@ -25,6 +19,7 @@ from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib, model_flops_utilisation
 from mixture import COUNTS, BadSample, Loader
 from model import build_vlm
+from processes import Process, StopSignal, accumulation, distributed, pick_device, setup_process  # noqa: F401
 
 
 # --- learning-rate schedules ------------------------------------------------------------------------------------------
@@ -71,123 +66,6 @@ def lr_at(step, schedule):
 def top_lr(schedule):
     """The lr at which a schedule starts or peaks, before any warmup: what projector_lr and encoder_lr compare with."""
     return schedule['peak'] if 'peak' in schedule else lr_at(0, {**schedule, 'moments_warmup': 0})
-
-
-# --- processes and devices --------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Process:
-    """One process of a run. CPU tensors travel by gloo, CUDA tensors by NCCL: host counts never wait for the GPU."""
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def master(self):
-        return self.rank == 0
-
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def host_sum(self, values):
-        """Sum a list of numbers over processes on the host, exactly below 2**53; the GPU is not waited for."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def send(self, tensor):
-        """A tensor in host memory on the device; the GPU is not waited for."""
-        tensor = tensor.pin_memory() if self.device.type == 'cuda' else tensor
-        return tensor.to(self.device, non_blocking=True)
-
-    def print(self, *args):
-        if self.master and sys.stdout is not None:           # None: the shell closed it
-            tqdm.write(' '.join(str(a) for a in args), file=sys.stdout)
-            sys.stdout.flush()
-
-    def gather(self, items):
-        """The lists of all processes, joined in rank order, on every process."""
-        if self.world_size == 1:
-            return list(items)
-        lists = [None] * self.world_size
-        dist.all_gather_object(lists, list(items))
-        return [item for part in lists for item in part]
-
-    def barrier(self):
-        self.host_sum([0.0])
-
-    def start_device(self):
-        """Touch the GPU for the first time: after the loader has forked its workers."""
-        if self.device.type == 'cuda':
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision('high')
-
-
-def pick_device(device):
-    """The torch device that a config's `device` names; UserError when it is not there."""
-    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')        # is_available() would start CUDA before the fork
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}.get(device, lambda: True)
-    if not there():
-        raise UserError(f"device={device!r}: torch sees no such GPU; give --device=cpu")
-    return device
-
-
-def setup_process(device='auto', dtype='', n_thread=0):
-    """
-    Join the processes that torchrun started (or be the only one) and pick device and dtype.
-    dtype    'float32', 'bfloat16' or '' = bfloat16 on CUDA, float32 on CPU; weights stay float32, dtype is autocast's
-    returns  Process
-    """
-    device = pick_device(device)
-    told = {key: os.environ.get(key, default) for key, default in
-            (('RANK', '0'), ('WORLD_SIZE', '1'), ('LOCAL_RANK', '0'), ('LOCAL_WORLD_SIZE', '1'))}
-    rank, world, local, local_world = (int(text) if text.isdecimal() else -1 for text in told.values())
-    half = ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ)
-    if half or not 0 <= rank < world or not 0 <= local < local_world:
-        raise UserError(f"{', '.join(f'{key}={text}' for key, text in told.items())}: not an environment that torchrun "
-                        "makes; start the script by torchrun, or unset these")
-    dtype = getattr(torch, dtype or ('bfloat16' if device == 'cuda' else 'float32'))
-    if device == 'cpu':
-        torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // local_world))
-    if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
-    return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device('cpu'), dtype)
-
-
-def distributed(model):
-    """DistributedDataParallel that leaves the buffers (constants) alone; torch 2.13 renamed how to say so."""
-    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel.__init__).parameters
-    return DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                   **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
-
-
-class StopSignal:
-    """`.set` turns True on SIGTERM or Ctrl-C (torchrun may send both); the same a second time ends as usual."""
-    def __init__(self):
-        self.set = False
-        self.usual = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number, frame):
-        self.set = True
-        signal.signal(number, self.usual[number])
-
-
-def accumulation(global_batch_size, micro_batch_size, world_size):
-    """
-    How a global batch is cut: (micro-steps, sequences per process and micro-step), the largest micro-batch that divides
-    and is at most micro_batch_size. Raises UserError when the processes do not divide the batch.
-    """
-    per_process, rest = divmod(global_batch_size, world_size)
-    if rest:
-        fit = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
-        raise UserError(f"global_batch_size={global_batch_size} cannot be divided among {world_size} processes: "
-                        f"start {max(n for n in fit if n <= world_size)}, or give another batch size")
-    size = max(n for n in range(1, min(micro_batch_size, per_process) + 1) if per_process % n == 0)
-    return per_process // size, size
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
@@ -451,8 +329,10 @@ class Run:
         begin = time.perf_counter()
         try:
             micro = [next(batches) for _ in range(self.n_micro)]
-        except BadSample as e:
-            raise UserError(f"{e} (max_bad_samples={self.config['max_bad_samples']})") from e
+        except UserError as e:
+            self.reader.flush()                                  # the last step's line is still to be written
+            limit = f" (max_bad_samples={self.config['max_bad_samples']})" if isinstance(e, BadSample) else ''
+            raise UserError(f"{e}{limit}") from e
         self.waited = time.perf_counter() - begin
         bad = [message for batch in micro for message in batch.bad]
         counts, n_bad, stop = count(self.process, micro, self.mixture.names, len(bad), self.stop_signal.set)
@@ -462,6 +342,7 @@ class Run:
             return None, None
         self.bad_samples, self.n_bad_sample = self.bad_samples + bad, self.n_bad_sample + n_bad
         if self.n_bad_sample > self.config['max_bad_samples']:
+            self.reader.flush()
             raise UserError(f"{self.n_bad_sample} bad samples are more than max_bad_samples="
                             f"{self.config['max_bad_samples']}; on this process: {'; '.join(self.bad_samples[-3:])}")
         self.micro, self.counts = micro, counts

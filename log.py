@@ -97,7 +97,7 @@ class Logger:
     On resume, torn lines and lines beyond `step` are cut.
     """
     def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
-        self.on, self.every, self.start, self.time = process.master, every, step, time.time()
+        self.process, self.on, self.every, self.start, self.time = process, process.master, every, step, time.time()
         self.max_steps, self.tracker, self.writer, self.bar, self.mark = max_steps, None, None, None, None
         if not self.on:
             return
@@ -145,7 +145,7 @@ class Logger:
                 self.writer.add_scalar(key, value, line['step'])
         if 'loss' not in line:
             text = ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-            tqdm.write(f"step {line['step']}: {text}", file=sys.stdout)
+            self.process.print(f"step {line['step']}: {text}")
         elif self.bar is not None:
             self.bar.update(line['step'] - self.bar.n)
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
@@ -157,8 +157,8 @@ class Logger:
             eta = (now - self.time) / (line['step'] - self.start) * (self.max_steps - line['step'])
             split = ' '.join(f'{name} {loss:.3f}' for name, loss in by_source.items())
             split = f' ({split})' if len(by_source) > 1 else ''
-            print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}{split}  lr {line['lr']:.2e}  norm "
-                  f"{line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s", flush=True)
+            self.process.print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}{split}  "
+                               f"lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s")
 
     def close(self):
         if self.on:

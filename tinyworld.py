@@ -36,6 +36,7 @@ from errors import UserError, reading, user_error_hook
 from prepare import write_file, write_tar, writing
 from vision import SigLIP, SigLIPConfig, siglip_loss
 
+VERSION = 2                                 # of the files; captions/ came with 2
 COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20))
 SHAPES = ('star', 'ring', 'square', 'triangle')
 WORDS = ('cat dog cow pig fox hen owl ant bee bat rat elk cup box hat bed bus car key map pen sun jar egg log net toy '
@@ -456,8 +457,8 @@ def write_data(out, *, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000
     Raises UserError when `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
-    settings = dict(n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct, n_test=n_test,
-                    n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
+    settings = dict(version=VERSION, n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct,
+                    n_test=n_test, n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0])
     if os.path.exists(out):
         found = 'no tiny world'
         if os.path.isfile(f'{out}/world.json'):

@@ -1,4 +1,4 @@
-"""common.py: the schedules' published values, the optimizer's rules, how a batch is divided."""
+"""common.py: the schedules' published values, the optimizer's rules."""
 import json
 import math
 import os
@@ -119,27 +119,6 @@ def test_a_text_source_keeps_its_name_and_others_do_not_get_it():
     names = {'text': 'text', 'text/*.tar': 'text', 'text/a': 'text/a', '/x/text/*.bin': '/x/text', '*.tar': '*.tar'}
     assert {pattern: common.text_name(pattern, [pattern]) for pattern in names} == names
     assert common.text_name('a/*.tar', ['a/*.tar', 'b']) == 'a/*.tar'
-
-
-# --- processes ------------------------------------------------------------------------------------------------------
-
-def test_the_largest_micro_batch_that_divides_is_taken():
-    found = {given: common.accumulation(*given) for given in [(256, 8, 8), (8, 8, 1), (16, 16, 2), (12, 5, 1), (12, 5, 2),
-                                                              (12, 1, 3), (7, 4, 1), (6, 100, 6)]}
-    assert found == {(256, 8, 8): (4, 8), (8, 8, 1): (1, 8), (16, 16, 2): (1, 8), (12, 5, 1): (3, 4), (12, 5, 2): (2, 3),
-                     (12, 1, 3): (4, 1), (7, 4, 1): (7, 1), (6, 100, 6): (1, 1)}
-    for given, hint in [((12, 2, 5), 'start 4'), ((4, 8, 3), 'start 2'), ((1, 8, 2), 'start 1')]:
-        with pytest.raises(UserError) as caught:
-            common.accumulation(*given)
-        one_line(caught, f'global_batch_size={given[0]} cannot be divided among {given[2]} processes', hint)
-
-
-def test_a_device_that_is_not_there():
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match='--device=cpu'):
-            common.pick_device('cuda')
-    process = common.setup_process('cpu', n_thread=1)
-    assert process.master and process.dtype == torch.float32 and process.host_sum([1, 2.5]) == [1, 2.5]
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import shutil
 import signal
 
 import pytest
-import torch
 from conftest import RECORD, meta_of, recorded_ids, same_weights, steps
 from test_pretrain import KILL, equal, tensors
 

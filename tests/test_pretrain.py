@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECORD, free_port, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from checkpoint import load_vlm
 from common import cooldown_lr, main_lr, remaining_lr
@@ -417,7 +417,8 @@ def test_broken_checkpoints_and_tokenizers_are_named(world, scripts, stage_1, tm
     assert 'd/optim.pt' in changed('d', rewrite('optim.pt', lambda b: b[:-4000]))
     assert 'e/optim.pt' in changed('e', rewrite('optim.pt', lambda b: b'garbage'))
     sha = b'"tokenizer_sha256": "'
-    assert 'another tokenizer' in changed('f', rewrite('meta.json', lambda b: b.replace(sha, sha + b'0')))
+    other = lambda b: b[:b.index(sha) + len(sha)] + b'0' * 64 + b[b.index(sha) + len(sha) + 64:]
+    assert 'another tokenizer' in changed('f', rewrite('meta.json', other))
     # a missing optim.pt is legal for a new run (fresh moments, warmed up), not for going on
     shutil.copytree(stage_1, tmp_path / 'g', symlinks=True)
     os.remove(tmp_path / 'g' / 'ckpt_080' / 'optim.pt')
@@ -459,13 +460,49 @@ def test_bad_samples_stop_the_run_or_are_counted_replaced_and_listed(world, scri
     assert 'id 400 is beyond' in scripts.refuses(*text(world, f'--data_dir={data}', f'--out_dir={tmp_path / "d"}'))
 
 
+def test_data_that_changed_since_the_checkpoint_is_named(world, scripts, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(world / 'data', data)
+    args = text(world, f'--data_dir={data}', f'--out_dir={tmp_path / "a"}')
+    scripts(*args, '--stop_after=3')
+    assert meta_of(tmp_path / 'a' / 'ckpt_last')['sources']['text']['n_file'] == 2
+    shutil.copy(data / 'val' / '0.tar', data / 'text' / '2.tar')
+    line = scripts.refuses(*args)
+    assert "the data of 'text' has changed: 3 files with 168 rows now, 2 with 160 when" in line, line
+    assert '--allow_changed_data=true' in line
+    out = scripts(*args, '--allow_changed_data=true', '--stop_after=5').out
+    assert "!!! the data of 'text' has changed" in out and len(steps(tmp_path / 'a')) == 5
+    scripts(*args, '--stop_after=6')                                     # the new state is what is remembered
+
+
+def test_a_line_of_the_log_is_not_lost_with_the_run(world, scripts, tmp_path):
+    """The log is read one step late: what ends a run between two steps must not take the last line with it."""
+    hook = """
+import common
+from errors import UserError
+plain, n = common.Loader.__next__, [0]
+def ending(self):
+    n[0] += 1
+    if n[0] == 7:
+        raise UserError('the end')
+    return plain(self)
+common.Loader.__next__ = ending
+"""
+    assert scripts.refuses(*text(world, f'--out_dir={tmp_path}', '--micro_batch_size=8'), hook=hook) == 'the end\n'
+    assert len(steps(tmp_path)) == 6
+
+
 def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, scripts, stage_1, tmp_path):
-    shutil.copytree(stage_1 / 'ckpt_080', tmp_path / 'base')
-    state = load_file(tmp_path / 'base' / 'model.safetensors')
-    state['decoder.norm.weight'][3] = float('nan')
-    save_file(state, tmp_path / 'base' / 'model.safetensors')
-    line = scripts.refuses('pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "base"}', '--save_every=1',
-                           f'--out_dir={tmp_path / "a"}')
+    hook = """
+import model
+plain = model.VLM.forward
+def poisoned(self, *args, **options):
+    loss, weight, row_loss = plain(self, *args, **options)
+    row_loss[0] *= float('nan')
+    return loss * float('nan'), weight, row_loss
+model.VLM.forward = poisoned
+"""
+    line = scripts.refuses('pretrain.py', *mix(world, stage_1), '--save_every=1', f'--out_dir={tmp_path / "a"}', hook=hook)
     assert 'step 1: not finite' in line and 'rank 0' in line and '0.tar:' in line, line
     assert sorted(os.listdir(tmp_path / 'a')) == ['.lock', 'log.jsonl'] and not read_log(tmp_path / 'a')
     # one rank's batch, in the middle of a run: the step before it is saved, the step itself changes nothing
