@@ -131,7 +131,8 @@ def user_error_hook(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
         return
     if issubclass(kind, OSError) and sys.stdout is not None:             # what stdout still holds cannot be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):                               # no file can be opened any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.__stderr__ is not None:               # not sys.stderr, which torch.distributed's own hook holds back meanwhile
         with contextlib.suppress(OSError):
             print(line, file=sys.__stderr__, flush=True)
