@@ -17,6 +17,7 @@ from evaluate import default_options, load_image
 from mixture import BadSample, Mixture, collate
 from model import load_openlm
 from prepare import documents
+from report import curves, ladder
 from scorers import summarise
 from vision import load_encoder
 
@@ -108,6 +109,11 @@ def config(folder):
     configure(dict(__file__=str(ROOT / 'pretrain.py')), [str(path) for path in sorted(folder.glob('*.py'))])
 
 
+def report(folder):
+    ladder([str(folder)])
+    curves([str(folder)], str(folder / 'curves.svg'))
+
+
 def corpus(folder):
     assert all(isinstance(line, str) for line in documents(str(folder)))
 
@@ -116,7 +122,7 @@ READ = SimpleNamespace(
     text_tar=lambda folder: text(folder, 'tar'), text_bin=lambda folder: text(folder, 'bin'), captions=captions,
     instruct=instruct, index=index, tokenizer=tokenizer, images=images, encoder=encoder, openlm_folder=openlm,
     openlm_pt=lambda folder: openlm(folder / 'open.pt'), checkpoint=checkpoint, benchmarks=benchmarks, config=config,
-    corpus=corpus)
+    corpus=corpus, report=report)
 
 if __name__ == '__main__':
     sys.excepthook = user_error_hook

@@ -81,6 +81,7 @@ if __name__ == '__main__':
     import common  # noqa: F401
     import configurator  # noqa: F401
     import evaluate  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import prepare  # noqa: F401
     import sentencepiece  # noqa: F401
     import tokenizers  # noqa: F401

@@ -113,6 +113,13 @@ def json_value(data, rng):
     return json.dumps(value).encode(), what
 
 
+def task_value(data, rng):
+    """In results.json only the tasks are read back, and only where all else is as it was."""
+    content = json.loads(data)
+    content['tasks'], what = retype(content['tasks'], rng)
+    return json.dumps(content).encode(), f'tasks: {what}'
+
+
 def json_text(data, rng):
     """What no parser gives back: nesting without end, a number without end, a byte order mark, a key twice."""
     what = rng.choice(('nesting', 'digits', 'mark', 'twice', 'nested'))
@@ -318,6 +325,12 @@ def make_benchmarks(world, folder):
     (folder / 'textvqa' / 'TextVQA_0.5.1_train.json').write_bytes((folder / 'textvqa' / 'TextVQA_0.5.1_val.json').read_bytes())
 
 
+def make_report(world, folder):
+    files_of('out/two/log.jsonl')(world, folder)
+    (folder / 'ckpt_100').mkdir()
+    shutil.copytree(world / 'out' / 'results', folder / 'ckpt_100' / 'eval')
+
+
 def make_corpus(world, folder):
     import zstandard
     lines = ''.join(json.dumps({'text': f'the wall {i} is red\n', 'id': i}) + '\n' for i in range(20)).encode()
@@ -344,8 +357,8 @@ def asked(world, folder):
 
 def evaluated(world, folder):
     """Another task than the one whose results are there already."""
-    return ['evaluate.py', f'--ckpt={world / "out" / "two" / "ckpt_last"}', f'--eval_dir={folder}', '--tasks=boolq',
-            '--n_thread=1', f'--out_dir={folder / "results"}']
+    return ['evaluate.py', f'--ckpt={world / "out" / "two" / "ckpt_last"}', f'--eval_dir={world / "eval"}', '--tasks=boolq',
+            '--n_thread=1', '--max_new_tokens=2', f'--out_dir={folder / "results"}']
 
 
 JSON = (json_value, json_value, json_value, json_text, flip, cut)
@@ -381,8 +394,9 @@ KINDS = {                                                # kind: (cases, maker, 
         'vqav2/*.json': JSON, 'textvqa/*.json': JSON, 'textvqa/*.jsonl': LINES, 'pope/coco*.json': LINES,
         'refcoco/*.json': JSON, 'refcoco/*.p': (unpickled, unpickled, *BYTES), 'captions/*.jsonl': LINES,
         'text/*.jsonl': LINES, '*/*/*.jpg': BYTES}, read('benchmarks')),
-    'results': (10, lambda world, folder: (make_benchmarks(world, folder), files_of('out/results')(world, folder)),
-                {'results/results.json': JSON}, evaluated),
+    'results': (16, files_of('out/results'),
+                {'results/results.json': (task_value,) * 5 + JSON}, evaluated),
+    'report': (16, make_report, {'log.jsonl': LINES, 'ckpt_100/eval/results.json': (task_value, *JSON)}, read('report')),
     'corpus': (20, make_corpus, {'*.jsonl': LINES, '*.gz': BYTES, '*.zst': BYTES, '*.txt': BYTES}, read('corpus')),
     'config': (24, files_of('tiny.py'), {'tiny.py': (python_value,) * 4 + (flip, cut, swap)}, read('config')),
 }
@@ -457,3 +471,187 @@ def test_damaged_files_end_in_one_line_that_names_them(kind, hostile, scripts, t
     while running:
         finish()
     assert not wrong, f'{len(wrong)} of {n_case * TIMES} cases:\n' + '\n'.join(wrong)
+
+
+# --- processes that die -----------------------------------------------------------------------------------------------
+
+def same_run(a, b, name='ckpt_100'):
+    """Do two finished runs hold the same bits and the same log?"""
+    same = ('step', 'loss', 'lr', 'grad_norm', 'n_kept', 'sources')
+    return (same_weights(a / name, b / name) and same_weights(a / name, b / name, 'optim.pt')
+            and [[x[k] for k in same] for x in steps(a)] == [[x[k] for k in same] for x in steps(b)])
+
+
+def test_ranks_killed_anywhere_and_resumed_give_the_same_bits(world, scripts, stage_1, tmp_path):
+    """One of two processes dies, torchrun kills the other; on one of them, a worker too."""
+    rng = random.Random(5)
+    args = ['pretrain.py', *mix(world, stage_1), '--keep_steps=2']
+    scripts(*args, f'--out_dir={tmp_path / "whole"}', world_size=2)
+    args += ['--save_every=1', f'--out_dir={tmp_path / "killed"}']
+    deaths = [(0, 'torn checkpoint.save_file:2'), (1, f'common.optimizer_step:{rng.randint(2, 3)}'), (0, 'os.rename:1'),
+              (1, f'common.count:{rng.randint(2, 4)}'), (0, 'os.symlink:2'), (0, 'torn torch.save:1'),
+              (1, f'torch.distributed.all_reduce:{rng.randint(3, 9)}')]
+    for i, (dies, place) in enumerate(deaths):
+        hook = KILL.replace('left[0] == 0', f'left[0] == 0 and os.environ["RANK"] == "{dies}"')
+        ranks = scripts.start_ranks(2, *args, f'--n_worker={i % 2}', hook=hook, env={'KILL': place})
+        assert ranks[dies].wait() == -signal.SIGKILL, f'{place}: {ranks[dies].out}{ranks[dies].err}'
+        os.kill(ranks[1 - dies].pid, signal.SIGKILL)
+        ranks[1 - dies].wait()
+        if (tmp_path / 'killed' / 'ckpt_last').exists():
+            load_vlm(str(tmp_path / 'killed' / 'ckpt_last'))             # whole, or absent
+    scripts(*args, world_size=2)
+    assert same_run(tmp_path / 'whole', tmp_path / 'killed')
+
+
+# --- a strange machine ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('env', [
+    dict(WORLD_SIZE='2'), dict(RANK='0'), dict(WORLD_SIZE='2', RANK='2'), dict(WORLD_SIZE='2', RANK='-1'),
+    dict(WORLD_SIZE='two', RANK='0'), dict(WORLD_SIZE='1', RANK='zero'), dict(WORLD_SIZE='0', RANK='0'),
+    dict(WORLD_SIZE='', RANK=''), dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='x'), dict(WORLD_SIZE='2', RANK='0'),
+    dict(WORLD_SIZE='2', RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='port')], ids=str)
+def test_an_environment_that_torchrun_does_not_make_is_one_line(env, world, scripts, tmp_path):
+    hook = "import os\nfor key in ('MASTER_ADDR', 'MASTER_PORT'): os.environ.get(key) or os.environ.pop(key, None)\n"
+    run = scripts.start(*text(world, f'--out_dir={tmp_path / "out"}'), env=env, hook=hook, quick=True)
+    assert run.wait(timeout=60) == 1 and run.err.count('\n') == 1 and 'Traceback' not in run.err, run.err
+    assert any(f'{key}=' in run.err for key in env) and not (tmp_path / 'out').exists(), run.err
+
+
+# what becomes of stdout, in the process itself
+STREAMS = {'closed': 'import os, sys\nos.close(1)\nsys.stdout = sys.__stdout__ = None\n',
+           'full': 'import os\nos.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n',
+           'without a reader': 'import os\nos.dup2(os.open(os.environ["FIFO"], os.O_WRONLY), 1)\n'}
+
+
+@pytest.mark.parametrize('stream', STREAMS)
+def test_a_lost_stdout_costs_at_most_one_line(stream, world, scripts, stage_1, tmp_path):
+    args = text(world, f'--out_dir={tmp_path / "run"}', '--keep_optimizer=all', '--log_every=1', '--save_every=2')
+    scripts(*args, '--stop_after=3')
+    os.mkfifo(tmp_path / 'fifo')
+    for argv in (args, ['evaluate.py', f'--ckpt={stage_1 / "ckpt_100"}', '--prompt=a wall', '--max_new_tokens=2',
+                        '--n_thread=1']):
+        run = scripts.start(*argv, hook=STREAMS[stream], env={'FIFO': str(tmp_path / 'fifo')})
+        if stream == 'without a reader':
+            with open(tmp_path / 'fifo', encoding='utf-8') as f:         # | head -1
+                f.readline()
+        code = run.wait()
+        assert code == 0 and not run.err or code == 1 and run.err.count('\n') == 1 and 'stdout' in run.err, run.err
+        assert 'Traceback' not in run.err and 'ignored' not in run.err, run.err
+        load_vlm(str(tmp_path / 'run' / 'ckpt_last'))
+    scripts(*args)
+    assert same_run(stage_1, tmp_path / 'run')
+
+
+def test_few_open_files(world, scripts, stage_1, tmp_path):
+    args = text(world, f'--out_dir={tmp_path}', '--keep_optimizer=all', '--save_every=5')
+    for limit, n_worker, enough in ((64, 2, True), (24, 0, True), (12, 0, False), (9, 0, False), (7, 0, False)):
+        hook = f'import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n'
+        run = scripts.start(*args, f'--n_worker={n_worker}', hook=hook)
+        code = run.wait(timeout=60)
+        assert code in (0, 1) and run.err.count('\n') == code and 'Traceback' not in run.err, f'{limit}: {code} {run.err}'
+        assert code == 0 or not enough, run.err
+        if code == 0:
+            assert same_run(stage_1, tmp_path)
+            shutil.rmtree(tmp_path)
+
+
+def test_a_run_copied_with_its_links_followed_goes_on_with_the_same_bits(world, scripts, stage_1, tmp_path):
+    args = text(world, '--keep_optimizer=all', '--save_every=4')
+    scripts(*args, f'--out_dir={tmp_path / "a"}', '--stop_after=7')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b', symlinks=False)                      # cp -rL
+    assert not (tmp_path / 'b' / 'ckpt_last').is_symlink()
+    run = scripts(*args, f'--out_dir={tmp_path / "b"}')
+    assert 'at step 7 of 20' in run.out and os.readlink(tmp_path / 'b' / 'ckpt_last') == 'ckpt_100'
+    assert same_run(stage_1, tmp_path / 'b')
+
+
+# --- people who are in a hurry ----------------------------------------------------------------------------------------
+
+def test_ctrl_c_during_an_evaluation_is_one_line(hostile, scripts, tmp_path):
+    hook = """
+import model, os, time
+def slow(*args, **options):
+    open(os.environ['MARK'], 'w').close()
+    time.sleep(60)
+model.VLM.generate = model.VLM.row_nll = slow
+"""
+    base = ['evaluate.py', f'--ckpt={hostile / "out" / "two" / "ckpt_last"}', '--n_thread=1']
+    for i, more in enumerate((['--tasks=copa'], ['--tasks=vqav2'], ['--prompt=a wall'])):
+        mark = tmp_path / str(i)
+        run = scripts.start(*base, f'--eval_dir={hostile / "eval"}', *more, f'--out_dir={tmp_path / "out"}', hook=hook,
+                            env={'MARK': str(mark)})
+        wait_until(mark.exists, run)
+        os.kill(run.pid, signal.SIGINT)
+        assert run.wait(timeout=30) in (-signal.SIGINT, 1) and run.err == 'stopped by Ctrl-C\n', run.err
+    assert not (tmp_path / 'out' / 'results.json').exists()
+
+
+def wait_until(there, run, timeout=60):
+    end = time.monotonic() + timeout
+    while not there():
+        assert time.monotonic() < end, run.out + run.err
+        time.sleep(0.01)
+
+
+def test_a_start_while_another_run_stops_is_refused_or_goes_on_from_a_whole_checkpoint(world, scripts, stage_1, tmp_path):
+    args = text(world, f'--out_dir={tmp_path}', '--keep_optimizer=all', '--save_every=3', '--keep_steps=1')
+    slow_save = SLOW + """
+import checkpoint
+fsync = checkpoint._fsync
+def slow_fsync(path):
+    time.sleep(0.05)
+    fsync(path)
+checkpoint._fsync = slow_fsync
+"""
+    first = scripts.start(*args, hook=slow_save, env={'SLOW': '0.05'})
+    wait_for_lines(tmp_path, 4, first)
+    os.kill(first.pid, signal.SIGTERM)
+    refused = 0
+    while True:
+        second = scripts.start(*args, '--stop_after=18', quick=True)
+        if second.wait() == 0:
+            break
+        refused += 1
+        assert 'is in use by another run' in second.err and second.err.count('\n') == 1, second.err
+    assert first.wait() == 0 and refused, first.err
+    at = int(re.search(r'at step (\d+) of', second.out)[1])
+    assert f'{at} of 20 steps done' in first.out and meta_of(tmp_path / 'ckpt_last')['step'] == 18
+    scripts(*args)
+    assert same_run(stage_1, tmp_path)
+
+
+def test_a_checkpoint_that_is_replaced_while_an_evaluation_loads_it(hostile, scripts, stage_1, tmp_path):
+    """The link moves on: the old checkpoint is evaluated. A folder is pruned or replaced: one line."""
+    hook = """
+import checkpoint, os, shutil
+plain, last = checkpoint.load_weights, os.environ['LAST']
+def replaced(*args):
+    {}
+    return plain(*args)
+checkpoint.load_weights = replaced
+"""
+    move = "os.remove(last); os.symlink('ckpt_100', last)"
+    ways = {'link': move, 'pruned': "old = os.path.realpath(last); " + move + "; shutil.rmtree(old)",
+            'folder': "os.rename(last, last + '_old'); shutil.copytree(last[:-4] + '100', last)"}
+
+    def nats(out):
+        return [json.loads(line)['nats'] for line in (out / 'predictions' / 'copa.jsonl').read_text().splitlines()]
+    base = ['evaluate.py', f'--eval_dir={hostile / "eval"}', '--tasks=copa', '--n_thread=1']
+    for step in ('020', '100'):
+        scripts(*base, f'--ckpt={stage_1 / f"ckpt_{step}"}', f'--out_dir={tmp_path / step}')
+    assert nats(tmp_path / '020') != nats(tmp_path / '100')
+    for name, code in ways.items():
+        root = tmp_path / name
+        for step in ('020', '100'):
+            shutil.copytree(stage_1 / f'ckpt_{step}', root / f'ckpt_{step}')
+        if name == 'folder':
+            os.rename(root / 'ckpt_020', root / 'ckpt_last')
+        else:
+            os.symlink('ckpt_020', root / 'ckpt_last')
+        run = scripts.start(*base, f'--ckpt={root / "ckpt_last"}', f'--out_dir={root / "out"}', hook=hook.format(code),
+                            env={'LAST': str(root / 'ckpt_last')})
+        status = run.wait()
+        if name == 'link':
+            assert status == 0 and nats(root / 'out') == nats(tmp_path / '020'), run.err
+        else:
+            assert status == 1 and run.err.count('\n') == 1 and 'model.safetensors' in run.err, run.err
