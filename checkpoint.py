@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from data import load_tokenizer
 from errors import Field, UserError, check, first_line, reading
 from mixture import COUNTS
-from model import build_vlm
+from model import DECODER, build_vlm
 from weights import fill, finite, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
@@ -37,9 +37,8 @@ META = {                        # what every meta.json holds
     'bad_samples': Field(list, of=Field(str)), 'moments': Field(str),
     'schedule': Field(dict, of={'kind': Field(str)}),
     'spec': Field(dict, of={
-        'decoder': Field(dict, of={
-            'n_layer': Field(int, 1, 1000), 'n_head': Field(int, 1, 1000), 'n_embd': Field(int, 1, 1 << 17),
-            'n_ffn': Field(int, 1, 1 << 20), 'vocab_size': Field(int, 1, 1 << 22), 'seq_len': Field(int, 1, 1 << 24)}),
+        'decoder': Field(dict, of={key: DECODER[key] for key in (
+            'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
         'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
@@ -249,7 +248,18 @@ def whole(folder, meta, name):
 
 def read_tokenizer(folder, meta):
     """The Tokenizer of a checkpoint folder, checked against its meta."""
-    return load_tokenizer(whole(folder, meta, os.path.basename(meta['tokenizer_path'])))
+    tokenizer = load_tokenizer(whole(folder, meta, os.path.basename(meta['tokenizer_path'])))
+    spec, sha256 = meta['spec'], meta['tokenizer_sha256']
+    ours, said = (tokenizer.image_id, tokenizer.sha256), (spec['image_id'], sha256)
+    if ours != said or tokenizer.vocab_size > spec['decoder']['vocab_size']:
+        raise UserError(f"{tokenizer.path}: another tokenizer than its meta.json says: image_id, sha256 {ours}, there {said}")
+    return tokenizer
+
+
+def build(folder, spec, seed=None):
+    """model.build_vlm of a checkpoint's description; UserError with the file's name for one that makes no model."""
+    with reading(os.path.join(folder, 'meta.json'), "a model's description"):
+        return build_vlm(spec, seed)
 
 
 def load_weights(model, folder, meta, may_lack=()):
@@ -321,7 +331,7 @@ def load_vlm(folder, device='cpu'):
     """
     folder = os.path.realpath(folder)            # once: a run that goes on may swap ckpt_last while its files are read
     meta = read_meta(folder)
-    model = build_vlm(meta['spec'])
+    model = build(folder, meta['spec'])
     load_weights(model, folder, meta)
     return model.to(device).eval().requires_grad_(False), read_tokenizer(folder, meta), meta
 

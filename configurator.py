@@ -21,7 +21,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from errors import UserError
+from errors import UserError, first_line
 
 MARK = '# --- config'
 BOUNDS = {'>=': operator.ge, '<=': operator.le, '>': operator.gt, '<': operator.lt}
@@ -164,7 +164,7 @@ def _compiled(path):
         hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ''
         raise UserError(f"config file {path} not found{hint}") from None
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"config file {path}: {e}") from None
+        raise UserError(f"config file {path}: {first_line(e)}") from None
 
 
 def _run_file(path, code, keys, values, stage):
@@ -172,9 +172,8 @@ def _run_file(path, code, keys, values, stage):
     scope = dict(values, stage=stage, __file__=path)
     try:
         exec(code, scope)
-    except (NameError, TypeError, ValueError, LookupError, AttributeError, ImportError, ArithmeticError, AssertionError,
-            OSError, RuntimeError, SyntaxError, MemoryError) as e:
-        raise UserError(f"config file {path}: {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise UserError(f"config file {path}: {type(e).__name__}: {first_line(e)}") from None
     changed = {}
     for key, value in scope.items():
         if key.startswith('_') or (key == 'stage' and key not in keys) or (key in values and values[key] is value):

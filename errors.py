@@ -24,7 +24,12 @@ class UserError(ValueError):
 def first_line(error):
     """What an exception says, on one line, without control characters, at most 300 characters."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())[:300]
+    return printable(text.strip())[:300]
+
+
+def printable(text):
+    """A text on one line of the terminal: names and values from files may hold line breaks and control characters."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
@@ -32,12 +37,15 @@ def reading(path, what):
     """
     Around everything that opens or parses an untrusted file.
     what     'JSON', 'a tokenizer', ...: the message says that path is not readable as it
-    Raises UserError for any exception of any library inside; a UserError passes through.
+    Raises UserError for any exception of any library inside; a UserError passes through, behind path where it names
+    neither it nor a file beside it.
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as e:
+        if os.fspath(path) in str(e) or os.path.dirname(path) + os.sep in str(e):
+            raise
+        raise type(e)(f"{path}: {e}") from e
     except Exception as e:
         reason = f"{e.strerror}" if isinstance(e, OSError) and e.strerror else first_line(e)
         raise UserError(f"{path}: not readable as {what} ({reason})") from e
@@ -53,11 +61,12 @@ class Field(NamedTuple):
 
 
 NUMBER = (int, float)
+LARGEST = 2.0 ** 63             # of any number that is read: what torch and numpy hold
 
 
 def check(value, field, where):
     """
-    Raise UserError, naming `where`, unless a value read from JSON keeps its Field; numbers have to be finite.
+    Raise UserError, naming `where`, unless a value read from JSON keeps its Field; numbers have to be within LARGEST.
     Keys that no schema names are free.
     """
     kinds = field.kind if isinstance(field.kind, tuple) else (field.kind,)
@@ -68,9 +77,10 @@ def check(value, field, where):
         raise UserError(f"{where} is {_short(value)}, expected {expected}" if value is not None else
                         f"{where} is missing, expected {expected}")
     size = value if type(value) in NUMBER else len(value) if isinstance(value, (list, dict, str)) else 0
-    if not (field.low <= size <= field.high and math.isfinite(size)):
+    low, high = max(field.low, -LARGEST), min(field.high, LARGEST)
+    if not low <= size <= high:                                          # nan is not
         what = '' if size is value else f' {size} long'
-        raise UserError(f"{where} is{what or ' ' + _short(value)}, expected from {field.low:g} to {field.high:g}")
+        raise UserError(f"{where} is{what or ' ' + _short(value)}, expected from {low:g} to {high:g}")
     if isinstance(field.of, dict):
         for key, inner in field.of.items():
             check(value.get(key), inner, f"{where}: '{key}'")
@@ -116,12 +126,13 @@ def user_error_hook(kind, error, trace):
     elif issubclass(kind, OSError) and error.errno in ENVIRONMENT:
         line = f"stopped: {error.filename or 'stdout or another stream'}: {error.strerror}; what was saved is whole"
     elif issubclass(kind, UserError):
-        line = str(error)
+        line = printable(str(error))
     else:
         sys.__excepthook__(kind, error, trace)
         return
     if issubclass(kind, OSError) and sys.stdout is not None:             # what stdout still holds cannot be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):                               # no file can be opened any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.__stderr__ is not None:               # not sys.stderr, which torch.distributed's own hook holds back meanwhile
         with contextlib.suppress(OSError):
             print(line, file=sys.__stderr__, flush=True)

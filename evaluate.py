@@ -36,10 +36,10 @@ import common
 from benchmarks import READERS, find_tasks
 from configurator import config_keys, configure
 from data import caption_prompt, instruct_prompt
-from errors import UserError, reading, user_error_hook
+from errors import Field, UserError, check, printable, reading, user_error_hook
 from kernels import IGNORE_INDEX
-from scorers import (TABLE_NOTES, box_iou, gqa_match, parse_box, pope_answer, stable_score, stable_scores, summarise,
-                     table, vqa_accuracy)
+from scorers import (RESULT, TABLE_NOTES, box_iou, gqa_match, parse_box, pope_answer, stable_score, stable_scores,
+                     summarise, table, vqa_accuracy)
 from vision import RESIZE, open_image
 
 __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', 'vqa_accuracy', 'default_options',
@@ -118,11 +118,8 @@ def make_batches(images, lengths, batch_size):
 
 def load_image(path, size, resize, upright=True):
     """(3, size, size) uint8 of an image file; UserError names it."""
-    image = open_image(path, upright)
-    try:
-        return RESIZE[resize](image, size)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
+    with reading(path, 'an image'):
+        return RESIZE[resize](open_image(path, upright), size)
 
 
 def load_images(images, lengths, model, opt, upright=True):
@@ -277,9 +274,10 @@ def earlier_results(path, content):
     try:
         with reading(path, 'results'), open(path, encoding='utf-8') as f:
             before = json.load(f)
-            old, tasks = settings(before), dict(before['tasks'])
+            old, tasks = settings(before), before['tasks']
+            check(tasks, Field(dict, of=Field(dict, of=RESULT)), path)
     except UserError as e:
-        print(f"!!! {e} and is replaced")
+        print(f"!!! {printable(str(e))} and is replaced")
         return {}
     new = settings(json.loads(json.dumps(content)))
     changed = [key for key in new if key not in old or old[key] != new[key]]

@@ -18,7 +18,7 @@ from common import lr_at
 from configurator import configure
 from data import InstructSource, Mixture, TextSource
 from errors import UserError, user_error_hook
-from model import add_images, build_vlm
+from model import add_images
 from vision import fill_encoder
 
 sys.excepthook = user_error_hook
@@ -108,7 +108,7 @@ if fresh_projector:
         common.require({encoder_file: data_hint})
     spec = add_images(spec, config, encoder_file)
     process.print(f"{run.folder} has no projector: a fresh one")
-model = build_vlm(spec, seed if fresh_projector else None)
+model = checkpoint.build(run.folder, spec, seed if fresh_projector else None)
 eye = model.encoder
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import UserError, leave
+from errors import UserError, leave, printable, reading
 
 # dense bf16, by substring of the device's name: the first that fits
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
@@ -82,7 +82,7 @@ class StepReader:
         """End the run at a step that was not finite; the ranks that know the samples name them."""
         bad = [i for i, ok in zip(ids, part['finite']) if not ok]
         ranks = part['flags'].nonzero().flatten().tolist()
-        named = ', '.join([*dict.fromkeys(bad or ids)][:8])                # a conversation may have several rows
+        named = printable(', '.join([*dict.fromkeys(bad or ids)][:8]))     # a conversation may have several rows
         where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(part['norm'])}"
         if not ranks or bad:
             print(f"step {step}: not finite: {where}; rank {self.process.rank}, samples {named}; "
@@ -104,7 +104,7 @@ class Logger:
         path = os.path.join(out_dir, 'log.jsonl')
         lines = []
         if step and os.path.exists(path):
-            with open(path, encoding='utf-8', errors='replace') as f:
+            with reading(path, 'a log'), open(path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
         try:
             with open(path + '.tmp', 'w', encoding='utf-8') as f:
@@ -174,8 +174,8 @@ class Logger:
 def _step_of(line):
     try:
         return int(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
-        return math.inf                                                    # a torn line: cut
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return math.inf                                                    # a torn or damaged line: cut
 
 
 def memory_gib(device):

@@ -20,12 +20,18 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from safetensors.torch import save_file
 
-from errors import UserError
+from errors import NUMBER, Field, UserError, check, reading
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, tensors
 
 ROPE_BASE = 10000.0             # OpenLM's rotary base
+
+
+DECODER = {                     # what a ModelConfig holds: far above any model, below what hangs a machine
+    'n_layer': Field(int, 1, 1000), 'n_head': Field(int, 0, 1 << 14), 'n_embd': Field(int, 1, 1 << 17),
+    'vocab_size': Field(int, 1, 1 << 22), 'seq_len': Field(int, 1, 1 << 24), 'n_ffn': Field(int, 0, 1 << 20),
+    'qk_norm': Field(bool), 'norm_eps': Field(NUMBER, 0, 1)}
 
 
 @dataclasses.dataclass
@@ -41,6 +47,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        check(vars(self), Field(dict, of=DECODER), "the decoder's shape")
         self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
         if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
@@ -480,8 +487,6 @@ UNSUPPORTED = {'weight_tying': True, 'post_embed_norm': True}      # flags of Op
 
 def _read_config(config):
     """The keys that a dict or JSON file gives, in our names; older HF configs nest them under params_args_dict."""
-    if isinstance(config, (str, os.PathLike)):
-        config = read_json(config)
     config = {**config, **(config.get('params_args_dict') or {})}
     for key, value in UNSUPPORTED.items():
         if config.get(key) == value:
@@ -509,10 +514,14 @@ def load_openlm(path, config=None):
     Raises UserError naming the first key or shape that does not fit.
     """
     source = tensors(path)
-    beside = os.path.join(path, 'config.json')
+    beside, given = os.path.join(path, 'config.json'), {}
     if config is None and os.path.exists(beside):
         config = beside
-    given = _read_config(config) if config is not None else {}
+    if isinstance(config, (str, os.PathLike)):
+        with reading(config, 'an OpenLM config'):
+            given = _read_config(read_json(config))
+    elif config is not None:
+        given = _read_config(config)
     clean = {re.sub(r'^(module\.|model\.)+', '', name.replace('_orig_mod.', '')): t for name, t in source.items()}
     try:
         vocab_size, n_embd = clean['tok_embeddings.weight'].shape
@@ -533,9 +542,10 @@ def load_openlm(path, config=None):
             raise UserError(f"{path}: config says {key}={given[key]}, the tensors say {value}")
     if 'n_head' not in {**given, **inferred}:
         raise UserError(f"{path}: holds no inv_freq, so the number of heads is unknown: give config=dict(n_head=...)")
-    with torch.device('meta'):
-        decoder = Decoder(ModelConfig(**{**given, **inferred}, n_ffn=n_ffn))
-    decoder.to_empty(device='cpu')
+    with reading(path, 'OpenLM weights'):
+        with torch.device('meta'):
+            decoder = Decoder(ModelConfig(**{**given, **inferred}, n_ffn=n_ffn))
+        decoder.to_empty(device='cpu')
     decoder.inv_freq.copy_(inverse_frequencies(n_embd // decoder.config.n_head))
     fill(decoder, clean, may_lack=['inv_freq'])
     return decoder.eval()

@@ -155,7 +155,7 @@ if tokenizer.vocab_size > vocab_size:
 spec = vlm_spec(config, tokenizer.image_id, encoder_file if images else '')
 if run.meta:
     checkpoint.check_spec(run.meta, spec, run.folder)
-    if tokenizer.sha256 != run.meta['tokenizer_sha256']:
+    if tokenizer.sha256 != checkpoint.read_tokenizer(run.folder, run.meta).sha256:
         raise UserError(f"{run.folder} was trained with another tokenizer than {tokenizer.path} (their sha256 differ)")
 model = build_vlm(spec, seed)
 

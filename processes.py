@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, reading
 
 
 @dataclasses.dataclass
@@ -94,7 +94,9 @@ def setup_process(device='auto', dtype='', n_thread=0):
     if device == 'cpu':
         torch.set_num_threads(n_thread or max(1, (os.cpu_count() or 1) // local_world))
     if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+        where = ', '.join(f'{key}={os.environ.get(key, "")}' for key in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+        with reading(where, 'where the first process listens'):
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device('cpu'), dtype)
 
 

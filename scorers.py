@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from errors import NUMBER, Field
+
 # --- VQA soft accuracy --------------------------------------------------------------------------------------------
 
 NUMBERS = {word: str(i) for i, word in enumerate(
@@ -429,6 +431,12 @@ def blind_baselines(task, examples):
             total += sum(score(guess, e.answers) for guess in guesses) / len(guesses)
         attribute = total / len(test)
     return {'chance': chance, 'constant': constant, 'attribute': attribute}, answers
+
+
+# what is read again of an entry of results.json
+PART = {'n': Field(int, 1), 'score': Field(NUMBER), 'low': Field(NUMBER), 'high': Field(NUMBER),
+        'chance': Field(NUMBER), 'constant': Field(NUMBER), 'attribute': Field(NUMBER, optional=True)}
+RESULT = {**PART, 'types': Field(dict, of=Field(dict, of=PART)), 'kind': Field(str), 'malformed': Field(int, 0)}
 
 
 def summarise(task, predictions, nats=None):

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from errors import UserError, first_line
+from errors import NUMBER, Field, UserError, check, first_line, reading
 from kernels import attention
 from weights import fill, read_json, tensors
 
@@ -25,6 +25,7 @@ from weights import fill, read_json, tensors
 
 MAX_PIXELS = 89_478_485       # per decoded image or padded canvas: 268 MB as RGB, and where Pillow starts to warn
 # an explicit list: Pillow also "opens" EPS by running ghostscript, which untrusted data must never reach
+warnings.filterwarnings('ignore', module='PIL')        # what it says of a damaged file is one line here
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000')
 
 
@@ -192,6 +193,17 @@ class PatchProjection(nn.Module):
 ACTIVATIONS = {'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 
+SIDE = Field(int, 1, 1 << 14)                # of an image or a patch
+SIGLIP = {                                   # what a SigLIPConfig holds: far above any tower, below what hangs a machine
+    'hidden_size': Field(int, 1, 1 << 17), 'intermediate_size': Field(int, 1, 1 << 20), 'patch_size': SIDE,
+    'num_hidden_layers': Field(int, 1, 1000), 'num_attention_heads': Field(int, 1, 1000), 'image_size': SIDE,
+    'layer_norm_eps': Field(NUMBER, 0, 1), 'hidden_act': Field(str)}
+ENCODERS = {                                 # what an encoder's spec() holds, by kind
+    'patch': {'image_size': SIDE, 'patch_size': SIDE},
+    'siglip': {'config': Field(dict, of=SIGLIP), 'layer': Field(int), 'norm': Field(bool), 'keep_all': Field(bool),
+               'mean': Field(list, 3, 3, of=Field(NUMBER)), 'std': Field(list, 3, 3, of=Field(NUMBER, 1e-9))}}
+
+
 @dataclass
 class SigLIPConfig:
     """A vision tower's shape under Hugging Face's names; the defaults are so400m/14 at 384 px, the paper's encoder."""
@@ -205,10 +217,7 @@ class SigLIPConfig:
     hidden_act: str = 'gelu_pytorch_tanh'
 
     def __post_init__(self):
-        for key in [f.name for f in fields(self) if f.type in (int, 'int')]:
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"SigLIP config: {key}={value!r}, expected a whole number above 0")
+        check(vars(self), Field(dict, of=SIGLIP), 'SigLIP config')
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"SigLIP config: hidden_size={self.hidden_size} is not a multiple of "
                              f"num_attention_heads={self.num_attention_heads}")
@@ -364,13 +373,13 @@ def build_encoder(spec):
     that maps images (N,3,H,W) to (N, n_token, width) float32.
     Raises UserError for a dict that no .spec() wrote.
     """
-    try:
+    kinds = Field(dict, of=ENCODERS.get(str(spec.get('kind')), {'kind': Field(str)}))
+    with reading('encoder description', "what an encoder's spec() gives"):
+        check(spec, kinds, 'encoder description')
         if spec['kind'] == 'patch':
             return PatchProjection(spec['image_size'], spec['patch_size'])
         encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
-        encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"encoder description {spec}: expected what an encoder's spec() gives ({error})") from error
+    encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
     return encoder
 
 
@@ -414,7 +423,7 @@ def siglip_spec(path, layer=-2, norm=False):
     else:
         config = _config_from_shapes(path, saved, n_saved)
     mean, std = _read_mean_std(os.path.join(folder, 'preprocessor_config.json'))
-    with torch.device('meta'):
+    with reading(path, 'SigLIP'), torch.device('meta'):
         n_built = SigLIP(config, layer, norm).n_block
     if n_built > n_saved:
         raise UserError(f"{path}: layer={layer} of {config.num_hidden_layers} needs {n_built} blocks, the file holds "
@@ -434,10 +443,8 @@ def _read_config(path, n_saved):
     if values['num_hidden_layers'] != n_saved:
         raise UserError(f"{path}: num_hidden_layers={values['num_hidden_layers']}, the weights hold {n_saved} blocks")
     values['num_hidden_layers'] = content.get('full_num_hidden_layers', n_saved)
-    try:
+    with reading(path, 'a SigLIP config'):
         return SigLIPConfig(**values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _config_from_shapes(path, saved, n_saved):
@@ -460,10 +467,8 @@ def _config_from_shapes(path, saved, n_saved):
 def _read_mean_std(path):
     content = read_json(path) if os.path.exists(path) else {}
     mean, std = content.get('image_mean', [0.5] * 3), content.get('image_std', [0.5] * 3)
-    for key, values, low in [('image_mean', mean, -math.inf), ('image_std', std, 0)]:
-        if not (isinstance(values, list) and len(values) == 3
-                and all(isinstance(v, (int, float)) and math.isfinite(v) and v > low for v in values)):
-            raise UserError(f"{path}: {key}={values}, expected 3 numbers" + (" above 0" if low == 0 else ""))
+    for key, values in (('mean', mean), ('std', std)):
+        check(values, ENCODERS['siglip'][key], f"{path}: 'image_{key}'")
     return tuple(map(float, mean)), tuple(map(float, std))
 
 

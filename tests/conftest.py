@@ -37,12 +37,12 @@ def child_env(**extra):
 
 class Run:
     """A script that was started: `pid`, `wait()` -> exit code, `out` and `err` texts."""
-    def __init__(self, ask, folder, argv, env, hook, limit):
+    def __init__(self, ask, folder, argv, env, hook, limit, quick):
         self.ask, self.argv = ask, argv
         self.stdout, self.stderr = folder + '.out', folder + '.err'
         for path in (self.stdout, self.stderr):
             Path(path).touch()
-        self.pid = ask(argv=argv, env=env, hook=hook, limit=limit, stdout=self.stdout, stderr=self.stderr)
+        self.pid = ask(argv=argv, env=env, hook=hook, limit=limit, quick=quick, stdout=self.stdout, stderr=self.stderr)
 
     def wait(self, timeout=300):
         code = self.ask(wait=self.pid, timeout=timeout)
@@ -79,9 +79,10 @@ class Scripts:
         self.server.stdin.write(json.dumps(request) + '\n')
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *argv, env=(), hook='', limit=0):
+    def start(self, *argv, env=(), hook='', limit=0, quick=False):
         self.n += 1
-        return Run(self.ask, os.path.join(self.folder, f'{self.n:03d}'), [str(a) for a in argv], dict(env), hook, limit)
+        return Run(self.ask, os.path.join(self.folder, f'{self.n:03d}'), [str(a) for a in argv], dict(env), hook, limit,
+                   quick)
 
     def start_ranks(self, world_size, *argv, env=(), hook=''):
         """What torchrun starts: one process a rank."""

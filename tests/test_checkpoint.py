@@ -284,7 +284,7 @@ DAMAGE = {
     'no spec': (lambda f: rewrite_meta(f, spec=None), "meta.json: 'spec' is missing, expected dict"),
     'spec of a list': (lambda f: rewrite_meta(f, spec=[1]), "'spec' is [1], expected dict"),
     'no decoder': (lambda f: respec(f, decoder=dict(n_layer=1)), "'spec': 'decoder': 'n_head' is missing"),
-    'step': (lambda f: rewrite_meta(f, step=-5), "'step' is -5, expected from 0 to inf"),
+    'step': (lambda f: rewrite_meta(f, step=-5), "'step' is -5, expected from 0 to 9.22337e"),
     'step of true': (lambda f: rewrite_meta(f, step=True), "'step' is True, expected int"),
     'step of 2.0': (lambda f: rewrite_meta(f, step=2.0), "'step' is 2.0, expected int"),
     'no stage': (lambda f: rewrite_meta(f, stage=None), "'stage' is missing, expected str"),

@@ -6,7 +6,8 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from errors import UserError, first_line, reading
+from errors import Field, UserError, check, first_line, printable, reading
+from mixture import BadSample
 
 
 @pytest.mark.parametrize('error, line', [
@@ -27,9 +28,13 @@ def test_whatever_a_parser_raises_becomes_one_line_that_names_the_file(error, re
 
 
 def test_what_is_no_parsers_error_passes():
-    with pytest.raises(UserError, match='^my own line$'):
-        with reading('x', 'JSON'):
-            raise UserError('my own line')
+    for line in ('data/x.json: my own line', 'data/x.json.idx: my own line', 'its neighbour data/y.bin'):
+        with pytest.raises(UserError, match=f'^{line}$'):
+            with reading('data/x.json', 'JSON'):
+                raise UserError(line)
+    with pytest.raises(BadSample, match='^data/x.json: a size that nobody can draw$'):           # it keeps its class
+        with reading('data/x.json', 'an image'):
+            raise BadSample('a size that nobody can draw')
     with pytest.raises(KeyboardInterrupt):
         with reading('x', 'JSON'):
             raise KeyboardInterrupt
@@ -59,3 +64,10 @@ print('no newline', end='; ')
 def test_our_own_bug_is_a_traceback(scripts):
     run = scripts('pretrain.py', code=1, hook="import errors, sys; sys.excepthook = errors.user_error_hook; 1 / 0")
     assert 'Traceback' in run.err and 'ZeroDivisionError' in run.err
+
+
+def test_numbers_beyond_what_torch_holds_and_line_breaks_from_files():
+    for value in (10 ** 400, -10 ** 30, 1e99, float('inf'), float('nan')):
+        with pytest.raises(UserError, match='^x is .*expected from'):
+            check(value, Field((int, float)), 'x')
+    assert printable('a\nb\x1b\ud800 \u20ac') == 'a\\nb\\x1b\\ud800 \u20ac'
