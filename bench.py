@@ -25,10 +25,10 @@ import checkpoint
 import common
 import kernels
 from configurator import configure
-from errors import user_error_hook
+from errors import UserError, user_error_hook
 from log import PEAK_FLOPS, model_flops_utilisation
 from model import build_vlm, vlm_spec
-from vision import SigLIP, SigLIPConfig
+from vision import SigLIP, SigLIPConfig, build_encoder, needs_file
 
 
 def conditions(device):
@@ -80,14 +80,21 @@ def step(argv):
     process = common.setup_process(c['device'], c['dtype'], c['n_thread'])
     process.start_device()
     device = process.device
-    path = c['encoder_path'] if c['encoder_path'] == 'patch' else os.path.join(c['data_dir'], c['encoder_path'])
-    there = path == 'patch' or os.path.exists(path)
+    path = os.path.join(c['data_dir'], c['encoder_path']) if needs_file(c['encoder_path']) else c['encoder_path']
+    there = os.path.exists(path) or not needs_file(path)
     image_id = c['vocab_size'] - 1
     spec = vlm_spec(c, image_id, path if c['stage'] == 'mix' and there else '')
     if c['stage'] == 'mix' and not there:
         print(f"{path} not found: SigLIP so400m/14 at 384 px instead, and random weights")
-        eye = SigLIP(SigLIPConfig(), c['encoder_layer'], c['encoder_norm'])
-        spec.update(encoder=eye.spec(), projector=dict(kind='mlp2'))
+        with torch.device('meta'):
+            tower = SigLIP(SigLIPConfig(), c['encoder_layer'], c['encoder_norm'])
+        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'))
+    if spec['encoder'] and c['image_ratio'] > 0:
+        with torch.device('meta'):
+            n_token = build_encoder(spec['encoder']).n_token
+        if n_token + 42 > c['seq_len']:
+            raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of 40: "
+                            f"put an encoder at {path}, or give --encoder_path=patch --image_size=42")
     model = build_vlm(spec, c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config

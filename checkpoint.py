@@ -338,14 +338,17 @@ def load_vlm(folder, device='cpu'):
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
-def check_resume(meta, config, folder, stages, free):
-    """Raise UserError when a checkpoint is of none of `stages`, or for the first key not in `free` that differs."""
+def check_resume(meta, config, folder, stages, keys):
+    """
+    Raise UserError when a checkpoint is of none of `stages`, or for the first key that differs and is not free.
+    keys     {name: Key} of the script; a key that the checkpoint does not know counts as its default
+    """
     if meta['stage'] not in stages:
         raise UserError(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another "
                         "--out_dir")
     for key, value in config.items():
-        old = _tuples(meta['config'].get(key, value))
-        if key not in free and old != value:
+        old = _tuples(meta['config'].get(key, keys[key].default))
+        if not keys[key].free and old != value:
             raise UserError(f"{folder} was made with {key}={old!r}, now it is {value!r}: give the old value, or "
                             "another out_dir")
 

@@ -154,7 +154,7 @@ class Run:
 
         run = Run(process, __file__, config, out_dir, init_from, stages)    # resumes, or starts from init_from
         run.plan(max_steps, keep)                                           # ends here when the run is finished
-        run.begin(model, optimizer, ...)                                    # the folder, the log
+        run.begin(stage=..., model=..., ...)                                # the folder, the log
         for step in range(run.first_step, run.last_step):
             micro, counts = run.take(batches)                               # None, None: asked to stop
             ...                                                             # forward, backward, optimizer: the stage's
@@ -167,8 +167,8 @@ class Run:
         """
         script   the stage's file, whose config block says which keys may differ on resume; stages the stages of
                  checkpoints that it may go on from
-        Sets .resumed; .folder, where the weights come from ('' = nowhere); .meta, its meta.json (None for '' and for
-        weights of others); .base, what is known of init_from; and where text goes on: .start_cursor, .text_seed,
+        Sets .resumed; .folder, where the weights come from ('' = nowhere); .meta, its meta.json (None where there is
+        no checkpoint of ours); .base, what is known of init_from; and where text goes on: .start_cursor, .text_seed,
         .text_rows. ckpt_last is looked up once, after the folder's lock is taken.
         """
         self.process, self.config, self.out_dir, self.init_from = process, config, out_dir, init_from
@@ -179,14 +179,15 @@ class Run:
         self.resumed, self.meta = bool(self.folder), None
         if self.resumed:
             self.meta = checkpoint.read_meta(self.folder)
-            free = {key for key, rule in config_keys(script).items() if rule.free}
-            checkpoint.check_resume(self.meta, config, self.folder, stages, free)
+            keys = config_keys(script)
+            checkpoint.check_resume(self.meta, config, self.folder, stages, keys)
             self.base = self.meta.get('base')
         elif init_from:
             self.folder = os.path.realpath(init_from)                # once: a run that goes on may swap its ckpt_last
-            if os.path.isdir(init_from) and not glob.glob(os.path.join(glob.escape(self.folder), '*.safetensors')) \
-                    or os.path.exists(os.path.join(self.folder, 'meta.json')):
-                self.meta = checkpoint.read_meta(self.folder)          # else weights of others, such as OpenLM's
+            weights = glob.glob(os.path.join(glob.escape(self.folder), '*.safetensors'))
+            foreign = os.path.isfile(init_from) or weights       # such as OpenLM's
+            if os.path.exists(os.path.join(self.folder, 'meta.json')) or not foreign:
+                self.meta = checkpoint.read_meta(self.folder)
             self.base = self.meta and {key: value for key, value in self.meta.items() if key != 'rng'}
         else:
             self.base = None
@@ -269,7 +270,8 @@ class Run:
 
     def load_moments(self, optimizer):
         """
-        AdamW's moments of the checkpoint that this run goes on from; of a base, those of parts that it lacks start fresh.
+        AdamW's moments of the checkpoint that this run goes on from, and for a resumed run the random state. Parts that
+        a base lacks start with fresh moments.
         Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
@@ -348,8 +350,8 @@ class Run:
         self.micro, self.counts = micro, counts
         return micro, counts
 
-    def record(self, *, lr, row_loss, norm, skipped, share):
-        """Count the step that take() began and queue its line of the log; share: of the loss, per source."""
+    def record(self, *, lr, row_losses, norm, skipped, loss_share):
+        """Count the step that take() began and queue its line of the log; loss_share: of each source."""
         self.step += 1
         names, counts = self.mixture.names, self.counts
         for i, name in enumerate(names):
@@ -363,9 +365,10 @@ class Run:
         line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
                     mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,
                     mfu=model_flops_utilisation(flops * rate, self.process.device, self.process.world_size))
-        line['sources'] = {name: dict(self.seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(share[i]))
+        line['sources'] = {name: dict(self.seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(loss_share[i]))
                            for i, name in enumerate(names)}
-        self.reader.push(line, self.micro, row_loss, norm, skipped)
+        line['time'] = now
+        self.reader.push(line, self.micro, row_losses, norm, skipped)
 
     def tokens(self):
         """Positions consumed so far, with images and pads."""
@@ -419,7 +422,7 @@ class Run:
         leave(0)
 
 
-# --- what a run will cost ---------------------------------------------------------------------------------------------
+# --- names, inputs, and what a run will cost --------------------------------------------------------------------------
 
 def text_name(pattern, patterns):
     """A text source's name, the key of its cursor: 'text' for 'text/*.tar'; the pattern where there are several."""

@@ -14,6 +14,7 @@ that read `stage` come after the others, wherever they stand on the command line
 Config files are code, like the scripts: run only those you would run as a script.
 """
 import ast
+import contextlib
 import difflib
 import operator
 import os
@@ -24,6 +25,9 @@ from typing import NamedTuple
 from errors import UserError, first_line
 
 MARK = '# --- config'
+HELP = '''
+
+keys ([...]: allowed range or words; pairs: ((text, number), ...); free: may change when a run is resumed):'''
 BOUNDS = {'>=': operator.ge, '<=': operator.le, '>': operator.gt, '<': operator.lt}
 
 
@@ -53,7 +57,7 @@ def parse_key(default, comment):
         elif part.startswith("'"):
             words = tuple(ast.literal_eval(word) for word in part.split(' | '))
         else:
-            raise ValueError(f"rule [{match[1]}]: {part!r} is neither a bound, words, 'pairs' nor 'free'")
+            raise ValueError(f"rule [{match[1]}]: {part!r} is not a bound, a list of words, 'pairs' or 'free'")
     return Key(default, comment[match.end():], match[1], tuple(bounds), words, **flags)
 
 
@@ -143,10 +147,15 @@ def convert(key, given, rule, source):
     return value
 
 
-def _unknown(key, keys, source):
+def _unknown(key, keys, source, script):
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    hint = f"; did you mean '{near[0]}'?" if near else '; --help lists the keys'
-    raise UserError(f"{source}: unknown key '{key}'{hint}")
+    hint = f"did you mean '{near[0]}'?" if near else '--help lists the keys'
+    folder = os.path.dirname(os.path.abspath(script))
+    for other in sorted(name for name in os.listdir(folder) if name.endswith('.py')):
+        with contextlib.suppress(ValueError, SyntaxError):                 # most files have no config block
+            if key in config_keys(os.path.join(folder, other)):
+                hint = f'it is a key of {other}'
+    raise UserError(f"{source}: unknown key '{key}'; {hint}")
 
 
 def _compiled(path):
@@ -167,7 +176,7 @@ def _compiled(path):
         raise UserError(f"config file {path}: {first_line(e)}") from None
 
 
-def _run_file(path, code, keys, values, stage):
+def _run_file(path, code, keys, values, stage, script):
     """Execute a config file over `values`; returns the keys it set, checked and converted."""
     scope = dict(values, stage=stage, __file__=path)
     try:
@@ -179,15 +188,21 @@ def _run_file(path, code, keys, values, stage):
         if key.startswith('_') or (key == 'stage' and key not in keys) or (key in values and values[key] is value):
             continue
         if key not in keys:
-            _unknown(key, keys, path)
+            _unknown(key, keys, path, script)
         changed[key] = convert(key, value, keys[key], path)
     return changed
 
 
 def _stage_last(argv, compiled):
-    """argv with its files in another order: those that read `stage` behind the others, `--key=value` where it was."""
+    """argv with its files in another order: those that read `stage` after the others, `--key=value` where it was."""
     files = sorted((arg for arg in argv if arg in compiled), key=lambda arg: compiled[arg][1])
     return [files.pop(0) if arg in compiled else arg for arg in argv]
+
+
+def say(line):
+    """Print a line, on the first process only."""
+    if os.environ.get('RANK', '0') == '0':
+        print(line)
 
 
 def configure(namespace, argv=None):
@@ -203,19 +218,23 @@ def configure(namespace, argv=None):
     values = {key: rule.default for key, rule in keys.items()}
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
-        print((namespace.get('__doc__') or '').strip() + '\n\nkeys:')
+        print((namespace.get('__doc__') or '').strip() + HELP)
         for key, rule in keys.items():
             print(f"  --{key}={rule.default!r}".ljust(36) + f"  {f'[{rule.rule}] ' if rule.rule else ''}{rule.comment}")
         sys.exit(0)
     compiled = {arg: _compiled(arg) for arg in argv if arg.endswith('.py') and not arg.startswith('-')}
-    scaled = {}                                          # file: the stage it was read for
+    given_stage = [arg.partition('=')[2] for arg in argv if arg.startswith('--stage=')]
+    if given_stage and 'stage' in keys:                  # files see it wherever it stands
+        values['stage'] = convert('stage', given_stage[-1], keys['stage'], 'command line')
+    read_for, given_before = {}, set()                   # file: the stage it was read for; keys of the command line
     for arg in _stage_last(argv, compiled):
         match = re.match(r'--([A-Za-z_][A-Za-z0-9_]*)=(.*)$', arg, re.S)
         if match:
             key, given = match.groups()
             if key not in keys:
-                _unknown(key, keys, 'command line')
+                _unknown(key, keys, 'command line', namespace['__file__'])
             values[key] = convert(key, given, keys[key], 'command line')
+            given_before.add(key)
         elif arg.startswith('-'):
             raise UserError(f"command line: {arg}: expected --key=value (with the equals sign) or a config file")
         elif arg not in compiled:
@@ -223,15 +242,18 @@ def configure(namespace, argv=None):
         else:
             stage = values.get('stage', script)
             code, reads_stage = compiled[arg]
-            values.update(_run_file(arg, code, keys, values, stage))
+            changed = _run_file(arg, code, keys, values, stage, namespace['__file__'])
+            values.update(changed)
+            for key in sorted(given_before & changed.keys()):
+                say(f"!!! {arg} sets {key}={changed[key]!r} over the --{key}= before it: later wins, so give keys last")
             if reads_stage:
-                scaled[arg] = stage
-    for path, stage in scaled.items():
+                read_for[arg] = stage
+    for path, stage in read_for.items():
         if stage != values.get('stage', script):
             raise UserError(f"{path} was read for stage {stage!r}, but what comes after it makes this stage "
                             f"{values['stage']!r}: give {path} last")
     changed = [f'{key}={value!r}' for key, value in values.items() if value != keys[key].default]
-    if changed and os.environ.get('RANK', '0') == '0':
-        print('config:', ', '.join(changed))
+    if changed:
+        say('config: ' + ', '.join(changed))
     namespace.update(values)
     return values

@@ -1,12 +1,12 @@
 """
-The one error that a user can cause, the one line it ends in, and the one boundary around files nobody vouches for.
+The one error that a user can cause, the one line it ends in, and the one wrapper around reading untrusted files.
 
     raise UserError(f"lr={lr}: expected above 0")        # anywhere; its message is what the user reads
     sys.excepthook = user_error_hook                     # in a script: such an error is one line and status 1
     with reading(path, 'JSON'):                          # whatever a parser raises becomes one UserError that names path
     check(meta, Field(dict, of=META), path)              # a schema: types and ranges, declared once
 
-A traceback is what it should be: our bug.
+A traceback always means a bug of this code.
 """
 import atexit
 import contextlib
@@ -115,7 +115,7 @@ def leave(code):
     os._exit(code)
 
 
-# what the machine, not the code, is to blame for: stdout's reader is gone, a disk is full, too many files are open
+# errors of the machine, not of the code: stdout's reader is gone, a disk is full, too many files are open
 ENVIRONMENT = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO}
 
 

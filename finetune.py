@@ -15,34 +15,34 @@ import torch
 import checkpoint
 import common
 from common import lr_at
-from configurator import configure
+from configurator import config_keys, configure
 from data import InstructSource, Mixture, TextSource
 from errors import UserError, user_error_hook
 from model import add_images
-from vision import fill_encoder
+from vision import fill_encoder, needs_file
 
 sys.excepthook = user_error_hook
 
 # --- config: change with a file and --key=value -----------------------------------------------------------------------
-# [bounds or words of a value; `pairs` = ((text, number), ...); `free` = a resumed run may have another]
+# In brackets: the allowed range or words; `pairs`: ((text, number), ...); `free`: may change when a run is resumed.
 scale = '1b'                            # names the folder; '{scale}' in init_from is replaced by it
 name = 'finetune'                       # the recipe's name
 out_dir = ''                            # [free] '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
 cache_dir = ''                          # [free] for indexes of tars and JSON whose own folder is read-only
-data_hint = 'README.md, "Your own data", says what goes there'  # [free] shown when data is missing
+data_hint = 'README.md, "Your own data", says what goes there'  # [free] what the error for missing data says to do
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
 text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text rows; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
-encoder_path = 'siglip-so400m-patch14-384'  # in data_dir, for a base without images; 'patch' = no encoder
+encoder_path = 'siglip-so400m-patch14-384'  # in data_dir; this and the next three are for a base without an encoder
 encoder_layer = -2                      # as in pretrain.py
-encoder_norm = False
+encoder_norm = False                    # as in pretrain.py
 image_size = 384                        # [>= 1] pixels a side for encoder_path='patch'
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
-split_turns = False                     # True = a row per question, each sees the image and itself only
+split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
 train_encoder = False                   # frozen is the paper's choice (appendix D)
 seq_len = 2048                          # [>= 1] longest row with its image; longer conversations are cut
@@ -50,12 +50,12 @@ n_epoch = 4                             # [>= 0] passes, under one cosine; the p
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from n_epoch
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
 global_batch_size = 256                 # [>= 1] conversations per optimizer step (appendix D)
-micro_batch_size = 4                    # [>= 1, free] at most so many per process and micro-step; the rest follows
+micro_batch_size = 4                    # [>= 1, free] upper limit per process: the largest divisor up to it is taken
 length_window = 0                       # [>= 0] steps whose conversations are sorted by length into batches; 0 = off
 lr = 3e-4                               # [> 0] peak (appendix D)
 final_lr = 0.0                          # [>= 0] the paper gives none
 warmup_ratio = 0.05                     # [>= 0, < 1] of max_steps (appendix D)
-warmup_from_zero = True                 # the first step's lr: 0 (Prismatic, whose defaults appendix D leaves standing)
+warmup_from_zero = True                 # True: the first step's lr is 0 (Prismatic's rule; appendix D names none)
 projector_lr = 0.0                      # [>= 0] peak of the projector's lr; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.1                      # [>= 0] the paper gives none, Prismatic 0.1
@@ -63,7 +63,7 @@ decay = 'matrices'                      # ['all' | 'matrices'] gains and biases 
 beta1 = 0.9                             # [>= 0, < 1]
 beta2 = 0.95                            # [>= 0, < 1] appendix D
 grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
-z_loss = 0.0                            # [>= 0] times logsumexp^2 over kept positions
+z_loss = 0.0                            # [>= 0] weight of the mean logsumexp^2 of the logits at kept targets
 seed = 7                                # [>= 0, < 9.2e18] order of the data, weights of a fresh projector
 device = 'auto'                         # ['auto' | 'cpu' | 'cuda', free]
 dtype = ''                              # ['' | 'bfloat16' | 'float32'] autocast; '' = bfloat16 on CUDA, float32 on CPU
@@ -73,7 +73,7 @@ activation_checkpointing = False        # [free] recompute the blocks in backwar
 n_worker = 2                            # [>= 0, free] loader processes per rank; 0 = inline
 resume = 'auto'                         # ['auto' | 'never', free] 'auto' = from ckpt_last, which wins over init_from
 max_bad_samples = 0                     # [>= 0, free] replace, count and list up to N unreadable samples; 0 = stop
-allow_changed_data = False              # [free] resume although files of the data are others than at the checkpoint
+allow_changed_data = False              # [free] resume although data files have changed since the checkpoint
 save_every = 500                        # [>= 0, free] steps between ckpt_step_N; 0 = off
 keep_steps = 2                          # [>= 0, free] how many ckpt_step_N stay
 keep_optimizer = 'last'                 # ['all' | 'percent' | 'last' | 'none', free] whose optim.pt stays
@@ -101,19 +101,24 @@ if not run.meta:
     raise UserError(f"{init_from} is not a checkpoint of these scripts: stage 3 needs one, of stage 2 or of stage 1")
 tokenizer = checkpoint.read_tokenizer(run.folder, run.meta)
 spec = run.meta['spec']
-fresh_projector = spec['encoder'] is None                        # a base that never saw images: Prismatic's way
+fresh_projector = spec['encoder'] is None                        # a base of stage 1: Prismatic's way
 if fresh_projector:
-    encoder_file = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
-    if encoder_file != 'patch':
+    encoder_file = data_path(encoder_path) if needs_file(encoder_path) else encoder_path
+    if needs_file(encoder_path):
         common.require({encoder_file: data_hint})
     spec = add_images(spec, config, encoder_file)
     process.print(f"{run.folder} has no projector: a fresh one")
+elif not run.resumed:
+    default = {key: rule.default for key, rule in config_keys(__file__).items()}
+    for key in ('encoder_path', 'encoder_layer', 'encoder_norm', 'image_size'):
+        if config[key] != default[key] and config[key] != run.meta['config'].get(key):
+            process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
 model = checkpoint.build(run.folder, spec, seed if fresh_projector else None)
-eye = model.encoder
+encoder = model.encoder
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, eye.n_token, eye.image_size,
-                      resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir)
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, encoder.n_token,
+                      encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if text_share:
     sources = []
@@ -137,7 +142,7 @@ if dry_run:
     sys.exit(0)
 run.plan(max_steps, {max_steps: 'ckpt_100'})
 batches = run.loader(mixture, tokenizer.pad_id, group_window=length_window, total=max_steps, seed=seed)
-process.start_device()                                           # behind the fork of the loader's workers
+process.start_device()                                           # after the loader has forked its workers
 torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans every new length; here they all differ
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -154,8 +159,8 @@ if compile:
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
              from_zero=warmup_from_zero)
-shares = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
-optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
+lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
+optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed:
     run.load_moments(optimizer)
 network = common.distributed(model) if process.world_size > 1 else model
@@ -168,25 +173,25 @@ for step in range(run.first_step, run.last_step):
     if micro is None:
         break                                                            # asked to stop: the same step on every rank
     # with text rows each source weighs its share of sequences; without, this is the mean over targets (or answers)
-    source_weight, share = common.loss_weights(counts, 'source' if text_share else 'token')
+    source_weight, loss_share = common.loss_weights(counts, 'source' if text_share else 'token')
     source_weight = process.send(source_weight)
     optimizer.zero_grad(set_to_none=True)
-    row_loss = []
+    row_losses = []
     for i, batch in enumerate(micro):
-        network.require_backward_grad_sync = i == len(micro) - 1         # set before forward: ddp reads it there
+        network.require_backward_grad_sync = i == len(micro) - 1         # ddp reads it in forward
         batch = batch.to(process.device, non_blocking=True)
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         weights = weights if batch.weights is None else weights * batch.weights
         with process.autocast():
-            loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
+            loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
                                         batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
-        row_loss.append(nats)
+        row_losses.append(row_loss)
     if counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # no decay, no moment update
+        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
-    run.record(lr=lr_now, row_loss=row_loss, norm=norm, skipped=skipped, share=share)
+    run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)
     if run.due():
         run.save()
 run.finish()

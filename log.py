@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from errors import UserError, leave, printable, reading
 
-# dense bf16, by substring of the device's name: the first that fits
+# peak dense bf16 FLOP/s; the first key that the device's name contains
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
               'H200': 989e12}
 
@@ -28,13 +28,13 @@ class StepReader:
     def __init__(self, process, logger, names):
         self.process, self.logger, self.names, self.pending = process, logger, names, None
 
-    def push(self, line, micro, row_loss, norm, skipped):
+    def push(self, line, micro, row_losses, norm, skipped):
         """
         Queue a step.
         line      its log line, all that the host knows; line['sources'] by the names of the sources
-        micro     this rank's Batches; row_loss their list of (2,B) device tensors; norm, skipped () device tensors
+        micro     this rank's Batches; row_losses of each (2,B), as VLM gives them; norm, skipped () device tensors
         """
-        row_loss = torch.cat(row_loss, 1)                                                # (2,R) this rank's rows
+        row_loss = torch.cat(row_losses, 1)                                               # (2,R) this rank's rows
         source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
         finite = row_loss.isfinite().all(0)                                              # (R,)
         world = self.process.world_size
@@ -84,7 +84,7 @@ class StepReader:
         ranks = part['flags'].nonzero().flatten().tolist()
         named = printable(', '.join([*dict.fromkeys(bad or ids)][:8]))     # a conversation may have several rows
         where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(part['norm'])}"
-        if not ranks or bad:
+        if not ranks or bad:                             # each rank with a bad row, or all when only the norm is bad
             print(f"step {step}: not finite: {where}; rank {self.process.rank}, samples {named}; "
                   "the step changed nothing and the run stops", file=sys.stderr)
         self.process.barrier()                           # nobody leaves before the others have read what they were sent
@@ -97,8 +97,10 @@ class Logger:
     On resume, torn lines and lines beyond `step` are cut.
     """
     def __init__(self, process, out_dir, step, max_steps, *, every=10, wandb=False, tensorboard=False, config=None):
-        self.process, self.on, self.every, self.start, self.time = process, process.master, every, step, time.time()
-        self.max_steps, self.tracker, self.writer, self.bar, self.mark = max_steps, None, None, None, None
+        self.process, self.on, self.every = process, process.master, every
+        self.start, self.begin, self.max_steps = step, time.perf_counter(), max_steps
+        self.tracker = self.writer = self.bar = None
+        self.mark = None                                                   # (time, tokens) of the line printed before
         if not self.on:
             return
         path = os.path.join(out_dir, 'log.jsonl')
@@ -129,12 +131,13 @@ class Logger:
         """Append one dict with a 'step'; show it."""
         if not self.on:
             return
+        kept = {key: value for key, value in line.items() if key != 'time'}
         try:
-            self.file.write(json.dumps(line) + '\n')
+            self.file.write(json.dumps(kept) + '\n')
         except OSError as e:
             raise UserError(f"{self.file.name}: cannot be written ({e}) at step {line['step']}; the checkpoints are "
                             "untouched") from e
-        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'}
+        numbers = {k: v for k, v in kept.items() if isinstance(v, (int, float)) and k != 'step'}
         by_source = {name: about['loss'] for name, about in line.get('sources', {}).items()
                      if about['loss'] is not None}
         numbers.update({f'loss_{name}': loss for name, loss in by_source.items()})
@@ -150,11 +153,11 @@ class Logger:
             self.bar.update(line['step'] - self.bar.n)
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
         elif line['step'] % self.every == 0 or line['step'] in (self.start + 1, self.max_steps):
-            now, tokens, rate = time.time(), line['tokens'], line['tokens_per_s']
+            now, tokens, rate = line['time'], line['tokens'], line['tokens_per_s']
             if self.mark:                                                  # the rate since the line before
                 rate = (tokens - self.mark[1]) / (now - self.mark[0])
             self.mark = now, tokens
-            eta = (now - self.time) / (line['step'] - self.start) * (self.max_steps - line['step'])
+            eta = (now - self.begin) / (line['step'] - self.start) * (self.max_steps - line['step'])
             split = ' '.join(f'{name} {loss:.3f}' for name, loss in by_source.items())
             split = f' ({split})' if len(by_source) > 1 else ''
             self.process.print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}{split}  "

@@ -1,5 +1,5 @@
 """
-Stage 1: text-only pre-training that keeps checkpoints at 20-100 % of its schedule (paper 2.1.1).
+Stage 1: text-only pre-training that keeps checkpoints at 20, 40, 60, 80 and 100 % of its schedule (paper 2.1.1).
 Stage 2: a checkpoint resumed at its own learning rate, with a share of image-caption sequences (paper 2.1.2).
 
     python pretrain.py config/text.py config/tiny.py                             # stage 1 on a laptop
@@ -21,19 +21,19 @@ from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, load_tokenizer
 from errors import UserError, user_error_hook
 from model import build_vlm, load_openlm, vlm_spec
-from vision import fill_encoder
+from vision import fill_encoder, needs_file
 
 sys.excepthook = user_error_hook
 
 # --- config: change with a file and --key=value -----------------------------------------------------------------------
-# [bounds or words of a value; `pairs` = ((text, number), ...); `free` = a resumed run may have another]
+# In brackets: the allowed range or words; `pairs`: ((text, number), ...); `free`: may change when a run is resumed.
 stage = 'text'                          # ['text' | 'mix'] stage 1, or stage 2 (a model with images, at any ratio)
 scale = '1b'                            # names the folder; '{scale}' in init_from is replaced by it
 name = 'text'                           # the recipe's name
 out_dir = ''                            # [free] '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
 cache_dir = ''                          # [free] for indexes of tars and JSON whose own folder is read-only
-data_hint = 'README.md, "Your own data", says what goes there'  # [free] shown when data is missing
+data_hint = 'README.md, "Your own data", says what goes there'  # [free] what the error for missing data says to do
 tokenizer = 'tokenizer.json'            # in data_dir: HF tokenizer.json, or sentencepiece .model
 text = (('text', 1.0),)                 # [pairs] (folder or glob of .bin or .tar shards, weight), in data_dir
 captions = (('captions', 1.0),)         # [pairs] (folder or glob of WebDataset tars, weight), in data_dir
@@ -48,41 +48,41 @@ n_head = 16                             # [>= 1]
 n_embd = 2048                           # [>= 1]
 n_ffn = 0                               # [>= 0] SwiGLU hidden; 0 = OpenLM's rule
 vocab_size = 50432                      # [>= 1] rows of the embedding; special ids live in its free rows
-seq_len = 2048                          # [>= 1] positions a row; stage 2: 1024 (2.1.2)
+seq_len = 2048                          # [>= 1] positions of a row, those of its image included; stage 2: 1024 (appendix C)
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir: a SigLIP folder or file; 'patch' = no encoder (J.2)
-encoder_layer = -2                      # which block's output; -2 without norm = Prismatic's choice
-encoder_norm = False                    # the encoder's final norm; with encoder_layer=-1: last_hidden_state
+encoder_layer = -2                      # index into its hidden states: -2 = all blocks but the last, as Prismatic takes it
+encoder_norm = False                    # apply its final norm, too: with encoder_layer=-1, Hugging Face's last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
 image_size = 384                        # [>= 1] pixels a side for encoder_path='patch'; other encoders know theirs
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
-loss_weight = 'source'                  # ['source' | 'token'] mean per source times its share of rows, or all alike
+loss_weight = 'source'                  # ['source' | 'token'] each source's mean loss by its share of rows, or one mean
 train_encoder = False                   # frozen is the paper's choice (appendix I)
-max_tokens = 4_319_385_600_000          # [>= 0] positions with images and pads; DCLM-1B's record
+max_tokens = 4_319_385_600_000          # [>= 0] positions, those of images and padding included; DCLM-1B's record
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from max_tokens
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
 global_batch_size = 256                 # [>= 1] sequences per optimizer step (table 2)
-micro_batch_size = 8                    # [>= 1, free] at most so many per process and micro-step; the rest follows
-schedule = 'main'                       # ['main' | 'cooldown' | 'rewarm'] 'cooldown' goes on from the checkpoint's own
-                                        # lr, 'rewarm' is for starts at 0 % and 100 %
-lr = 1e-2                               # [> 0] peak of the main schedule
-final_lr = 1e-5                         # [>= 0] paper; the DCLM records say 3e-5
+micro_batch_size = 8                    # [>= 1, free] upper limit per process: the largest divisor up to it is taken
+schedule = 'main'                       # ['main' | 'cooldown' | 'rewarm'] from a checkpoint: go on at its own lr
+                                        # ('cooldown'), or warm up again ('rewarm', for starts at 0 % and 100 %)
+lr = 1e-2                               # [> 0] peak of the main schedule; 'rewarm' peaks at 0.3 of it
+final_lr = 1e-5                         # [>= 0] the paper's; the DCLM records say 3e-5
 warmup_steps = 5000                     # [>= 0] of 'main'
-warmup_from_zero = False                # the first step's lr: 0, or one part of the warmup (OpenLM's rule)
-cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] flat start from lr(x), or the rest of the main arc
+warmup_from_zero = False                # True: the first step's lr is 0; False: peak / warmup steps (OpenLM)
+cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] a cosine of its own, or the checkpoint's rest, squeezed
 start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the checkpoint's schedule says
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # [>= 0] warmup of 'rewarm'; the paper gives none
 moments_warmup_steps = 100              # [>= 0] warmup of 'cooldown' when the checkpoint has no AdamW moments
-projector_lr = 0.0                      # [>= 0] the projector's lr where the schedule starts or peaks; 0 = the decoder's
-encoder_lr = 0.0                        # [>= 0] the same for a trained encoder; 0 = the decoder's
+projector_lr = 0.0                      # [>= 0] the projector's highest lr, where the decoder has its own; 0 = the same
+encoder_lr = 0.0                        # [>= 0] the same for a trained encoder
 weight_decay = 0.01                     # [>= 0]
 decay = 'all'                           # ['all' | 'matrices'] 'all' = gains and biases too (OpenLM's rule)
 beta1 = 0.9                             # [>= 0, < 1]
 beta2 = 0.95                            # [>= 0, < 1]
 grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
-z_loss = 1e-6                           # [>= 0] times logsumexp^2 over kept positions
+z_loss = 1e-6                           # [>= 0] weight of the mean logsumexp^2 of the logits at kept targets
 seed = 7                                # [>= 0, < 9.2e18] initial weights, order of the data
 device = 'auto'                         # ['auto' | 'cpu' | 'cuda', free]
 dtype = ''                              # ['' | 'bfloat16' | 'float32'] autocast; '' = bfloat16 on CUDA, float32 on CPU
@@ -92,7 +92,7 @@ activation_checkpointing = False        # [free] recompute the blocks in backwar
 n_worker = 2                            # [>= 0, free] loader processes per rank; 0 = inline
 resume = 'auto'                         # ['auto' | 'never', free] 'auto' = from ckpt_last, which wins over init_from
 max_bad_samples = 0                     # [>= 0, free] replace, count and list up to N unreadable samples; 0 = stop
-allow_changed_data = False              # [free] resume although files of the data are others than at the checkpoint
+allow_changed_data = False              # [free] resume although data files have changed since the checkpoint
 save_every = 1000                       # [>= 0, free] steps between ckpt_step_N; 0 = off
 keep_percent = (20, 40, 60, 80, 100)    # [>= 1, <= 100] keep ckpt_NNN at these percents of max_steps
 keep_steps = 2                          # [>= 0, free] how many ckpt_step_N stay
@@ -110,11 +110,11 @@ config = configure(globals())
 init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
-images = stage == 'mix'                          # at ratio 0 stage 2 has a projector too: the axis changes one thing
-if image_ratio > 0 and not images:
+has_images = stage == 'mix'                      # also at ratio 0: runs of different ratio differ in nothing else
+if image_ratio > 0 and not has_images:
     raise UserError(f"image_ratio={image_ratio} with stage='text': give --stage=mix, or a recipe of stage 2")
 if schedule == 'cooldown' and not init_from:
-    raise UserError("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER, or --schedule=rewarm")
+    raise UserError("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER; --schedule=rewarm starts from none")
 max_steps = max_steps or round(max_tokens / (global_batch_size * seq_len))
 if max_steps < 1:
     raise UserError(f"max_tokens={max_tokens}: less than one step of {global_batch_size * seq_len}; give more, or "
@@ -128,20 +128,20 @@ for percent in dict.fromkeys(keep_percent):
     keep[step] = f'ckpt_{percent:03d}'
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
-encoder_file = 'patch' if encoder_path == 'patch' else data_path(encoder_path)
+encoder_file = data_path(encoder_path) if needs_file(encoder_path) else encoder_path
 needed = [tokenizer]                             # in data_dir
 needed += [pattern for pattern, _ in text] if image_ratio < 1 else []
-needed += [encoder_path] if images and encoder_path != 'patch' else []
+needed += [encoder_path] if has_images and needs_file(encoder_path) else []
 needed += [pattern for pattern, _ in captions] if image_ratio > 0 and instruct_share < 1 else []
 needed += [instruct, instruct_images] if image_ratio * instruct_share > 0 else []
-needed += [pattern for pattern in (val_text, val_captions if images else '') if pattern and eval_every]
+needed += [pattern for pattern in (val_text, val_captions if has_images else '') if pattern and eval_every]
 inputs = {data_path(pattern): data_hint for pattern in needed}
 if init_from and not os.path.exists(os.path.join(out_dir, 'ckpt_last')):
     inputs[init_from] = checkpoint.how_to_make(init_from, scale)
 if dry_run:
-    seen = images and (encoder_path == 'patch' or os.path.exists(encoder_file))
-    common.print_cost(config, vlm_spec(config, 0, encoder_file if seen else ''), out_dir=out_dir, max_steps=max_steps,
-                      n_keep=len(keep))
+    there = has_images and (os.path.exists(encoder_file) or not needs_file(encoder_path))
+    common.print_cost(config, vlm_spec(config, 0, encoder_file if there else ''), out_dir=out_dir,
+                      max_steps=max_steps, n_keep=len(keep))
 common.require(inputs)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ tokenizer = load_tokenizer(data_path(tokenizer))
 if tokenizer.vocab_size > vocab_size:
     raise UserError(f"tokenizer {tokenizer.path} needs {tokenizer.vocab_size} rows, vocab_size={vocab_size}: give more "
                     "rows")
-spec = vlm_spec(config, tokenizer.image_id, encoder_file if images else '')
+spec = vlm_spec(config, tokenizer.image_id, encoder_file if has_images else '')
 if run.meta:
     checkpoint.check_spec(run.meta, spec, run.folder)
     if tokenizer.sha256 != checkpoint.read_tokenizer(run.folder, run.meta).sha256:
@@ -170,9 +170,9 @@ def text_mixture(patterns, start):
 
 
 def caption_mixture(patterns):
-    eye = model.encoder
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, eye.n_token, eye.image_size, resize, pattern,
-                             cache_dir, caption_field) for pattern, _ in patterns]
+    encoder = model.encoder
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
+                             pattern, cache_dir, caption_field) for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read
@@ -197,16 +197,16 @@ mixture = Mixture(sources, weights, seed)
 validation = {}
 if eval_every and val_text:
     validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
-if eval_every and val_captions and images:
+if eval_every and val_captions and has_images:
     validation['val_caption_loss'] = caption_mixture(((val_captions, 1.0),))
 if dry_run:
     common.print_passes(mixture, max_steps * global_batch_size)
     sys.exit(0)
-batches = run.loader(mixture, tokenizer.pad_id, pad_to=seq_len)        # its workers fork before the GPU is touched
+batches = run.loader(mixture, tokenizer.pad_id, pad_to=seq_len)        # forks workers, which must not inherit CUDA
 process.start_device()
 
 # --- model ------------------------------------------------------------------------------------------------------------
-if images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
+if has_images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
     fill_encoder(model.encoder, encoder_file)
 if run.meta:
     checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
@@ -217,7 +217,7 @@ elif init_from:
         raise UserError(f"{init_from} is {vars(imported.config)}, this run's decoder is {mine}")
     model.decoder.load_state_dict(imported.state_dict())
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
-if images:
+if has_images:
     model.encoder.requires_grad_(train_encoder)
 model.to(process.device)
 if compile:
@@ -225,7 +225,7 @@ if compile:
         block.compile(dynamic=None)
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
-# a schedule is a dict that meta.json keeps: lr_at(step, curve) reads it
+# the schedule itself is a dict, kept in meta.json: lr_at(step, curve) is the decoder's lr
 moments = 'fresh'                                # whose AdamW moments this run begins with, a word for meta.json
 if run.resumed:
     moments = run.meta['moments']
@@ -257,10 +257,10 @@ if top <= 0:
     raise UserError(f"schedule={schedule!r} starts from lr {top}: expected above 0 (lr, start_lr or rewarm_lr)")
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
-shares = {'decoder': 1.0, 'projector': (projector_lr or top) / top, 'encoder': (encoder_lr or top) / top}
-optimizer = common.make_optimizer(model, shares, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
+lr_factors = {'decoder': 1.0, 'projector': (projector_lr or top) / top, 'encoder': (encoder_lr or top) / top}
+optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed or moments == 'loaded':
-    run.load_moments(optimizer)                  # by name; a projector that the checkpoint lacks starts fresh
+    run.load_moments(optimizer)                  # by name; the projector of a text-only checkpoint starts fresh
 elif moments == 'none':
     process.print(f"no AdamW moments in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup")
 warmup = curve.get('warmup', curve.get('moments_warmup', 0))
@@ -271,16 +271,16 @@ network = common.distributed(model) if process.world_size > 1 else model
 # --- validation -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def validate():
-    """Mean nats per kept token of each validation set: own loader, no random numbers: training is undisturbed."""
+    """Log each validation set's mean nats per kept target; its own loader leaves training undisturbed."""
     run.flush()
     model.eval()
     line, per_micro = {'step': run.step}, run.micro_batch_size * process.world_size
     for key, held_out in validation.items():
-        there = sum(len(shuffled.source) for shuffled in held_out.sources.values())
-        rows = max(1, min(eval_rows, there) // per_micro) * per_micro    # whole micro-batches, each row at most once
+        n_row = sum(len(shuffled.source) for shuffled in held_out.sources.values())
+        n_row = max(1, min(eval_rows, n_row) // per_micro) * per_micro   # whole micro-batches, each row at most once
         nll = n_kept = 0
-        for batch in run.loader(held_out, tokenizer.pad_id, start=0, stop=1, global_batch_size=rows, n_worker=0,
-                                pad_to=seq_len):
+        for batch in run.loader(held_out, tokenizer.pad_id, start=0, stop=1, global_batch_size=n_row, n_worker=0,
+                                pad_to=seq_len):                         # one "step" that holds all rows
             batch = batch.to(process.device)
             with process.autocast():
                 _, _, row_loss = model(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.kept)
@@ -298,26 +298,26 @@ for step in range(run.first_step, run.last_step):
     micro, counts = run.take(batches)                                    # on the host: the GPU is not waited for
     if micro is None:
         break                                                            # asked to stop: the same step on every rank
-    source_weight, share = common.loss_weights(counts, loss_weight)      # (n_source,) what a target of each weighs
+    source_weight, loss_share = common.loss_weights(counts, loss_weight)     # (n_source,) of one kept target; of a source
     source_weight = process.send(source_weight)
     optimizer.zero_grad(set_to_none=True)
-    row_loss = []
+    row_losses = []
     for i, batch in enumerate(micro):
-        network.require_backward_grad_sync = i == len(micro) - 1         # set before forward: ddp reads it there
+        network.require_backward_grad_sync = i == len(micro) - 1         # ddp reads it in forward
         batch = batch.to(process.device, non_blocking=True)
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         with process.autocast():
-            loss_sum, _, nats = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
+            loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
                                         batch.kept)
         (loss_sum * process.world_size).backward()                       # ddp averages ranks: undo 1/world_size
-        row_loss.append(nats)
-    if images and counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # no decay, no moment update
+        row_losses.append(row_loss)
+    if has_images and counts['n_image'].sum() == 0:
+        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
-    run.record(lr=lr_now, row_loss=row_loss, norm=norm, skipped=skipped, share=share)
+    run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)
     if validation and (run.step % eval_every == 0 or run.step == max_steps):
-        validate()                                                       # before saving: a resume repeats none
+        validate()                                                       # before saving, so that no resume repeats it
     if run.due():
         run.save()
 run.finish()

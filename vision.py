@@ -189,6 +189,8 @@ class PatchProjection(nn.Module):
         return x.reshape(-1, n * n, 3 * p * p)
 
 
+WITHOUT_FILE = {'patch': PatchProjection}     # encoders that a config names by a word
+
 # tanh is what the weights were trained with; exact GELU is what timm 0.9.10, hence Prismatic, ran them with
 ACTIVATIONS = {'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
@@ -356,14 +358,19 @@ class SigLIP(nn.Module):
 
 # --- an encoder from its description: a plain dict of JSON values, kept in every checkpoint --------------------------
 
+def needs_file(encoder_path):
+    """Does a config's `encoder_path` name a file or folder? 'patch' names an encoder that has none."""
+    return encoder_path not in WITHOUT_FILE
+
+
 def encoder_spec(path, layer=-2, norm=False, image_size=384, patch_size=14):
     """
     The description of the encoder that a config's `encoder_path` names; weights are not read.
     path     'patch' = PatchProjection(image_size, patch_size); else a SigLIP folder or file, which knows its own sizes
     returns  dict for build_encoder
     """
-    if path == 'patch':
-        return PatchProjection(image_size, patch_size).spec()
+    if not needs_file(path):
+        return WITHOUT_FILE[path](image_size, patch_size).spec()
     return siglip_spec(path, layer, norm)
 
 
@@ -376,8 +383,8 @@ def build_encoder(spec):
     kinds = Field(dict, of=ENCODERS.get(str(spec.get('kind')), {'kind': Field(str)}))
     with reading('encoder description', "what an encoder's spec() gives"):
         check(spec, kinds, 'encoder description')
-        if spec['kind'] == 'patch':
-            return PatchProjection(spec['image_size'], spec['patch_size'])
+        if spec['kind'] in WITHOUT_FILE:
+            return WITHOUT_FILE[spec['kind']](spec['image_size'], spec['patch_size'])
         encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
     encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
     return encoder
@@ -385,7 +392,7 @@ def build_encoder(spec):
 
 def fill_encoder(encoder, path):
     """Copy an encoder's weights from `path`, as in a config's `encoder_path`; those of 'patch' do not exist."""
-    if path != 'patch':
+    if needs_file(path):
         prefix, _ = _find_tower(path)
         own = encoder.state_dict()
         fill(encoder, tensors(path), lambda name: name[len(prefix):]

@@ -3,7 +3,7 @@ Tensors on disk, by name, read one at a time.
 
     source = tensors('epoch_80.pt')                      # a .pt, a .safetensors, or a folder of safetensors
     source['tok_embeddings.weight'].shape                # known without reading
-    fresh = fill(module, source, rename=our_name)        # copied into the module, nothing held twice
+    fresh = fill(module, source, rename=our_name)        # copied into the module, no second copy in memory
 
 Every message about a missing, misshapen or unreadable tensor is written here. Nothing is unpickled: safetensors, and
 torch.load with weights_only.

@@ -17,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint
 import common
+from configurator import Key
 from data import load_tokenizer
 from errors import UserError
 from model import VLM, Projector
@@ -374,15 +375,15 @@ def test_moments_of_another_shape_or_type_never_reach_the_optimizer(tmp_path):
 def test_check_resume_names_the_difference():
     meta = {'stage': 'text', 'config': {'lr': 0.1, 'text': [['a', 1.0]], 'percent': [20, 40], 'n_worker': 2, 'seed': 7}}
     now = {'lr': 0.1, 'text': (('a', 1.0),), 'percent': (20, 40), 'n_worker': 9, 'seed': 7, 'new_key': 1}
-    free = {'n_worker'}
-    checkpoint.check_resume(meta, now, 'out/x', ('text', 'mix'), free)        # json's lists are tuples
+    keys = {key: Key(1, '', '', free=key == 'n_worker') for key in now}
+    checkpoint.check_resume(meta, now, 'out/x', ('text', 'mix'), keys)        # json's lists are tuples
     for key, value, old in [('lr', 0.2, '0.1'), ('text', (('b', 1.0),), "(('a', 1.0),)"), ('percent', (20,), '(20, 40)'),
-                            ('text', (), '')]:
+                            ('text', (), ''), ('new_key', 2, 'new_key=1')]:        # unknown then: its default
         with pytest.raises(UserError) as caught:
-            checkpoint.check_resume(meta, {**now, key: value}, 'out/x', ('text',), free)
+            checkpoint.check_resume(meta, {**now, key: value}, 'out/x', ('text',), keys)
         one_line(caught, f'out/x was made with {key}=', old, f'now it is {value!r}')
     with pytest.raises(UserError) as caught:
-        checkpoint.check_resume(meta, now, 'out/x', ('finetune',), free)
+        checkpoint.check_resume(meta, now, 'out/x', ('finetune',), keys)
     one_line(caught, "out/x is of stage 'text', expected finetune")
 
 

@@ -128,6 +128,19 @@ def test_unknown_keys_get_a_suggestion(run):
     assert "unknown key '_private'" in run.fails('--_private=2')             # outside the block: no key
 
 
+def test_a_key_of_another_script_is_told(run, tmp_path):
+    (tmp_path / 'finetune.py').write_text('# --- config\nn_epoch = 4\n# --- config end\n')
+    (tmp_path / 'other.py').write_text('n_epoch = (')
+    assert run.fails(run.file('c.py', 'n_epoch = 3')) == "c.py: unknown key 'n_epoch'; it is a key of finetune.py"
+
+
+def test_a_file_that_overrides_a_key_given_before_it_says_so(run):
+    run(run.file('a.py', 'steps = 20'), '--steps=5')
+    assert '!!!' not in run.out()
+    run('--steps=5', '--lr=2', 'a.py')
+    assert '!!! a.py sets steps=20 over the --steps= before it: later wins' in run.out()
+
+
 def test_names_with_an_underscore_are_free_in_files(run):
     text = 'import math as _math\n_n = 4\nsteps = _n * int(_math.sqrt(9))\n'
     assert run(run.file('c.py', text))['steps'] == 12
@@ -157,8 +170,9 @@ def test_scale_files_see_the_stage_wherever_they_stand(run):
     assert run('scale.py', 'recipe.py', '--lr=2')['lr'] == 2.0
     assert run('--image_ratio=0.2', 'scale.py')['name'] == 'text'             # no guess from other values
     assert run('--stage=mix', 'scale.py')['name'] == 'mix'
-    message = run.fails('scale.py', '--stage=mix')                           # it would scale another stage
-    assert "scale.py was read for stage 'text', but what comes after it makes this stage 'mix'" in message
+    assert run('scale.py', '--stage=mix')['name'] == 'mix'                    # it is known wherever it stands
+    message = run.fails('recipe.py', 'scale.py', '--stage=text')             # it would scale another stage
+    assert "scale.py was read for stage 'mix', but what comes after it makes this stage 'text'" in message
 
 
 def test_a_script_without_a_stage_key_is_its_own_stage(tmp_path, run):
@@ -207,7 +221,7 @@ def test_help_prints_every_key(run):
         assert caught.value.code == 0
         out = run.out()
         assert out.startswith('A script.')
-        lines = {line.split('=')[0].strip(): line for line in out.split('keys:\n')[1].splitlines()}
+        lines = {line.split('=')[0].strip(): line for line in out.split('resumed):\n')[1].splitlines()}
         assert list(lines) == [f'--{k}' for k in run()] and len(lines) == 11
         assert '--steps=10' in lines['--steps'] and lines['--steps'].endswith('  optimizer steps; 0 = none')
         assert lines['--init_from'].endswith("'' = from scratch, or a checkpoint folder")
@@ -253,7 +267,7 @@ def test_a_file_that_is_not_text(run, tmp_path):
     ('x.y = 1', 'literal'), ('a, b = 1, 2', 'literal'), ('a: int = 1', 'literal'), ('"words"', 'literal'),
     ('a = [1]', ':2: a is a list'),
     ('a = None', 'a is a NoneType: expected bool, int, float, str or tuple'),
-    ('a = 1\na = 2', ':3: a is there twice'), ('a = 1  # [>1] x', "a: rule [>1]: '>1' is neither a bound"),
+    ('a = 1\na = 2', ':3: a is there twice'), ('a = 1  # [>1] x', "a: rule [>1]: '>1' is not a bound"),
     ('a = 1  # [> 1] x', 'a: its default: a=1: expected > 1'), ("a = 'c'  # ['a' | 'b'] x", "expected 'a' | 'b'")])
 def test_a_wrong_block_is_named(tmp_path, block, message):
     path = tmp_path / 's.py'
