@@ -110,8 +110,13 @@ def load_tokenizer(path):
     if not os.path.isfile(file):
         raise UserError(f"tokenizer {path}: no such file; `python prepare.py train_tokenizer` makes one, or give the "
                         "path of a sentencepiece .model or a Hugging Face tokenizer.json")
-    with reading(file, 'a tokenizer'):
-        return Tokenizer(file)
+    try:
+        with reading(file, 'a tokenizer'):
+            return Tokenizer(file)
+    except BaseException as e:                                           # Rust's panic is no Exception
+        if type(e).__name__ != 'PanicException':
+            raise
+        raise UserError(f"{file}: not readable as a tokenizer ({first_line(e)})") from None
 
 
 # --- files: found, indexed once, read in place ----------------------------------------------------
@@ -183,12 +188,12 @@ def regular(path, flags=os.O_RDONLY):
 def read_whole(path, limit):
     """Return the bytes of a file; raises UserError for what is no file, or above `limit` bytes."""
     with open(path, 'rb', opener=regular) as f:
-        return f.read(_bounded(os.fstat(f.fileno()).st_size, limit))
+        return f.read(_bounded(os.fstat(f.fileno()).st_size, limit, f"{path}: "))
 
 
-def _bounded(size, limit):
+def _bounded(size, limit, where=''):
     if size > limit:
-        raise UserError(f"{size:,} bytes, expected at most {limit:,}")
+        raise UserError(f"{where}{size:,} bytes, expected at most {limit:,}")
     return size
 
 
@@ -227,10 +232,7 @@ def _read(stamp, offset, size, limit):
 
 
 def _cached_index(stamp, cache_dir, build, *names):
-    """
-    Return build(path), a dict of arrays with `names`, kept in `<path>.idx` or in cache_dir while size and time of the
-    file agree.
-    """
+    """Return build(path), arrays by name, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
     path, mark = stamp[0], np.array([2, *stamp[1:]])                     # 2 = the version of the index
     places = [path + '.idx']
     if cache_dir:
@@ -675,8 +677,9 @@ class InstructSource:
 
     def _open_image(self, image):
         path = safe_join(self.image_root, image)
+        content = read_whole(path, MAX_IMAGE_BYTES)
         with _item(path):
-            return open_image(read_whole(path, MAX_IMAGE_BYTES))
+            return open_image(content)
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id

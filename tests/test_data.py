@@ -143,7 +143,8 @@ def test_truncation_padding_and_templates_of_a_tokenizer_file_are_off(tmp_path):
 @pytest.mark.parametrize('parts, words', [
     (dict(model={'type': 'Nope'}), 'ModelUntagged'), (dict(truncation={'max_length': 3}), 'missing field'),
     (dict(pre_tokenizer={'type': 'Split', 'pattern': {'Regex': '(['}, 'behavior': 'Isolated', 'invert': False}),
-     'Oniguruma error')])
+     'Oniguruma error'),
+    (dict(normalizer={'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}), 'Cannot parse precompiled_charsmap')])
 def test_a_wrong_part_of_a_tokenizer_file_is_named(tmp_path, parts, words):
     (tmp_path / 'odd.json').write_text(bytes_tokenizer(**parts))
     with pytest.raises(UserError, match=f'odd.json: not readable as a tokenizer .*{words}'):
@@ -153,6 +154,10 @@ def test_a_wrong_part_of_a_tokenizer_file_is_named(tmp_path, parts, words):
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match='nothing.model: no such file.*train_tokenizer'):
         load_tokenizer(str(tmp_path / 'nothing.model'))
+    with open(tmp_path / 'big.model', 'wb') as f:
+        f.truncate(1 << 30)
+    with pytest.raises(UserError, match='big.model: 1,073,741,824 bytes, expected at most 268,435,456'):
+        load_tokenizer(str(tmp_path / 'big.model'))
     for name, content in [('bad.model', b'junk'), ('no.model', b''), ('bad.json', b'{'), ('list.json', b'[]')]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
