@@ -34,7 +34,7 @@ ROWS = {                        # what the rows of each official file have
     'vqav2 train': {'answers': Field(list, 1, 1000, of=Field(dict, of={'answer': Field(str)})), **FREE},
     'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, **FREE,
                 'answers': Field(list, 10, 10, of=Field(str))},                      # its score is defined for 10
-    'textvqa train': {'answers': Field(list, 1, 1000, of=Field(str)), **FREE},
+    'textvqa train': {'answers': Field(list, 10, 10, of=Field(str)), **FREE},
     'textvqa ocr': {'text': Field(str, 1)},
     'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str), **FREE},
     'refcoco image': {'id': ID, 'width': Field(NUMBER, 1, 1e6), 'height': Field(NUMBER, 1, 1e6)},

@@ -14,7 +14,7 @@ import torch
 import checkpoint
 from configurator import config_keys
 from data import TextSource, expand_braces
-from errors import UserError, leave
+from errors import UserError, leave, reading
 from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib, model_flops_utilisation
 from mixture import COUNTS, BadSample, Loader
@@ -61,6 +61,14 @@ def lr_at(step, schedule):
     lr = SCHEDULES[schedule['kind']](step, **constants)
     warmup = schedule.get('moments_warmup', 0)
     return min(1.0, (step + 1) / warmup) * lr if warmup else lr
+
+
+def check_schedule(schedule, path):
+    """Raise UserError unless a schedule that was read from path gives an lr at its start, at its end and at its top."""
+    with reading(path, 'a learning-rate schedule'):
+        for lr in (lr_at(0, schedule), lr_at(schedule['total'], schedule), top_lr(schedule)):
+            if not 0 <= lr < math.inf:                                   # nan is not
+                raise UserError(f"{path}: its schedule gives the lr {lr}")
 
 
 def top_lr(schedule):
@@ -192,6 +200,8 @@ class Run:
         else:
             self.base = None
         meta = self.meta or {}
+        if meta:
+            check_schedule(meta['schedule'], os.path.join(self.folder, 'meta.json'))
         self.first_step = self.step = meta['step'] if self.resumed else 0
         self.seen = meta['seen'] if self.resumed else {}
         self.bad_before = meta['bad_samples'] if self.resumed else []

@@ -87,20 +87,18 @@ VALUES = (None, -5, 0, 3, 1e99, float('nan'), float('inf'), 'x', '', '../../etc/
 
 
 def retype(value, rng):
-    """One value somewhere in a tree of JSON: gone, or another; lists also lose or repeat an item."""
-    holders = []
-
-    def walk(x, path):
-        for key in list(x) if isinstance(x, dict) else range(min(len(x), 50)) if isinstance(x, list) else ():
-            holders.append((x, key, (*path, key)))
-            walk(x[key], (*path, key))
+    """One value somewhere in a tree of JSON: gone, or another."""
     value = json.loads(json.dumps(value))
-    walk(value, ())
-    if not holders or rng.random() < 0.03:
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.03:
         new = rng.choice(VALUES)
         return new, f'all of it becomes {new!r:.60}'
-    depth = rng.choice(sorted({len(path) for *_, path in holders}))          # else most of them are deep in long lists
-    holder, key, path = rng.choice([h for h in holders if len(h[2]) == depth])
+    holder, path = value, []
+    while True:                                          # one key of each level, so that long lists do not get it all
+        key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        path.append(key)
+        if not isinstance(holder[key], (dict, list)) or not holder[key] or rng.random() < 0.25:
+            break
+        holder = holder[key]
     if rng.random() < 0.25:
         del holder[key]
         return value, f'{path} removed'
