@@ -13,11 +13,12 @@ import torch
 
 import checkpoint
 from configurator import config_keys
-from data import TextSource, expand_braces
-from errors import UserError, leave, reading
+from data import TextSource
+from errors import BadSample, UserError, leave, reading
+from files import expand_braces
 from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib, model_flops_utilisation
-from mixture import COUNTS, BadSample, Loader
+from mixture import COUNTS, Loader
 from model import build_vlm
 from processes import Process, StopSignal, accumulation, distributed, pick_device, setup_process  # noqa: F401
 

@@ -11,30 +11,23 @@ is an id of its own):
     instruction  [image x N] [sep] [system] question [sep] answer [sep] ...   loss on each answer and the sep after it
 """
 import hashlib
-import io
 import json
 import os
 import re
-import resource
-import stat
-import tarfile
-import zipfile
 import zlib
-from bisect import bisect_right
-from contextlib import contextmanager
 from functools import lru_cache
 from glob import escape, glob
 
 import numpy as np
 
-from errors import Field, UserError, check, first_line, reading
+from errors import BadSample, Field, UserError, check, first_line, reading
+from files import Shards, cached_index, find, members_of, read_at, read_whole, reading_item, stamp_of
 from kernels import IGNORE_INDEX
-from mixture import BadSample, Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module too)
+from mixture import Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module, too)
 from vision import RESIZE, open_image
 from weights import MAX_JSON_BYTES
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
-COMPRESSED_TARS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn')
 ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
 ROWS_PER_SHARD = 8192                # a .bin file is shuffled as if cut into shards of so many rows (OpenLM's tars)
@@ -43,7 +36,6 @@ MAX_ROW_BYTES = 64 << 20             # a row of ids, unpacked: OpenLM's 2,049 id
 MAX_TEXT_BYTES = 4 << 20             # a caption, a .json of a tar, an entry of LLaVA JSON: its 665k average 1.5 KB
 MAX_IMAGE_BYTES = 512 << 20          # an image file: vision.MAX_PIXELS of RGB are 268 MB before compression
 MAX_TOKENIZER_BYTES = 256 << 20      # GPT-NeoX-20B's tokenizer.json has 2 MB, a vocabulary of 256k ids 34 MB
-MAX_HEADER_BYTES = 1 << 16           # a header inside a tar: a path has at most 4 KB
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -119,245 +111,6 @@ def load_tokenizer(path):
         raise UserError(f"{file}: not readable as a tokenizer ({first_line(e)})") from None
 
 
-# --- files: found, indexed once, read in place ----------------------------------------------------
-def find(paths, *suffixes):
-    """
-    Return the files of a path, folder or pattern, or of a list of them; the files of each are sorted.
-    A folder stands for the files below it that end in a suffix, *, ? and [] for what is there, and braces, as in
-    {00000..00009}.tar and {a,b}.bin, for files that must all be there. Raises UserError naming what is missing.
-    """
-    found = []
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        path, hits, missing = os.fspath(path), [], []
-        for name in [path] if os.path.exists(path) else expand_braces(path):
-            if os.path.isdir(name):
-                here = [p for p in glob(escape(name) + '/**/*', recursive=True) if p.endswith(suffixes)]
-                if not here:
-                    raise UserError(f"{name}: this folder holds no file that ends in {' or '.join(suffixes)}")
-            else:
-                here = [name] if os.path.isfile(name) else [p for p in glob(name) if os.path.exists(p)]
-            hits += here
-            missing += [] if here else [name]
-        if missing:
-            names = ', '.join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else '')
-            raise UserError(f"{path}: no such file" + (f": {names}" if missing != [path] else ''))
-        other = [p for p in hits if not os.path.isfile(p)]
-        if other:
-            raise UserError(f"{other[0]}: not a file")
-        packed = [p for p in hits if '.tar' in suffixes and p.endswith(COMPRESSED_TARS)]
-        if packed:
-            raise UserError(f"{packed[0]}: compressed tars cannot be read in place; unpack it first (gunzip for .gz)")
-        found += sorted(hits)
-    return found
-
-
-def expand_braces(pattern):
-    """Return the names that {08..11} and {a,b} in a pattern stand for, as in a shell, each once."""
-    braces = re.search(r'\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}', pattern)      # a pair with none inside it
-    if not braces:
-        return [pattern]
-    first, last, words = braces.groups()
-    if words is None:
-        padded = re.match('0.', first) or re.match('0.', last)
-        width = max(len(first), len(last)) if padded else 0
-        low, high = sorted((int(first), int(last)))
-        words = ','.join(f'{i:0{width}d}' for i in range(low, high + 1))
-    before, after = pattern[:braces.start()], pattern[braces.end():]
-    names = [name for word in words.split(',') for name in expand_braces(before + word + after)]
-    return list(dict.fromkeys(names))
-
-
-@contextmanager
-def _item(where):
-    """errors.reading for one item of a file: whatever is raised inside becomes a BadSample that says where."""
-    try:
-        yield
-    except Exception as e:
-        raise BadSample(f"{where}: {first_line(e)}") from e
-
-
-def regular(path, flags=os.O_RDONLY):
-    """The opener for open(): raises UserError for a pipe, a device or a folder; a pipe might never end."""
-    fd = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{path}: not a file")
-    return fd
-
-
-def read_whole(path, limit):
-    """Return the bytes of a file; raises UserError for what is no file, or above `limit` bytes."""
-    with open(path, 'rb', opener=regular) as f:
-        return f.read(_bounded(os.fstat(f.fileno()).st_size, limit, f"{path}: "))
-
-
-def _bounded(size, limit, where=''):
-    if size > limit:
-        raise UserError(f"{where}{size:,} bytes, expected at most {limit:,}")
-    return size
-
-
-class _File:
-    def __init__(self, path):
-        self.fd = regular(path)
-
-    def __del__(self):
-        if hasattr(self, 'fd'):
-            os.close(self.fd)
-
-
-# opened when first needed, in each process; the least recently used is closed, and most of `ulimit -n` left to others
-_MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-@lru_cache(maxsize=64 if _MAY_OPEN == resource.RLIM_INFINITY else min(64, _MAY_OPEN // 4))
-def _open_file(stamp):
-    return _File(stamp[0])
-
-
-def _stamp(path):
-    about = os.stat(path)
-    return path, about.st_size, about.st_mtime_ns
-
-
-def _read(stamp, offset, size, limit):
-    """Every item of every file is read here: at most `limit` bytes, at a place that an index told."""
-    if offset < 0:
-        raise UserError("a link or a sparse member of the tar: it has no bytes of its own there")
-    file = _open_file(stamp)                                             # named: it is open as long as someone has it
-    data = os.pread(file.fd, _bounded(size, limit), offset)              # no shared file position: safe after a fork
-    if len(data) != size:
-        raise UserError(f"{size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
-    return data
-
-
-def _cached_index(stamp, cache_dir, build, *names):
-    """Return build(path), arrays by name, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
-    path, mark = stamp[0], np.array([2, *stamp[1:]])                     # 2 = the version of the index
-    places = [path + '.idx']
-    if cache_dir:
-        places.append(os.path.join(cache_dir, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16] + '.idx'))
-    for file in places:
-        try:
-            with reading(file, 'an index'), open(file, 'rb', opener=regular) as f:
-                index = _load_index(f, stamp[1], {'mark', *names})
-                if np.array_equal(index.pop('mark'), mark):
-                    return index
-        except UserError:                                                # absent or damaged: made anew
-            continue
-    index = build(path)
-    for file in places:
-        temporary = f'{file}.{os.getpid()}.tmp'
-        try:
-            os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
-            with open(temporary, 'wb') as f:
-                np.savez(f, mark=mark, **index)
-            os.replace(temporary, file)                                  # other ranks see a whole index or none
-            break
-        except OSError:                                                  # read-only data: try the next place
-            if os.path.exists(temporary):
-                os.remove(temporary)
-    return index
-
-
-def _load_index(f, total, names):
-    """Return the arrays of an index of a file of `total` bytes; whoever wrote the data may have written it too."""
-    limit = _bounded(os.fstat(f.fileno()).st_size, 16 * total + 65536)   # the two bytes of '7,' have an entry of 32
-    with zipfile.ZipFile(f) as z:
-        _bounded(sum(entry.file_size for entry in z.infolist()), limit)
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
-            raise UserError("compressed")
-    with np.load(f, allow_pickle=False) as z:
-        index = dict(z)
-    offsets, sizes = index['offsets'], index['sizes']
-    for name in names - {'mark', 'names', 'damage'}:
-        if index[name].dtype != np.int64 or index[name].shape != (len(offsets),):
-            raise UserError(f"{name!r} is no list of {len(offsets)} whole numbers")
-    if set(index) != names or ((offsets < -1) | (sizes < 0) | (sizes > total - offsets)).any():
-        raise UserError(f"not of a file of {total} bytes")
-    if 'names' in names and len(_split_names(index['names'])) != len(offsets):
-        raise UserError("not a name for each item")
-    return index
-
-
-def _split_names(joined):
-    return joined.tobytes().decode('utf-8', 'surrogateescape').split('\0')[:-1]
-
-
-class _Headers(io.BufferedReader):
-    """A tar as tarfile reads it, which takes the sizes of headers on trust, also those of 1 TB or of less than 0."""
-    def read(self, size=-1):
-        return super().read(_bounded(size % 2**64, MAX_HEADER_BYTES))    # -1, 'all there is', is beyond any bound
-
-
-def _build_tar_index(path):
-    names, offsets, sizes, damage, end = [], [], [], '', 0
-    with reading(path, 'a tar'), _Headers(io.FileIO(path, opener=regular)) as f:
-        total = os.fstat(f.fileno()).st_size
-        try:
-            with tarfile.open(fileobj=f, mode='r:') as tar:              # 'r:' = not compressed: its offsets hold
-                for member in tar:
-                    elsewhere = member.islnk() or member.issym() or member.issparse()
-                    offset, size = (-1, 0) if elsewhere else (member.offset_data, member.size)
-                    if tar.offset <= end or offset + size > total:
-                        raise UserError(f"{member.name} of {member.size:,} bytes does not end inside the file")
-                    if (member.isreg() or elsewhere) and not os.path.basename(member.name).startswith('.'):
-                        names.append(member.name.replace('\0', '') + '\0')
-                        offsets.append(offset)
-                        sizes.append(size)
-                    end = tar.offset
-        except Exception as e:                                           # whatever tarfile raises: the rest is lost
-            damage = first_line(e)
-        f.seek(end)
-        if not damage and f.read(512) != bytes(512):                     # tarfile takes a cut header for the end
-            damage = "no end-of-archive marker there"
-        while not damage and (block := f.read(MAX_HEADER_BYTES)):        # zeros may follow, of any number
-            if block.count(0) < len(block):
-                damage = "more data behind the end-of-archive marker there: a second archive?"
-    if damage:
-        damage = f"{path}: damaged or truncated tar at offset {end} of {total} bytes: {damage}"
-    joined = ''.join(names).encode('utf-8', 'surrogateescape')
-    return {'names': np.frombuffer(joined, np.uint8), 'offsets': np.array(offsets, np.int64),
-            'sizes': np.array(sizes, np.int64), 'damage': np.array(damage)}
-
-
-@lru_cache(maxsize=64)
-def _tar_members(stamp, cache_dir):
-    """Return ([(name, offset, size)], damage) of one tar."""
-    index = _cached_index(stamp, cache_dir, _build_tar_index, 'names', 'offsets', 'sizes', 'damage')
-    names, places = _split_names(index['names']), (index['offsets'].tolist(), index['sizes'].tolist())
-    return list(zip(names, *places)), str(index['damage'])
-
-
-def tar_members(path, cache_dir=''):
-    """Index a tar, unless that has been done, and return ([(name, offset, size)], what is wrong with it or '')."""
-    return _tar_members(_stamp(path), cache_dir)
-
-
-class _Shards:
-    """Which shard holds row i. Of each shard: its file's stamp, its rows, and the row of the file it begins with."""
-    def __init__(self):
-        self.stamps, self.sizes, self.first, self.ends = [], [], [], [0]
-
-    def add(self, stamp, n_row, first=0):
-        self.stamps.append(stamp)
-        self.sizes.append(n_row)
-        self.first.append(first)
-        self.ends.append(self.ends[-1] + n_row)
-
-    def describe(self):
-        """What a checkpoint remembers of its data, so that a change is noticed: files, rows, and a digest of both."""
-        files = [(os.path.basename(path), size, n) for (path, size, _), n in zip(self.stamps, self.sizes)]
-        return dict(n_file=len({stamp[0] for stamp in self.stamps}), n_row=sum(self.sizes),
-                    sha256=hashlib.sha256(repr(files).encode()).hexdigest())
-
-    def locate(self, row):
-        if not 0 <= row < self.ends[-1]:
-            raise IndexError(f"row {row}: expected 0..{self.ends[-1] - 1}")
-        s = bisect_right(self.ends, row) - 1
-        return self.stamps[s], self.first[s] + row - self.ends[s]
-
-
 # --- sources --------------------------------------------------------------------------------------
 # A source has len(source) and source[i] -> Sample. It tells Mixture its name, items_per_row (windows of a stored row),
 # group_sizes (rows of each shard), damaged (a line for each damaged file), and length(i), an estimate of positions.
@@ -372,7 +125,7 @@ class TextSource:
     """
     def __init__(self, paths, tokenizer, seq_len, name='text', row_len=0, cache_dir=''):
         self.name, self.seq_len, self.tokenizer, self.cache_dir = name, seq_len, tokenizer, cache_dir
-        self.shards, self.damaged, self.last = _Shards(), [], (-1, None)
+        self.shards, self.damaged, self.last = Shards(), [], (-1, None)
         files = find(paths, '.bin', '.tar')
         self.binary = files[0].endswith('.bin')
         if self.binary:
@@ -381,7 +134,7 @@ class TextSource:
         for path in files:
             if path.endswith('.bin') != self.binary:
                 raise UserError(f"{path}: a text source reads .bin files or .tar files, not both; use two sources")
-            stamp = _stamp(path)
+            stamp = stamp_of(path)
             _check_sidecar(stamp, tokenizer)
             if self.binary:
                 if stamp[1] % 2:
@@ -390,7 +143,7 @@ class TextSource:
                 for first in range(0, n_row, ROWS_PER_SHARD):
                     self.shards.add(stamp, min(ROWS_PER_SHARD, n_row - first), first)
             else:
-                members, damage = _tar_members(stamp, cache_dir)
+                members, damage = members_of(stamp, cache_dir)
                 self.damaged += [damage] if damage else []
                 self.shards.add(stamp, len(members) + bool(damage))      # all that is lost counts as one bad row
         self.group_sizes = self.shards.sizes
@@ -413,8 +166,8 @@ class TextSource:
             start = r * self.row_len
             lo, hi = self._span(min(self.row_len, stamp[1] // 2 - 1 - start), w)
             n_byte = 2 * (hi - lo + 1)
-            with _item(stamp[0]):
-                ids = np.frombuffer(_read(stamp, 2 * (start + lo), n_byte, n_byte), '<u2').astype(np.int64)
+            with reading_item(stamp[0]):
+                ids = np.frombuffer(read_at(stamp, 2 * (start + lo), n_byte, n_byte), '<u2').astype(np.int64)
             self._check_ids(ids, f"{stamp[0]}: position {start + lo + int(ids.argmax())}")
         else:
             ids = self._row(row)
@@ -447,13 +200,13 @@ class TextSource:
         if self.last[0] == row:  # the windows of a row are drawn one after another
             return self.last[1]
         stamp, r = self.shards.locate(row)
-        members, damage = _tar_members(stamp, self.cache_dir)
+        members, damage = members_of(stamp, self.cache_dir)
         if r == len(members):
             raise BadSample(damage)
         name, offset, size = members[r]
         where = f"{stamp[0]}: {name}"
-        with _item(f"{where}: not a row of token ids"):
-            data = _read(stamp, offset, size, MAX_ROW_BYTES)
+        with reading_item(f"{where}: not a row of token ids"):
+            data = read_at(stamp, offset, size, MAX_ROW_BYTES)
             if name.endswith('.gz'):
                 unpack = zlib.decompressobj(31)                          # 31 = gzip
                 data = unpack.decompress(data, MAX_ROW_BYTES)
@@ -518,9 +271,9 @@ class CaptionSource:
         if caption_field not in CAPTION_FIELDS:
             raise UserError(f"{name}: caption_field={caption_field!r}: expected one of {', '.join(CAPTION_FIELDS)}")
         self.prefix = caption_prompt(encoder_n_token, tokenizer)
-        self.shards, self.damaged = _Shards(), []
+        self.shards, self.damaged = Shards(), []
         for path in find(paths, '.tar'):
-            stamp = _stamp(path)
+            stamp = stamp_of(path)
             groups, damage = _caption_groups(stamp, cache_dir)
             self.damaged += [damage] if damage else []
             self.shards.add(stamp, len(groups) + bool(damage))
@@ -548,12 +301,12 @@ class CaptionSource:
         if r == len(groups):
             raise BadSample(damage)
         key, members = groups[r]
-        with _item(f"{stamp[0]}: {key}"):
+        with reading_item(f"{stamp[0]}: {key}"):
             image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             if image is None:
                 raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
             caption = self._caption(stamp, key, members)
-            image = RESIZE[self.resize](open_image(_read(stamp, *image, MAX_IMAGE_BYTES)), self.image_size)
+            image = RESIZE[self.resize](open_image(read_at(stamp, *image, MAX_IMAGE_BYTES)), self.image_size)
         ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
         cut = len(ids) > self.seq_len + 1
         ids = np.array(ids[:self.seq_len + 1], np.int64)
@@ -564,12 +317,12 @@ class CaptionSource:
 
     def _caption(self, stamp, key, members):
         def json_of(suffix):
-            about = json.loads(_read(stamp, *members[suffix], MAX_TEXT_BYTES)) if suffix in members else None
+            about = json.loads(read_at(stamp, *members[suffix], MAX_TEXT_BYTES)) if suffix in members else None
             return about if isinstance(about, dict) else {}
         field, text = self.caption_field, None
         if field == 'txt' or field == 'auto' and 'txt' in members:
             field = 'txt'
-            text = _read(stamp, *members['txt'], MAX_TEXT_BYTES).decode('utf-8') if 'txt' in members else None
+            text = read_at(stamp, *members['txt'], MAX_TEXT_BYTES).decode('utf-8') if 'txt' in members else None
         if field in ('json', 'auto'):
             about = json_of('json' if 'json' in members or field == 'json' else 'syn.json')
             text = about.get('caption') or about.get('text')
@@ -586,7 +339,7 @@ class CaptionSource:
 
 @lru_cache(maxsize=64)
 def _caption_groups(stamp, cache_dir):
-    members, damage = _tar_members(stamp, cache_dir)
+    members, damage = members_of(stamp, cache_dir)
     groups, last = [], {}
     for name, offset, size in members:
         folder, base = os.path.split(name)
@@ -642,11 +395,11 @@ class InstructSource:
             raise UserError(f"{name}: loss_average={loss_average!r}: expected 'token' or 'answer'")
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
         self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
-        self.loss_average, self.split_turns, self.damaged, self.shards = loss_average, split_turns, [], _Shards()
+        self.loss_average, self.split_turns, self.damaged, self.shards = loss_average, split_turns, [], Shards()
         self.entries, names = [], ('offsets', 'sizes', 'n_char', 'has_image')    # (n, 4) per file
         for path in find(json, '.json', '.jsonl'):
-            stamp = _stamp(path)
-            index = _cached_index(stamp, cache_dir, _build_json_index, *names)
+            stamp = stamp_of(path)
+            index = cached_index(stamp, cache_dir, _build_json_index, *names)
             self.entries.append(np.stack([index[name] for name in names], 1))
             self.shards.add(stamp, len(self.entries[-1]))
         self.entries = np.concatenate(self.entries)
@@ -664,8 +417,8 @@ class InstructSource:
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)
         offset, size = self.entries[index, :2].tolist()
-        with _item(f"{stamp[0]}: entry {r}"):
-            entry = json.loads(_read(stamp, offset, size, MAX_TEXT_BYTES))
+        with reading_item(f"{stamp[0]}: entry {r}"):
+            entry = json.loads(read_at(stamp, offset, size, MAX_TEXT_BYTES))
             turns = _turns(entry)
             image = entry.get('image') or None
             sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
@@ -678,7 +431,7 @@ class InstructSource:
     def _open_image(self, image):
         path = safe_join(self.image_root, image)
         content = read_whole(path, MAX_IMAGE_BYTES)
-        with _item(path):
+        with reading_item(path):
             return open_image(content)
 
     def _layout(self, pairs, n_token):

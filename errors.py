@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message is one line: what was given, what was expected, what to do."""
 
 
+class BadSample(UserError):
+    """One item of a data set cannot be used; the message names the file, the item and the reason."""
+
+
 def first_line(error):
     """What an exception says, on one line, without control characters, at most 300 characters."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,15 +19,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import BadSample, UserError
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16    # shards whose rows are shuffled with each other: few, so that reads stay local (16 x 8192 rows)
 COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')  # per source
-
-
-class BadSample(UserError):
-    """One item of a data set cannot be used; the message names the file, the item and the reason."""
 
 
 # --- samples and batches --------------------------------------------------------------------------

@@ -31,13 +31,15 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import files
 from errors import UserError, first_line, reading, user_error_hook
 from kernels import IGNORE_INDEX
 
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
 PLAIN = ('.txt', '.rst', '.md')
 LINES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.jsonl.zstd')
-MAX_DOCUMENT = 256 << 20             # characters of a text file or a line: a novel has 1 million, enwik8 100 million
+MAX_LINE = 256 << 20                 # characters of a line of .jsonl, a document: a novel has 1 million
+MAX_TEXT = 4 << 30                   # characters of a text file: enwik9 has 1,000 million
 
 
 # --- files out: also for other scripts that write data ---------------------------------------------
@@ -74,18 +76,18 @@ def writing(path):
 # --- documents in ---------------------------------------------------------------------------------
 def documents(paths, key='text'):
     """Yield the texts of files, patterns and folders; raises UserError naming file and line of what is not text."""
-    for path in data.find(paths, *PLAIN, *LINES):
+    for path in files.find(paths, *PLAIN, *LINES):
         if path.endswith(LINES):
             for where, line in _json_lines(path):
                 yield _field(where, line, key)
         elif path.endswith(PLAIN):
-            yield _read_text(path, MAX_DOCUMENT)
+            yield _read_text(path, MAX_TEXT)
         else:
             raise UserError(f"{path}: expected one of {' '.join(PLAIN + LINES)}")
 
 
 def _read_text(path, limit):
-    with reading(path, 'UTF-8 text'), open(path, encoding='utf-8-sig', opener=data.regular) as f:
+    with reading(path, 'UTF-8 text'), open(path, encoding='utf-8-sig', opener=files.regular) as f:
         return _at_most(limit, f.read(limit + 1), path)                  # -sig drops a byte order mark
 
 
@@ -97,11 +99,11 @@ def _at_most(limit, text, where):
 
 def _json_lines(path):
     """Yield (where it is, line) of each line that is not blank."""
-    with reading(path, 'lines of UTF-8 text'), open(path, 'rb', opener=data.regular) as f:
+    with reading(path, 'lines of UTF-8 text'), open(path, 'rb', opener=files.regular) as f:
         lines = io.TextIOWrapper(_unpacked(f, path), encoding='utf-8-sig')
-        for n, line in enumerate(iter(lambda: lines.readline(MAX_DOCUMENT + 1), ''), 1):
+        for n, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ''), 1):
             where = f"{path}: line {n}"
-            if _at_most(MAX_DOCUMENT, line, where).strip():
+            if _at_most(MAX_LINE, line, where).strip():
                 yield where, line
 
 
@@ -329,7 +331,7 @@ def _beside(folder):
     if other:
         print(f"!!! {len(other)} images left out, such as {other[0]}: expected {' '.join(suffixes)}")
     return [(folder, os.path.relpath(p, folder), None)
-            for p in data.find(folder, *suffixes, *map(str.upper, suffixes))]
+            for p in files.find(folder, *suffixes, *map(str.upper, suffixes))]
 
 
 def _members(i, folder, image, caption):
@@ -344,7 +346,7 @@ def _members(i, folder, image, caption):
     if not caption.strip():
         raise UserError(f"{path}: its caption is empty")
     with reading(path, 'a file'):
-        content = data.read_whole(path, data.MAX_IMAGE_BYTES)
+        content = files.read_whole(path, data.MAX_IMAGE_BYTES)
     return [(key + suffix.lower(), content), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
 
 
@@ -353,11 +355,11 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
                 caption_field='auto', **instruct):
     """Return the source that reads `paths`: 'text', 'caption' or 'instruct', by their contents when kind is 'auto'."""
     if kind == 'auto':
-        files = data.find(paths, '.bin', '.tar', '.json', '.jsonl')      # text shards have a .json beside them
-        tars = [f for f in files if f.endswith('.tar')]
-        kind = 'text' if tars or any(f.endswith('.bin') for f in files) else 'instruct'
+        found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')      # text shards have a .json beside them
+        tars = [f for f in found if f.endswith('.tar')]
+        kind = 'text' if tars or any(f.endswith('.bin') for f in found) else 'instruct'
         if tars:
-            suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in data.tar_members(tars[0])[0][:8]]
+            suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in files.tar_members(tars[0])[0][:8]]
             kind = 'caption' if set(suffixes) & set(data.IMAGE_SUFFIXES) else 'text'
     if kind not in ('text', 'caption', 'instruct'):
         raise UserError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
@@ -365,7 +367,7 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
         return data.TextSource(paths, tokenizer, seq_len)
     if kind == 'caption':
         return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
-    image_root = image_root or os.path.dirname(data.find(paths, '.json', '.jsonl')[0])
+    image_root = image_root or os.path.dirname(files.find(paths, '.json', '.jsonl')[0])
     return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
 
 
@@ -474,7 +476,7 @@ def run(a):
     elif a.command == 'pair':
         print(f"{a.out}: {pair(a.paths, a.out, a.captions, a.samples_per_shard):,} samples")
     elif a.command == 'index':
-        damage = [data.tar_members(path, a.cache_dir)[1] for path in tqdm(data.find(a.paths, '.tar'), disable=None)]
+        damage = [files.tar_members(path, a.cache_dir)[1] for path in tqdm(files.find(a.paths, '.tar'), disable=None)]
         damaged = [d for d in damage if d]
         print('\n'.join(damaged) or "every tar is whole and indexed")
         return 1 if damaged else 0

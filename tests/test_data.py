@@ -22,6 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
+import files
 import mixture
 from conftest import child_env
 from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
@@ -336,7 +337,7 @@ def test_braces_mean_files_that_all_must_be_there(tmp_path):
         return [os.path.basename(p)[:-4] for p in data.find(f'{tmp_path}/{pattern}.bin', '.bin')]
     assert found('{00008..00011}') == ['00008', '00009', '00010', '00011']
     assert found('000{11..10}') == ['00010', '00011']
-    assert data.expand_braces('{9..10}{0..1}') == '90 91 100 101'.split()
+    assert files.expand_braces('{9..10}{0..1}') == '90 91 100 101'.split()
     assert found('{a{1..2},b}') == ['a1', 'a2', 'b'] and found('{a?,b}') == ['a1', 'a2', 'b']
     assert found('odd{1}') == ['odd{1}']                                 # a name with braces is itself
     with pytest.raises(UserError, match='no such file: .*/00012.bin, .*/00013.bin$'):
@@ -428,7 +429,7 @@ def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
         f.write(member('a.txt', b'x') + member('b.txt', b'x' * (32 << 20)) + member('b.jpg', b'junk') + bytes(1024))
     source = CaptionSource(str(path), tok, 64, 4, 28)
     read = []
-    monkeypatch.setattr(data.os, 'pread', lambda fd, size, offset, pread=os.pread: read.append(size) or
+    monkeypatch.setattr(os, 'pread', lambda fd, size, offset, pread=os.pread: read.append(size) or
                         pread(fd, size, offset))
     for i, words in enumerate(['a: 3,221,225,472 bytes, expected at most 536,870,912',
                                'b: 33,554,432 bytes, expected at most 4,194,304']):
@@ -445,7 +446,7 @@ def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
 
 def test_an_index_is_believed_only_where_it_can_be_true(tmp_path, tok):
     path = write_rows(tmp_path / 'a.tar', [[5] * 9, [6] * 9], '.json')
-    want = data.tar_members(path)
+    want = files.tar_members(path)
     whole, size = dict(np.load(path + '.idx')), os.path.getsize(path)
     lies = [dict(whole, offsets=np.array([0, -2])), dict(whole, sizes=np.array([512, size])),
             dict(whole, sizes=np.array([1, -1])), dict(whole, sizes=np.array([1, 2**63 - 1])),
@@ -465,9 +466,9 @@ def test_an_index_is_believed_only_where_it_can_be_true(tmp_path, tok):
         yield open(path + '.idx.npz', 'rb').read()
     for content in write_all():
         open(path + '.idx', 'wb').write(content)
-        data._tar_members.cache_clear()
+        files.members_of.cache_clear()
         tracemalloc.start()
-        assert data.tar_members(path) == want
+        assert files.tar_members(path) == want
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
         assert open(path + '.idx', 'rb').read() != content               # made anew
@@ -476,8 +477,8 @@ def test_an_index_is_believed_only_where_it_can_be_true(tmp_path, tok):
 def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     path = write_rows(tmp_path / 'a.tar', [[5] * 9] * 3)
     TextSource(path, tok, 8)
-    data._tar_members.cache_clear()
-    monkeypatch.setattr(data, '_build_tar_index', lambda path: pytest.fail('built again'))
+    files.members_of.cache_clear()
+    monkeypatch.setattr(files, '_build_tar_index', lambda path: pytest.fail('built again'))
     assert len(TextSource(path, tok, 8)) == 3 and os.path.exists(path + '.idx')
     monkeypatch.undo()
     write_rows(tmp_path / 'a.tar', [[7] * 9] * 4)
@@ -486,7 +487,7 @@ def test_the_index_is_cached_and_follows_the_tar(tmp_path, tok, monkeypatch):
     whole = dict(np.load(path + '.idx'))
     for junk in (b'', b'junk', open(path + '.idx', 'rb').read()[:200]):
         open(path + '.idx', 'wb').write(junk)
-        data._tar_members.cache_clear()
+        files.members_of.cache_clear()
         assert len(TextSource(path, tok, 8)) == 4
         assert all((v == whole[k]).all() for k, v in np.load(path + '.idx').items())
 
@@ -496,8 +497,8 @@ def test_the_index_goes_to_cache_dir_when_the_data_is_read_only(tmp_path, tok, m
     os.mkdir(path + '.idx')                                              # not writable, also for root
     TextSource(path, tok, 8, cache_dir=str(tmp_path / 'cache'))
     assert len(os.listdir(tmp_path / 'cache')) == 1 and not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
-    data._tar_members.cache_clear()
-    monkeypatch.setattr(data, '_build_tar_index', lambda path: pytest.fail('built again'))
+    files.members_of.cache_clear()
+    monkeypatch.setattr(files, '_build_tar_index', lambda path: pytest.fail('built again'))
     TextSource(path, tok, 8, cache_dir=str(tmp_path / 'cache'))
 
 

@@ -127,7 +127,8 @@ def test_a_document_beyond_its_bound_is_refused(tmp_path, monkeypatch, suffix):
     pack = gzip.compress if suffix.endswith('.gz') else bytes
     pack = pytest.importorskip('zstandard').compress if suffix.endswith('.zst') else pack
     path = tmp_path / f'a{suffix}'
-    monkeypatch.setattr(prepare, 'MAX_DOCUMENT', 50)
+    monkeypatch.setattr(prepare, 'MAX_LINE', 50)
+    monkeypatch.setattr(prepare, 'MAX_TEXT', 50)
     path.write_bytes(pack(b'{"text": "%s"}' % (b'x' * 38)))
     assert len(list(prepare.documents(str(path)))) == 1
     path.write_bytes(pack(b'{"text": "x"}\n' + b'x' * 51))
