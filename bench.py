@@ -93,8 +93,8 @@ def step(argv):
         with torch.device('meta'):
             n_token = build_encoder(spec['encoder']).n_token
         if n_token + 42 > c['seq_len']:
-            raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of 40: "
-                            f"put an encoder at {path}, or give --encoder_path=patch --image_size=42")
+            raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
+                            f"40: put an encoder at {path}, or give --encoder_path=patch --image_size=42")
     model = build_vlm(spec, c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config

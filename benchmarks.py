@@ -178,7 +178,8 @@ def read_vqav2(path, name, opt):
             guesses=guesses))
     train = None
     if os.path.exists(train_file):
-        train = [(optional(row)[0], answers_of(row)) for row in read_table(train_file, 'annotations', ROWS['vqav2 train'])]
+        rows = read_table(train_file, 'annotations', ROWS['vqav2 train'])
+        train = [(optional(row)[0], answers_of(row)) for row in rows]
     return vqa_task(name, 'vqav2', examples, opt.vqa_variant, ('official', 'vlm-eval'), train)
 
 

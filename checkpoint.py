@@ -1,9 +1,9 @@
 """
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
-Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt (moments
-by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is unpickled:
-safetensors, weights_only, JSON.
+Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
+(moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is
+unpickled: safetensors, weights_only, JSON.
 """
 import base64
 import contextlib
@@ -62,7 +62,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
     tmp = os.path.join(out_dir, f'.tmp_{name}')
     newest = os.path.realpath(os.path.join(out_dir, 'ckpt_last'))
     try:
-        if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is this very checkpoint
+        if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is there already
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
             _write_checkpoint(tmp, model, optimizer, tokenizer, meta, encoder_file)
@@ -71,12 +71,12 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
             os.rename(tmp, final)
             _fsync(out_dir)
             shutil.rmtree(os.path.join(out_dir, f'.tmp_old_{name}'), ignore_errors=True)
-    except Exception as e:                        # of any library: torch and safetensors report a full disk in their own way
+    except Exception as e:                        # torch and safetensors report a full disk in their own ways
         shutil.rmtree(tmp, ignore_errors=True)
         full = '; is the disk full?' if getattr(e, 'errno', None) in (None, errno.ENOSPC, errno.EDQUOT) else ''
         raise OSError(f"saving {final} failed ({first_line(e)}{full}); the checkpoints before it are untouched") from e
     last = os.path.join(out_dir, 'ckpt_last')
-    if os.path.isdir(last) and not os.path.islink(last):                  # a run that was copied with its links followed
+    if os.path.isdir(last) and not os.path.islink(last):                  # of a run copied by cp -rL
         os.rename(last, os.path.join(out_dir, '.tmp_old_ckpt_last'))
         shutil.rmtree(os.path.join(out_dir, '.tmp_old_ckpt_last'), ignore_errors=True)
     link = os.path.join(out_dir, '.link_ckpt_last')
@@ -227,12 +227,12 @@ def read_meta(folder):
         raise UserError(f"{folder}: no meta.json there; expected a checkpoint folder such as out/1b/text/ckpt_080")
     meta = read_json(path)
     if meta.get('schema') != SCHEMA:
-        raise UserError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA}: made by another version")
+        raise UserError(f"{path}: schema {meta.get('schema')}, this code reads schema {SCHEMA} only")
     check(meta, Field(dict, of=META), path)
     return meta
 
 
-def whole(folder, meta, name):
+def checked_path(folder, meta, name):
     """The path of a checkpoint's file, its bytes compared with what meta.json says of them; UserError otherwise."""
     path = os.path.join(folder, name)
     with reading(path, f'a file of the checkpoint {folder}'):
@@ -241,18 +241,19 @@ def whole(folder, meta, name):
         found, expected = _digest(path), meta['files'].get(name)
         if found != expected:
             was = f"{expected['size']} bytes with sha256 {expected['sha256'][:12]}..." if expected else 'no such file'
-            raise UserError(f"{path}: {found['size']} bytes with sha256 {found['sha256'][:12]}..., meta.json says {was}: "
-                            "damaged, or from another checkpoint")
+            raise UserError(f"{path}: {found['size']} bytes with sha256 {found['sha256'][:12]}..., meta.json says "
+                            f"{was}: damaged, or from another checkpoint")
         return path
 
 
 def read_tokenizer(folder, meta):
     """The Tokenizer of a checkpoint folder, checked against its meta."""
-    tokenizer = load_tokenizer(whole(folder, meta, os.path.basename(meta['tokenizer_path'])))
+    tokenizer = load_tokenizer(checked_path(folder, meta, os.path.basename(meta['tokenizer_path'])))
     spec, sha256 = meta['spec'], meta['tokenizer_sha256']
     ours, said = (tokenizer.image_id, tokenizer.sha256), (spec['image_id'], sha256)
     if ours != said or tokenizer.vocab_size > spec['decoder']['vocab_size']:
-        raise UserError(f"{tokenizer.path}: another tokenizer than its meta.json says: image_id, sha256 {ours}, there {said}")
+        raise UserError(f"{tokenizer.path}: another tokenizer than its meta.json says: image_id, sha256 {ours}, there "
+                        f"{said}")
     return tokenizer
 
 
@@ -270,9 +271,9 @@ def load_weights(model, folder, meta, may_lack=()):
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
-    source = tensors(whole(folder, meta, 'model.safetensors'))
+    source = tensors(checked_path(folder, meta, 'model.safetensors'))
     if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
-        source.update(tensors(whole(folder, meta, 'encoder.safetensors')))
+        source.update(tensors(checked_path(folder, meta, 'encoder.safetensors')))
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
@@ -288,7 +289,7 @@ def load_optimizer(optimizer, folder, meta, may_lack=()):
     path = os.path.join(folder, 'optim.pt')
     if not os.path.exists(path):
         return None
-    saved = read_pt(whole(folder, meta, 'optim.pt'))
+    saved = read_pt(checked_path(folder, meta, 'optim.pt'))
     if not isinstance(saved, dict):
         raise UserError(f"{path}: holds a {type(saved).__name__}, expected moments by parameter name")
     return load_moments(optimizer, saved, may_lack, path)

@@ -18,7 +18,7 @@ from errors import BadSample, UserError, leave, reading
 from files import expand_braces
 from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib, model_flops_utilisation
-from mixture import COUNTS, Loader
+from mixture import COUNTS, Loader, Mixture
 from model import build_vlm
 from processes import Process, StopSignal, accumulation, distributed, pick_device, setup_process  # noqa: F401
 
@@ -218,11 +218,11 @@ class Run:
             try:
                 checkpoint.open_folder(self.out_dir)
                 if self.config['resume'] == 'never':
-                    raise UserError(f"{self.out_dir} already holds a run and resume='never': remove it, or give another "
-                                    "--out_dir")
+                    raise UserError(f"{self.out_dir} already holds a run and resume='never': remove it, or give "
+                                    "another --out_dir")
                 if not os.path.exists(last):
-                    raise UserError(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint that "
-                                    "is there, or remove it to start over")
+                    raise UserError(f"{last} points to {os.readlink(last)}, which is gone: link it to a checkpoint "
+                                    "that is there, or remove it to start over")
             except UserError as e:
                 problem = str(e)
         self.process.barrier()
@@ -254,13 +254,27 @@ class Run:
                                f"{self.config['micro_batch_size']} that divides {self.config['global_batch_size']} "
                                f"sequences among {self.process.world_size} processes")
 
+    def text_mixture(self, patterns, tokenizer, seq_len, start=None):
+        """
+        A config's text as a Mixture, in the order that stage 1 gave it.
+        patterns  ((folder or glob in data_dir, weight), ...); start {source: row}, where an earlier stage stopped
+        """
+        sources = []
+        for pattern, _ in patterns:
+            name = text_name(pattern, patterns)
+            row_len = self.text_rows.get(name, {}).get('row_len', 0)             # rows are cut as they were before
+            path = os.path.join(self.config['data_dir'], pattern)
+            sources.append(TextSource(path, tokenizer, seq_len, name, row_len, self.config['cache_dir']))
+        return Mixture(sources, [weight for _, weight in patterns], self.text_seed, start=start,
+                       max_bad_samples=self.config['max_bad_samples'])
+
     def compare_text(self, mixture):
         """Say in one loud line which text does not go on where the checkpoint stopped: new or changed files."""
         for name, text in mixture.sources.items() if self.start_cursor else ():
             n_row = self.text_rows.get(name, {}).get('n_row', text.n_row)
             if name not in self.start_cursor:
-                self.process.print(f"!!! text source {name!r} is new: it starts at its first row; {self.init_from} knows "
-                                   f"{', '.join(map(repr, self.start_cursor))}")
+                self.process.print(f"!!! text source {name!r} is new: it starts at its first row; {self.init_from} "
+                                   f"knows {', '.join(map(repr, self.start_cursor))}")
             elif n_row != text.n_row:
                 self.process.print(f"!!! text source {name!r} has {text.n_row} rows, in {self.folder} it had {n_row}: "
                                    "their order is new, so text may come again")
@@ -271,9 +285,10 @@ class Run:
         for name, now in sources.items() if self.resumed else ():
             then = self.meta['sources'].get(name, now)
             if now != then:
+                alike = (now['n_file'], now['n_row']) == (then['n_file'], then['n_row'])
                 line = (f"the data of {name!r} has changed: {now['n_file']} files with {now['n_row']} rows now, "
                         f"{then['n_file']} with {then['n_row']} when {self.folder} was saved"
-                        + (' (other sizes)' if (now['n_file'], now['n_row']) == (then['n_file'], then['n_row']) else ''))
+                        + (' (of other names or sizes)' if alike else ''))
                 if not self.config['allow_changed_data']:
                     raise UserError(f"{line}: put it back, or go on with --allow_changed_data=true")
                 self.process.print(f"!!! {line}")
@@ -289,8 +304,8 @@ class Run:
         may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
-            raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from of "
-                            "a new run")
+            raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from "
+                            "of a new run")
         if self.resumed:
             checkpoint.restore_rng(self.meta, self.folder)
         else:
@@ -322,7 +337,8 @@ class Run:
             if not self.resumed:
                 checkpoint.open_folder(self.out_dir)
                 if os.path.lexists(os.path.join(self.out_dir, 'ckpt_last')):
-                    raise UserError(f"out_dir={self.out_dir}: another run has begun there; start again to go on with it")
+                    raise UserError(f"out_dir={self.out_dir}: another run has begun there meanwhile; start again to go "
+                                    "on with it")
         self.process.barrier()
         config = self.config
         self.logger = Logger(self.process, self.out_dir, self.first_step, self.max_steps, every=config['log_every'],
@@ -336,8 +352,8 @@ class Run:
 
     def take(self, batches):
         """
-        The next step's micro-batches of this rank, on the host, and what the global step holds (see count), summed there:
-        the GPU is not waited for. (None, None) when a signal asks to stop: at the same step on every rank.
+        The next step's micro-batches of this rank, on the host, and what the global step holds (see count). Both need no
+        GPU, so that it is not waited for. (None, None) when a signal asks to stop: at the same step on every rank.
         """
         begin = time.perf_counter()
         try:
@@ -424,7 +440,7 @@ class Run:
         self.time = time.perf_counter()
 
     def finish(self):
-        """The end of the loop: the last line, a checkpoint where a signal stopped the run, and the end of the process."""
+        """After the loop: the last line, a checkpoint where a signal stopped the run, and the end of the process."""
         self.reader.flush()
         if self.step > self.first_step and self.saved != self.step:
             self.save()

@@ -3,7 +3,7 @@ The one error that a user can cause, the one line it ends in, and the one wrappe
 
     raise UserError(f"lr={lr}: expected above 0")        # anywhere; its message is what the user reads
     sys.excepthook = user_error_hook                     # in a script: such an error is one line and status 1
-    with reading(path, 'JSON'):                          # whatever a parser raises becomes one UserError that names path
+    with reading(path, 'JSON'):                          # whatever a parser raises becomes a UserError that names path
     check(meta, Field(dict, of=META), path)              # a schema: types and ranges, declared once
 
 A traceback always means a bug of this code.
@@ -137,7 +137,7 @@ def user_error_hook(kind, error, trace):
     if issubclass(kind, OSError) and sys.stdout is not None:             # what stdout still holds cannot be written
         with contextlib.suppress(OSError):                               # no file can be opened any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if sys.__stderr__ is not None:               # not sys.stderr, which torch.distributed's own hook holds back meanwhile
+    if sys.__stderr__ is not None:               # torch.distributed's own hook holds sys.stderr back
         with contextlib.suppress(OSError):
             print(line, file=sys.__stderr__, flush=True)
     if world_size() > 1:

@@ -7,7 +7,7 @@ Zero-shot evaluation of a checkpoint on the official benchmark files (paper 2.2,
     python evaluate.py --ckpt=DIR --image=photo.jpg --prompt="What is on the table?"
     python evaluate.py --ckpt=DIR --prompt="Once upon a time"                 # continues the text
 
-eval_dir holds one folder per benchmark; its files say which kind it is, its name is the name in the table:
+eval_dir holds a folder for each benchmark. The files in it say which kind it is; its name stands in the table:
     vqav2/     v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json; COCO_val2014_%012d.jpg
     pope/      coco_pope_{random,popular,adversarial}.json (an object a line; any of the three); `image` names the file
     textvqa/   TextVQA_0.5.1_val.json, {image_id}.jpg; with textvqa_val_v051_ocr.jsonl also the task textvqa_ocr
@@ -16,9 +16,9 @@ eval_dir holds one folder per benchmark; its files say which kind it is, its nam
     text/      TASK.jsonl, one {"query", "choices", "gold"} a line; the name is TASK
 Images are .jpg, .jpeg or .png in the folder itself, in images/, val2014/, train2014/ or train_images/ there, or in
 those folders of eval_dir (COCO is needed once). A question may also carry `question_type` (a string or a list of them,
-each reported apart) and `blind_answers` (answers that somebody might guess who sees the image, but not what is asked
-about it). Beside each score stands what guessers score. The best constant answers are chosen on the train annotations
-of VQAv2 and TextVQA, and on RefCOCO's own train split; where those are missing, on the test questions themselves.
+each reported apart) and `blind_answers` (what one could guess from the image without knowing the question). Beside each
+score stands what guessers score. The best constant answers are chosen on the train annotations of VQAv2 and TextVQA, and
+on RefCOCO's own train split; where those are missing, on the test questions themselves.
 """
 import json
 import os
@@ -54,7 +54,7 @@ scale = '1b'                  # [free] a scale file's name; recorded in results.
 name = ''                     # [free] only recorded in results.json
 tasks = ''                    # [free] names separated by commas; '' = every benchmark found
 n_example = 0                 # [>= 0] per task (per split for POPE), the first of one fixed shuffle; 0 = all. The
-                              # shuffle is vlm-evaluation's, which however shuffles the three RefCOCOs together
+                              # shuffle is vlm-evaluation's (but that one shuffles the three RefCOCOs together)
 batch_size = 16               # [>= 1, free] questions (or choices) per forward pass; float32 scores do not depend on it
 max_len = 2048                # [>= 1] tokens of a text benchmark's context and choice: a longer context loses its left
                               # end. It is the same for every checkpoint, whatever lengths it was trained on

@@ -16,7 +16,7 @@ import checkpoint
 import common
 from common import lr_at
 from configurator import config_keys, configure
-from data import InstructSource, Mixture, TextSource
+from data import InstructSource, Mixture
 from errors import UserError, user_error_hook
 from model import add_images
 from vision import fill_encoder, needs_file
@@ -34,7 +34,7 @@ data_hint = 'README.md, "Your own data", says what goes there'  # [free] what th
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
-text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text rows; the paper mixes none
+text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir; this and the next three are for a base without an encoder
 encoder_layer = -2                      # as in pretrain.py
@@ -121,15 +121,8 @@ chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer
                       encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if text_share:
-    sources = []
-    for pattern, _ in text:
-        title = common.text_name(pattern, text)
-        row_len = run.text_rows.get(title, {}).get('row_len', 0)
-        sources.append(TextSource(data_path(pattern), tokenizer, min(spec['decoder']['seq_len'], seq_len), title, row_len,
-                                  cache_dir))
-    words = Mixture(sources, [w for _, w in text], run.text_seed, start=run.start_cursor,
-                    max_bad_samples=max_bad_samples)
-    mixture = Mixture([words, mixture], [text_share, 1 - text_share], seed)
+    text_rows = run.text_mixture(text, tokenizer, min(spec['decoder']['seq_len'], seq_len), run.start_cursor)
+    mixture = Mixture([text_rows, mixture], [text_share, 1 - text_share], seed)
 chats_per_step = global_batch_size * (1 - text_share)
 max_steps = max_steps or round(n_epoch * len(chat) / chats_per_step)
 if max_steps < 1:

@@ -50,7 +50,7 @@ class ModelConfig:
         check(vars(self), Field(dict, of=DECODER), "the decoder's shape")
         self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
         if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected an even whole head width")
+            raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected n_embd / n_head whole and even")
 
     def flops_per_token(self, n_position):
         """Training FLOPs per position, forward and backward, a causal row of n_position (PaLM's count, halved mask)."""
@@ -286,7 +286,7 @@ class VLM(nn.Module):
         if image_index is not None:
             # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
             features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
-        # the slots come first in a stable sort; how many they are is known, so that a GPU is not asked and waited for
+        # a stable sort puts the slots first; their number is known, so that a GPU is not waited for
         features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
@@ -400,7 +400,7 @@ class VLM(nn.Module):
         device = prefix.k.device
         x = self.image_features(images.to(device)).to(self.decoder.tok_embeddings.weight.dtype)     # (N,n,C) as embed
         position = torch.arange(n, device=device).expand(N, -1)
-        unread = torch.zeros(1, dtype=torch.int64, device=device)      # the trunk's output: keys and values are enough
+        unread = torch.zeros(1, dtype=torch.int64, device=device)      # only the cache is wanted: one row of output
         self.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
         return prefix
 

@@ -18,7 +18,7 @@ import checkpoint
 import common
 from common import lr_at
 from configurator import configure
-from data import CaptionSource, InstructSource, Mixture, TextSource, load_tokenizer
+from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, user_error_hook
 from model import build_vlm, load_openlm, vlm_spec
 from vision import fill_encoder, needs_file
@@ -48,10 +48,10 @@ n_head = 16                             # [>= 1]
 n_embd = 2048                           # [>= 1]
 n_ffn = 0                               # [>= 0] SwiGLU hidden; 0 = OpenLM's rule
 vocab_size = 50432                      # [>= 1] rows of the embedding; special ids live in its free rows
-seq_len = 2048                          # [>= 1] positions of a row, those of its image included; stage 2: 1024 (appendix C)
+seq_len = 2048                          # [>= 1] positions of a row with its image; stage 2: 1024 (appendix C)
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir: a SigLIP folder or file; 'patch' = no encoder (J.2)
-encoder_layer = -2                      # index into its hidden states: -2 = all blocks but the last, as Prismatic takes it
-encoder_norm = False                    # apply its final norm, too: with encoder_layer=-1, Hugging Face's last_hidden_state
+encoder_layer = -2                      # index into its hidden states; -2 = all blocks but the last, as Prismatic
+encoder_norm = False                    # apply its final norm; with encoder_layer=-1 that is last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
 image_size = 384                        # [>= 1] pixels a side for encoder_path='patch'; other encoders know theirs
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
@@ -70,7 +70,7 @@ lr = 1e-2                               # [> 0] peak of the main schedule; 'rewa
 final_lr = 1e-5                         # [>= 0] the paper's; the DCLM records say 3e-5
 warmup_steps = 5000                     # [>= 0] of 'main'
 warmup_from_zero = False                # True: the first step's lr is 0; False: peak / warmup steps (OpenLM)
-cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] a cosine of its own, or the checkpoint's rest, squeezed
+cooldown_shape = 'cosine'               # ['cosine' | 'remaining'] its own cosine, or the rest of the main one
 start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the checkpoint's schedule says
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # [>= 0] warmup of 'rewarm'; the paper gives none
@@ -114,7 +114,8 @@ has_images = stage == 'mix'                      # also at ratio 0: runs of diff
 if image_ratio > 0 and not has_images:
     raise UserError(f"image_ratio={image_ratio} with stage='text': give --stage=mix, or a recipe of stage 2")
 if schedule == 'cooldown' and not init_from:
-    raise UserError("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER; --schedule=rewarm starts from none")
+    raise UserError("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER; --schedule=rewarm needs "
+                    "none")
 max_steps = max_steps or round(max_tokens / (global_batch_size * seq_len))
 if max_steps < 1:
     raise UserError(f"max_tokens={max_tokens}: less than one step of {global_batch_size * seq_len}; give more, or "
@@ -123,8 +124,9 @@ keep = {}                                        # step: name of the checkpoint 
 for percent in dict.fromkeys(keep_percent):
     step = round(percent / 100 * max_steps)
     if step == 0 or step in keep:
-        raise UserError(f"keep_percent={keep_percent}: {percent} % of {max_steps} steps is step {step}"
-                        + (f", as is {keep[step]}" if step else '') + ': give fewer, such as --keep_percent=(100,), or more steps')
+        taken = f", as is {keep[step]}" if step in keep else ''
+        raise UserError(f"keep_percent={keep_percent}: {percent} % of {max_steps} steps is step {step}{taken}: give "
+                        "fewer, such as --keep_percent=(100,), or more steps")
     keep[step] = f'ckpt_{percent:03d}'
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -160,15 +162,6 @@ if run.meta:
 model = build_vlm(spec, seed)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-def text_mixture(patterns, start):
-    sources = []
-    for pattern, _ in patterns:
-        title = common.text_name(pattern, patterns)
-        row_len = run.text_rows.get(title, {}).get('row_len', 0)
-        sources.append(TextSource(data_path(pattern), tokenizer, seq_len, title, row_len, cache_dir))
-    return Mixture(sources, [w for _, w in patterns], run.text_seed, start=start, max_bad_samples=max_bad_samples)
-
-
 def caption_mixture(patterns):
     encoder = model.encoder
     sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
@@ -181,22 +174,22 @@ def caption_mixture(patterns):
 
 parts = []                                       # (source or mixture, its share of the sequences)
 if image_ratio < 1:
-    words = text_mixture(text, run.start_cursor)
-    run.compare_text(words)
-    parts.append((words, 1 - image_ratio))
+    text_rows = run.text_mixture(text, tokenizer, seq_len, run.start_cursor)
+    run.compare_text(text_rows)
+    parts.append((text_rows, 1 - image_ratio))
 if image_ratio > 0:
-    pictures = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
+    with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
                               model.encoder.n_token, model.encoder.image_size, resize, cache_dir=cache_dir)
-        pictures.append((chat, instruct_share))
-    sources, weights = zip(*pictures)
+        with_image.append((chat, instruct_share))
+    sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))
 sources, weights = zip(*parts)
 mixture = Mixture(sources, weights, seed)
 validation = {}
 if eval_every and val_text:
-    validation['val_text_loss'] = text_mixture(((val_text, 1.0),), None)
+    validation['val_text_loss'] = run.text_mixture(((val_text, 1.0),), tokenizer, seq_len)
 if eval_every and val_captions and has_images:
     validation['val_caption_loss'] = caption_mixture(((val_captions, 1.0),))
 if dry_run:
@@ -298,7 +291,7 @@ for step in range(run.first_step, run.last_step):
     micro, counts = run.take(batches)                                    # on the host: the GPU is not waited for
     if micro is None:
         break                                                            # asked to stop: the same step on every rank
-    source_weight, loss_share = common.loss_weights(counts, loss_weight)     # (n_source,) of one kept target; of a source
+    source_weight, loss_share = common.loss_weights(counts, loss_weight)  # (n_source,) of one kept target, of all
     source_weight = process.send(source_weight)
     optimizer.zero_grad(set_to_none=True)
     row_losses = []

@@ -196,7 +196,7 @@ ACTIVATIONS = {'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 
 SIDE = Field(int, 1, 1 << 14)                # of an image or a patch
-SIGLIP = {                                   # what a SigLIPConfig holds: far above any tower, below what hangs a machine
+SIGLIP = {                                   # of a SigLIPConfig: far above any tower, below what hangs a machine
     'hidden_size': Field(int, 1, 1 << 17), 'intermediate_size': Field(int, 1, 1 << 20), 'patch_size': SIDE,
     'num_hidden_layers': Field(int, 1, 1000), 'num_attention_heads': Field(int, 1, 1000), 'image_size': SIDE,
     'layer_norm_eps': Field(NUMBER, 0, 1), 'hidden_act': Field(str)}

@@ -92,7 +92,7 @@ def test_parameter_counts_are_the_papers():
 
 def test_a_shape_without_a_whole_even_head_is_refused():
     for n_head, n_embd in [(3, 16), (16, 16), (0, 16)]:
-        with pytest.raises(ValueError, match=f'n_head={n_head}: expected an even whole head width'):
+        with pytest.raises(ValueError, match=f'n_head={n_head}: expected n_embd / n_head whole and even'):
             ModelConfig(2, n_head, n_embd)
 
 
