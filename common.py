@@ -352,8 +352,8 @@ class Run:
 
     def take(self, batches):
         """
-        The next step's micro-batches of this rank, on the host, and what the global step holds (see count). Both need no
-        GPU, so that it is not waited for. (None, None) when a signal asks to stop: at the same step on every rank.
+        The next step's micro-batches of this rank, on the host, and what the global step holds (see count). No GPU is
+        waited for. (None, None) when a signal asks to stop: at the same step on every rank.
         """
         begin = time.perf_counter()
         try:

@@ -15,17 +15,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import (ROW, child_env, free_port, meta_of, mix, picture, read_log, same_weights, steps, write_captions,
-                      write_instructions, write_tar)
+from conftest import ROW, meta_of, mix, picture, same_weights, steps, write_captions, write_instructions, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_benchmarks import write_eval_dir
@@ -156,7 +152,8 @@ def tar_member(data, rng):
     elif what == 'gone':
         del members[i]
     elif what == 'name':
-        members[i] = rng.choice((name + 'x', '../' + name, '.' + name, 'a' * 300, name.replace('.', ''), 'a.b.c')), content
+        odd = (name + 'x', '../' + name, '.' + name, 'a' * 300, name.replace('.', ''), 'a.b.c')
+        members[i] = rng.choice(odd), content
     else:
         members.append(members[i])
     out = io.BytesIO()
