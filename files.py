@@ -148,7 +148,7 @@ def cached_index(stamp, cache_dir, build, *names):
     for file in places:
         try:
             with reading(file, 'an index'), open(file, 'rb', opener=regular) as f:
-                index = _load_index(f, stamp[1], {'mark', *names})
+                index = _load_index(f, path, stamp[1], {'mark', *names})
                 if np.array_equal(index.pop('mark'), mark):
                     return index
         except UserError:                                                # absent or damaged: made anew
@@ -168,8 +168,8 @@ def cached_index(stamp, cache_dir, build, *names):
     return index
 
 
-def _load_index(f, total, names):
-    """Return the arrays of an index of a file of `total` bytes; whoever wrote the data may have written it too."""
+def _load_index(f, path, total, names):
+    """Return the arrays of the index of `path`, of `total` bytes; whoever wrote the data may have written it, too."""
     limit = bounded(os.fstat(f.fileno()).st_size, 16 * total + 65536)   # the two bytes of '7,' have an entry of 32
     with zipfile.ZipFile(f) as z:
         bounded(sum(entry.file_size for entry in z.infolist()), limit)
@@ -183,6 +183,8 @@ def _load_index(f, total, names):
             raise UserError(f"{name!r} is no list of {len(offsets)} whole numbers")
     if set(index) != names or ((offsets < -1) | (sizes < 0) | (sizes > total - offsets)).any():
         raise UserError(f"not of a file of {total} bytes")
+    if str(index.get('damage', '')) and not str(index['damage']).startswith(path):
+        raise UserError("its damage is another file's")
     if 'names' in names and len(_split_names(index['names'])) != len(offsets):
         raise UserError("not a name for each item")
     return index
