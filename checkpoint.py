@@ -252,8 +252,8 @@ def read_tokenizer(folder, meta):
     spec, sha256 = meta['spec'], meta['tokenizer_sha256']
     ours, said = (tokenizer.image_id, tokenizer.sha256), (spec['image_id'], sha256)
     if ours != said or tokenizer.vocab_size > spec['decoder']['vocab_size']:
-        raise UserError(f"{tokenizer.path}: another tokenizer than meta.json says: image_id and sha256 are {ours}, there "
-                        f"{said}; it needs {tokenizer.vocab_size} of {spec['decoder']['vocab_size']} rows")
+        raise UserError(f"{tokenizer.path}: another tokenizer than meta.json says: image_id and sha256 are {ours}, "
+                        f"there {said}; it needs {tokenizer.vocab_size} of {spec['decoder']['vocab_size']} rows")
     return tokenizer
 
 

@@ -17,8 +17,8 @@ eval_dir holds a folder for each benchmark. The files in it say which kind it is
 Images are .jpg, .jpeg or .png in the folder itself, in images/, val2014/, train2014/ or train_images/ there, or in
 those folders of eval_dir (COCO is needed once). A question may also carry `question_type` (a string or a list of them,
 each reported apart) and `blind_answers` (what one could guess from the image without knowing the question). Beside each
-score stands what guessers score. The best constant answers are chosen on the train annotations of VQAv2 and TextVQA, and
-on RefCOCO's own train split; where those are missing, on the test questions themselves.
+score stands what guessers score. The best constant answers are chosen on the train annotations of VQAv2 and TextVQA,
+and on RefCOCO's own train split; where those are missing, on the test questions themselves.
 """
 import json
 import os
