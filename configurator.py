@@ -20,6 +20,7 @@ import operator
 import os
 import re
 import sys
+import warnings
 from typing import NamedTuple
 
 from errors import UserError, first_line
@@ -161,7 +162,8 @@ def _unknown(key, keys, source, script):
 def _compiled(path):
     """A config file's code, and whether it reads `stage`."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8') as f, warnings.catch_warnings():
+            warnings.simplefilter('ignore')              # Python 3.12 tells of '\\d' in a text, as an extra line
             tree = ast.parse(f.read(), path)
             reads = any(isinstance(node, ast.Name) and node.id == 'stage' and isinstance(node.ctx, ast.Load)
                         for node in ast.walk(tree))
