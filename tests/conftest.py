@@ -79,7 +79,7 @@ class Scripts:
         self.server.stdin.write(json.dumps(request) + '\n')
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *argv, env=(), hook='', limit=0, quick=False):
+    def start(self, *argv, env=(), hook='', limit=0, quick=True):
         self.n += 1
         return Run(self.ask, os.path.join(self.folder, f'{self.n:03d}'), [str(a) for a in argv], dict(env), hook, limit,
                    quick)

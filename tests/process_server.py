@@ -2,9 +2,8 @@
 Runs the stage scripts as forks of one process that has imported torch already: a run costs a test 0.2 s, not 4 s.
 
 Reads one JSON object a line: {"argv", "env", "hook", "limit", "quick", "stdout", "stderr"} starts a script and answers
-its pid; {"wait": pid, "timeout": s} answers its exit code, negative for a signal, null when it still runs. The forked
-child ends as any Python process does; a `quick` one leaves out the interpreter's teardown, which costs it a second of
-CPU. `hook` is Python that runs first: tests use it to record, and to die at a chosen place.
+its pid; {"wait": pid, "timeout": s} answers its exit code, negative for a signal, null when it still runs. A `quick`
+child leaves out the interpreter's teardown, which costs it a second of CPU; others end as any Python process does. `hook` is Python that runs first: tests use it to record, and to die at a chosen place.
 """
 import atexit
 import json
@@ -40,6 +39,9 @@ def start_quick(job):
         start(job)
     except SystemExit as e:
         code = e.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

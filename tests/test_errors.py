@@ -56,7 +56,7 @@ print('no newline', end='; ')
 {end}
 """
     for n, torn in (('2', ''), ('1', 'torn down')):
-        run = scripts.start('pretrain.py', hook=hook, env={'WORLD_SIZE': n, 'RANK': '1'})
+        run = scripts.start('pretrain.py', hook=hook, env={'WORLD_SIZE': n, 'RANK': '1'}, quick=False)
         assert run.wait() == code
         assert (run.out, run.err) == ('no newline; handled\n', err + torn)
 
