@@ -163,7 +163,7 @@ def _compiled(path):
     """A config file's code, and whether it reads `stage`."""
     try:
         with open(path, encoding='utf-8') as f, warnings.catch_warnings():
-            warnings.simplefilter('ignore')              # Python 3.12 tells of '\\d' in a text, as an extra line
+            warnings.simplefilter('ignore')              # Python 3.12 tells of a stray backslash, on a line of its own
             tree = ast.parse(f.read(), path)
             reads = any(isinstance(node, ast.Name) and node.id == 'stage' and isinstance(node.ctx, ast.Load)
                         for node in ast.walk(tree))
