@@ -525,7 +525,7 @@ def test_a_lost_stdout_costs_at_most_one_line(stream, world, scripts, stage_1, t
     os.mkfifo(tmp_path / 'fifo')
     for argv in (args, ['evaluate.py', f'--ckpt={stage_1 / "ckpt_100"}', '--prompt=a wall', '--max_new_tokens=2',
                         '--n_thread=1']):
-        run = scripts.start(*argv, hook=STREAMS[stream], env={'FIFO': str(tmp_path / 'fifo')})
+        run = scripts.start(*argv, hook=STREAMS[stream], env={'FIFO': str(tmp_path / 'fifo')}, quick=False)
         if stream == 'without a reader':
             with open(tmp_path / 'fifo', encoding='utf-8') as f:         # | head -1
                 f.readline()
