@@ -967,12 +967,16 @@ def kill_workers(n_try, seed):
         timer.join()
         batches.close()
         assert signal.getsignal(signal.SIGCHLD) != batches._on_child_exit
+        for thread in threading.enumerate():                 # as in a real run, no thread lives when workers are forked
+            if thread is not threading.main_thread():
+                thread.join(5)
     print('killed', n_try)
 
 
 def test_a_worker_killed_at_any_moment_is_one_line_from_next():
-    code = CHILD + "from test_data import kill_workers\nkill_workers(45, seed=3)"
-    run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=60)
+    code = CHILD + ("import faulthandler\nfaulthandler.dump_traceback_later(150, exit=True)          # should it hang: where\n"
+                    "from test_data import kill_workers\nkill_workers(45, seed=3)")
+    run = subprocess.run([sys.executable, '-c', code], env=child_env(), capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, 'killed 45\n', '')
 
 
