@@ -73,7 +73,7 @@ vqa_variant = 'vlm-eval'      # ['vlm-eval' | 'official' | 'm4c' | 'vizwiz'] sco
                               # harness; results.json always has it and 'official'
 choice_norm = 'token'         # ['token' | 'sum' | 'char'] text choices are compared by nats per token (DCLM), by their
                               # sum (lm-eval acc) or per character (acc_norm)
-vqav2_baseline = 0.5          # [>= 0, <= 1] of the vision stable score, our reading: table 9 fixes only the sum of five, 1.0
+vqav2_baseline = 0.5          # [>= 0, <= 1] our reading; table 9 fixes only the sum of its five baselines, 1.0
 image = ''                    # ask about one photo ('' = benchmarks); without a prompt: questions on a terminal, else
                               # its caption
 prompt = ''                   # the question about image, or a text to continue
