@@ -1,5 +1,5 @@
 """
-The decoder (OpenLM's architecture), the projector, the vision-language model around them, OpenLM weights.
+The decoder (OpenLM's architecture), the vision-language model around it, OpenLM weights.
 
     decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
     model = build_vlm(spec, seed=7)                                               # spec: a plain dict, see vlm_spec
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
+from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
@@ -198,20 +199,6 @@ class Decoder(nn.Module):
     def forward(self, tokens):
         """tokens (B,T) int64 -> logits (B,T,V) float32."""
         return self.output(self.trunk(self.tok_embeddings(tokens))).float()
-
-
-class Projector(nn.Module):
-    """Image features to the decoder's width: Linear to 4 x the encoder's width, GELU, Linear down (appendix B)."""
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.fc1 = nn.Linear(n_in, 4 * n_in)
-        self.fc2 = nn.Linear(4 * n_in, n_out)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-PROJECTORS = {'mlp2': Projector}
 
 
 class VLM(nn.Module):

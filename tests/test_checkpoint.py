@@ -20,7 +20,8 @@ import common
 from configurator import Key
 from data import load_tokenizer
 from errors import UserError
-from model import VLM, Projector
+from connectors import Projector
+from model import VLM
 from vision import PatchProjection, SigLIP, SigLIPConfig
 
 

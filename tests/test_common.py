@@ -13,7 +13,8 @@ import checkpoint
 import common
 from common import cooldown_lr, lr_at, main_lr, remaining_lr
 from errors import UserError
-from model import VLM, Decoder, ModelConfig, Projector
+from connectors import Projector
+from model import VLM, Decoder, ModelConfig
 from vision import PatchProjection
 
 PARTS = {'decoder': 1.0, 'projector': 2.0}

@@ -23,7 +23,8 @@ import scorers
 from data import load_tokenizer
 from errors import UserError
 from evaluate import default_options, evaluate_task, find_tasks
-from model import VLM, Decoder, ModelConfig, Projector
+from connectors import Projector
+from model import VLM, Decoder, ModelConfig
 from test_benchmarks import options, write_captions, write_eval_dir
 from vision import PatchProjection
 

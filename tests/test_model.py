@@ -19,7 +19,8 @@ import model as model_module
 from kernels import IGNORE_INDEX
 from errors import UserError
 from conftest import child_env
-from model import (VLM, Decoder, ModelConfig, Norm, Projector, build_vlm, load_openlm, openlm_moments, save_openlm,
+from connectors import Projector
+from model import (VLM, Decoder, ModelConfig, Norm, build_vlm, load_openlm, openlm_moments, save_openlm,
                    vlm_spec)
 from vision import PatchProjection
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import load_vlm
 from common import cooldown_lr, main_lr, remaining_lr
-from model import Projector, save_openlm
+from connectors import Projector
+from model import save_openlm
 from vision import SigLIP
 
 MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20, from_zero=False)                   # stage_1's schedule
