@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from errors import Field, UserError, check, reading
-from images import RESIZE, open_image
+from images import batched, open_image
 from instruct import caption_prompt, instruct_prompt
 
 
@@ -35,19 +35,19 @@ def share(task, rank=0, world_size=1):
     return sorted(groups.values(), key=size, reverse=True)[rank::world_size]
 
 
-def load_image(path, size, resize, upright=True):
-    """(3, size, size) uint8 of an image file; UserError names it."""
+def load_image(path, view, upright=True):
+    """What an images.View makes of an image file: (pixels, positions in a row); UserError names it."""
     with reading(path, 'an image'):
-        return RESIZE[resize](open_image(path, upright), size)
+        return view(open_image(path, upright))
 
 
 def autocast(opt):
     return torch.autocast(opt.device, dtype=torch.bfloat16, enabled=opt.dtype == 'bfloat16')
 
 
-def prompt_ids(example, task, model, tokenizer, opt):
-    """The ids that the model reads before its answer."""
-    n_token = model.encoder.n_token if example.image else 0
+def prompt_ids(example, task, model, tokenizer, opt, n_slot=None):
+    """The ids that the model reads before its answer; n_slot: positions of its image, None = of the largest."""
+    n_token = (n_slot or model.n_slot) if example.image else 0
     if task.layout == 'text':
         return tokenizer.encode(example.prompt.rstrip()) or [tokenizer.eot_id]
     if task.layout == 'caption':
@@ -96,14 +96,14 @@ class Feed:
                 self.batches.append(batch)
                 batch = []
         self.batches = iter(self.batches + [batch] if batch else self.batches)
-        self.numbers, self.prefix, self.row = [], None, {}
+        self.numbers, self.prefix, self.row, self.n_slot = [], None, {}, {}
         self._decode_ahead()
 
     def _decode_ahead(self):
         self.ahead, self.loading = next(self.batches, None), []
         if self.ahead and self.task.examples[self.ahead[0][0]].image:
-            self.loading = [self.pool.submit(load_image, self.task.examples[group[0]].image,
-                                             self.model.encoder.image_size, self.opt.resize, self.task.upright)
+            view = self.model.view(self.opt.resize)
+            self.loading = [self.pool.submit(load_image, self.task.examples[group[0]].image, view, self.task.upright)
                             for group in self.ahead]
 
     def _next_batch(self):
@@ -113,7 +113,9 @@ class Feed:
         for i, group in enumerate(groups):
             try:
                 if loading:
-                    images.append(loading[i].result())
+                    image, n_slot = loading[i].result()
+                    images.append(image)
+                    self.n_slot.update(dict.fromkeys(group, n_slot))
             except UserError as e:
                 self.unreadable.update(dict.fromkeys(group, str(e)))
                 check_bad(self.task, self.unreadable, self.opt)
@@ -121,7 +123,7 @@ class Feed:
                 self.numbers += group
                 self.row.update(dict.fromkeys(group, len(images) - 1))
         if images:
-            self.prefix = self.model.prefill_images(torch.stack(images).to(self.opt.device))
+            self.prefix = self.model.prefill_images(batched(images))
 
     def __call__(self, n):
         """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""
@@ -131,7 +133,8 @@ class Feed:
                 return None
             self._next_batch()
         now, self.numbers = self.numbers[:n], self.numbers[n:]
-        prompts = [prompt_ids(self.task.examples[i], self.task, self.model, self.tokenizer, self.opt) for i in now]
+        prompts = [prompt_ids(self.task.examples[i], self.task, self.model, self.tokenizer, self.opt,
+                              self.n_slot.get(i)) for i in now]
         index = None if self.prefix is None else torch.tensor([self.row[i] for i in now])
         return now, prompts, None, index, self.prefix
 

@@ -23,6 +23,7 @@ from data import load_tokenizer
 from errors import Field, UserError, check, first_line, reading
 from mixture import COUNTS
 from model import DECODER, build_vlm
+from vision import SEEN, fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
@@ -279,17 +280,20 @@ def build(folder, spec, seed=None):
         return build_vlm(spec, seed)
 
 
-def load_weights(model, folder, meta, may_lack=()):
+def load_weights(model, folder, meta, may_lack=(), tell=None):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
     may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
+    tell      tell(line) of position tables that are resized to the model's image_size; None = none is
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
     source = tensors(checked_path(folder, meta, 'model.safetensors'))
     if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
         source.update(tensors(checked_path(folder, meta, 'encoder.safetensors')))
+    for name in fit_positions(model, source) if tell else ():
+        tell(f"!!! {name} of {folder} is resized to this run's image_size")
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
@@ -385,13 +389,21 @@ def _tuples(value):
 
 
 def check_spec(meta, spec, folder):
-    """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
+    """
+    Raise UserError naming the first number in which a base's model differs from this run's; seq_len may, and what an
+    encoder sees of an image.
+    """
     for part in ('decoder', 'encoder', 'projector'):
-        for key, old in (meta['spec'].get(part) or {}).items():
-            new = (spec[part] or {}).get(key)
-            if spec[part] is not None and key != 'seq_len' and new != old:
+        for key, old in _fixed(meta['spec'].get(part) or {}).items():
+            new = _fixed(spec[part] or {}).get(key)
+            if spec[part] is not None and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")
+
+
+def _fixed(spec):
+    return {key: _fixed(value) if isinstance(value, dict) else value for key, value in spec.items()
+            if key not in ('seq_len', 'image_size', *SEEN)}
 
 
 def how_to_make(path, scale):

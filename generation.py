@@ -10,7 +10,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
+from images import each
 from kernels import Intervals, linear_cross_entropy
 
 
@@ -39,10 +41,10 @@ class KVCache:
 
     def fill(self, prefix, row):
         """Copy another cache's rows `row` (B,) to the start of this one: one prefilled image serves many questions."""
-        n = prefix.k.shape[3]
+        n = min(prefix.k.shape[3], self.k.shape[3])              # a larger image than those of these rows may be in it
         rows = slice(None) if self.rows is None else self.rows
-        self.k[:, rows, :, :n] = prefix.k[:, row]
-        self.v[:, rows, :, :n] = prefix.v[:, row]
+        self.k[:, rows, :, :n] = prefix.k[:, row, :, :n]
+        self.v[:, rows, :, :n] = prefix.v[:, row, :, :n]
 
 
 def new_cache(model, batch, length):
@@ -57,26 +59,27 @@ def new_cache(model, batch, length):
 def prefill_images(model, images):
     """
     Read images once, for any number of calls of generate(prompts, prefix=..., image_index=...).
-    images   (N,3,S,S) uint8 or normalised float
-    returns  KVCache of N rows and n_token positions
+    images   as model.image_features takes them
+    returns  KVCache of N rows and as many positions as the largest image takes; .slots, what each of them takes
     """
-    N, n = len(images), model.encoder.n_token
-    prefix = new_cache(model, N, n)
-    device = prefix.k.device
-    x = model.image_features(images.to(device)).to(model.decoder.tok_embeddings.weight.dtype)   # (N,n,C) as embed
+    weight, slots = model.decoder.tok_embeddings.weight, model.slots(images)
+    N, n = len(images), max(slots)
+    prefix, device = new_cache(model, N, n), weight.device
+    prefix.slots = torch.tensor(slots)
+    x = model.image_features(each(lambda t: t.to(device), images))                     # (N,n,C), or a list of (n,C)
+    x = (pad_sequence(x, batch_first=True) if isinstance(x, list) else x).to(weight.dtype)   # as embed
     position = torch.arange(n, device=device).expand(N, -1)
     unread = torch.zeros(1, dtype=torch.int64, device=device)          # only the cache is wanted: one row of output
     model.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
     return prefix
 
 
-def images_open_rows(model, tokens, length, image_index):
-    """Is every row of tokens (B,T) one whole image, then at least one id, and no further image?"""
-    n = model.encoder.n_token if model.encoder is not None else 0
-    if n == 0 or len(image_index) != len(tokens) or length.min() <= n:
+def images_open_rows(model, tokens, length, slots):
+    """Is every row of tokens (B,T) one image of so many slots (B,), then at least one id, and no further image?"""
+    if model.encoder is None or len(slots) != len(tokens) or bool((length <= slots).any()):
         return False
-    slots = tokens == model.image_id                                                   # (B,T)
-    return bool(slots[:, :n].all()) and not slots[:, n:].any()
+    opens = torch.arange(tokens.shape[1]) < slots[:, None]                             # (B,T)
+    return torch.equal(tokens == model.image_id, opens)
 
 
 def read(model, prompts, images, image_index, prefix, cache):
@@ -87,30 +90,35 @@ def read(model, prompts, images, image_index, prefix, cache):
     if not prompts or not all(prompts):
         raise ValueError("generate: expected prompts of at least one token each")
     device, B = cache.k.device, len(prompts)
-    length = torch.tensor([len(p) for p in prompts])
+    length, start = torch.tensor([len(p) for p in prompts]), torch.zeros(B, dtype=torch.int64)
     tokens = torch.zeros(B, int(length.max()), dtype=torch.int64)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
+    position = torch.arange(tokens.shape[1]).expand(B, -1)                             # (B,T)
     if images is not None or prefix is not None:
-        n_image = len(images) if prefix is None else prefix.k.shape[1]
-        image_index = torch.arange(n_image) if image_index is None else image_index.cpu()
-        if images_open_rows(model, tokens, length, image_index):
+        slots = torch.tensor(model.slots(images)) if prefix is None else prefix.slots
+        image_index = torch.arange(len(slots)) if image_index is None else image_index.cpu()
+        if images_open_rows(model, tokens, length, slots[image_index]):
             if prefix is None:
                 used, image_index = image_index.unique(return_inverse=True)
-                prefix = prefill_images(model, images[used.to(images.device)])
+                prefix = prefill_images(model, [images[i] for i in used] if isinstance(images, list)
+                                        else images[used.to(images.device)])
+            start = prefix.slots[image_index]                                          # (B,)
+            # a pad is its row's last id once more, in its place: behind it the cache may end, after a larger image
+            position = start[:, None] + torch.arange(int((length - start).max()))
+            position = torch.minimum(position, length[:, None] - 1)
+            tokens = tokens.gather(1, position)
         elif prefix is not None:
             raise ValueError("generate: with a prefix, each prompt is one image and then text without images")
         image_index = image_index.to(device)
-    tokens, start = tokens.to(device), 0
+    tokens = tokens.to(device)
     if prefix is None:
-        x = model.embed(tokens, None if images is None else images.to(device), image_index)
+        x = model.embed(tokens, each(lambda t: t.to(device), images), image_index)
     else:
         cache.fill(prefix, image_index)
-        start = prefix.k.shape[3]
-        x = model.decoder.tok_embeddings(tokens[:, start:])
-    T = x.shape[1]
-    position = start + torch.arange(T, device=device).expand(B, -1)                    # (B,T)
-    ends = (torch.arange(B) * T + length - 1 - start).to(device)                       # where each prompt ends in x
+        x = model.decoder.tok_embeddings(tokens)
+    position = position.to(device)                                                     # (B,T)
+    ends = (torch.arange(B) * x.shape[1] + length - 1 - start).to(device)              # where each prompt ends in x
     return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache)
 
 

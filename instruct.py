@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from errors import BadSample, UserError, first_line, reading
 from files import Index, Shards, cached_index, find, read_at, read_whole, reading_item, stamp_of
-from images import RESIZE, open_image
+from images import RESIZE, View, open_image
 from kernels import IGNORE_INDEX
 from mixture import Sample
 from weights import MAX_JSON_BYTES
@@ -63,6 +63,7 @@ class InstructSource:
     split_turns   True = a row per question, each with image and system prompt; they share one encoded image
     boxes         the frame of boxes such as [0.25, 0.10, 0.75, 0.90] in the texts: 'original' = shares of the photo,
                   left as they are; 'letterbox' = shares of the photo padded to a square (original_box)
+    view          an images.View, in place of image_size and resize; n_token is then what its largest image takes
     .note         lines for the user about missing images and questions that are cut; else ''
     .damaged      a line about missing images: without max_bad_samples a Mixture raises it
     Raises UserError for a missing file or broken JSON, BadSample for an unusable entry.
@@ -70,14 +71,14 @@ class InstructSource:
     items_per_row = 1
 
     def __init__(self, json, image_root, tokenizer, seq_len, n_token, image_size, resize='letterbox', system_prompt='',
-                 loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original'):
+                 loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original', view=None):
         check_room(name, seq_len, n_token, resize)
         for key, value, words in (('loss_average', loss_average, ('token', 'answer')),
                                   ('boxes', boxes, ('original', 'letterbox'))):
             if value not in words:
                 raise UserError(f"{name}: {key}={value!r}: expected {words[0]!r} or {words[1]!r}")
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
-        self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
+        self.view, self.n_token, self.system_prompt = view or View(image_size, n_token, resize), n_token, system_prompt
         self.loss_average, self.split_turns, self.boxes, self.shards = loss_average, split_turns, boxes, Shards()
         entries, images, paths = [], [], find(json, '.json', '.jsonl')
         for path in paths:
@@ -140,9 +141,10 @@ class InstructSource:
             image = self._open_image(name) if name else None
             if image and self.boxes == 'letterbox':
                 turns = [original_boxes(text, *image.size) for text in turns]
-            sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
-            if image:
-                sample.images, sample.image_keys = [RESIZE[self.resize](image, self.image_size)], [name]
+            image, n_token = self.view(image) if image else (None, 0)
+            sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], n_token)
+            if name:
+                sample.images, sample.image_keys = [image], [name]
         sample.source, sample.id = self.name, self._name(index)
         return sample
 
@@ -153,7 +155,7 @@ class InstructSource:
             path = next((stem + suffix for suffix in SUFFIXES if os.path.lexists(stem + suffix)), path)
         content = read_whole(path, MAX_IMAGE_BYTES)
         with reading_item(path):
-            return open_image(content, size=self.image_size)
+            return open_image(content, size=self.view.decode)
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id

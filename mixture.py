@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from errors import BadSample, UserError
+from images import batched, each
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16    # shards whose rows are shuffled with each other: few, so that reads stay local (16 x 8192 rows)
@@ -33,7 +34,7 @@ class Sample:
     One item of a source: one row, or R rows that share their images (a conversation cut into its questions).
     tokens, targets  (T,) or (R,T) int64 numpy; targets are shifted, IGNORE_INDEX = no loss
     weights          the same shape float32, or None = 1 per kept target
-    images           list of (3,S,S) uint8 tensors; each fills n_image_token positions of image_id, in every row
+    images           list of what images.View gives; each fills n_image_token positions of image_id, in every row
     """
     tokens: np.ndarray
     targets: np.ndarray
@@ -51,10 +52,10 @@ class Sample:
 @dataclass
 class Batch:
     """
-    tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
-    slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
-    str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the items
-    that were replaced; stats {source: {one of COUNTS: int}}.
+    tokens, targets (B,T) int64; images as images.batched gives them, or None; image_index (M,) int64: which image fills
+    the m-th slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names;
+    ids: B str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the
+    items that were replaced; stats {source: {one of COUNTS: int}}.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -68,8 +69,9 @@ class Batch:
     stats: dict
 
     def _map(self, f):
-        values = [getattr(self, k.name) for k in fields(self)]
-        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in values])
+        values = [getattr(self, k.name) for k in fields(self) if k.name != 'images']
+        values = [f(v) if isinstance(v, torch.Tensor) else v for v in values]
+        return Batch(*values[:2], each(f, self.images), *values[2:])
 
     def to(self, device, non_blocking=False):
         """Return the batch with its tensors on `device`."""
@@ -127,7 +129,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
         stats[s.source]['n_image'] += len(s.images)
         stats[s.source]['n_truncated'] += s.n_truncated
     kept = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.stack(images) if images else None,
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), batched(images) if images else None,
                  torch.tensor(slots, dtype=torch.int64) if images else None,
                  torch.from_numpy(weights) if weights is not None else None,
                  torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,

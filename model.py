@@ -9,6 +9,7 @@ Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCL
 """
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -24,6 +25,7 @@ import generation
 from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
+from images import View
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from shards import whole, write_file
 from vision import build_encoder, encoder_spec
@@ -214,8 +216,40 @@ class VLM(nn.Module):
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
 
+    @property
+    def n_slot(self):
+        """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
+        return 0 if self.encoder is None else self.encoder.n_token * (5 if self.encoder.split else 1)
+
+    def view(self, resize='letterbox'):
+        """How photos become this model's images."""
+        e = self.encoder
+        per_patch = e.n_token // (e.image_size // e.patch_size) ** 2
+        return View(e.image_size, self.n_slot, resize, e.shortest, e.patch_size, per_patch, e.split)
+
+    def slots(self, images):
+        """Positions in a row that each of N images takes: a list of int."""
+        return [self.view().positions(image) for image in images] if isinstance(images, list) else \
+            [self.n_slot] * len(images)
+
     def image_features(self, images):
-        """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
+        """
+        What a frozen encoder makes builds no graph.
+        images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
+        returns  (N,n_slot,C); of images of different sizes a list of (n,C). Parts of one size are encoded together
+        """
+        if isinstance(images, list):
+            parts = [part for image in images for part in image]
+            features = [None] * len(parts)
+            for shape in dict.fromkeys(part.shape for part in parts):
+                at = [i for i, part in enumerate(parts) if part.shape == shape]
+                for i, x in zip(at, self.image_features(torch.stack([parts[i] for i in at]))):
+                    features[i] = x
+            k = len(images[0])
+            features = [torch.cat(features[i:i + k]) for i in range(0, len(features), k)]
+            return torch.stack(features) if len({len(x) for x in features}) == 1 else features
+        if images.ndim == 5:
+            return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         trained = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.encoder(images)
@@ -224,7 +258,8 @@ class VLM(nn.Module):
     def embed(self, tokens, images=None, image_index=None):
         """
         Token embeddings with image features in the slots.
-        tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
+        returns (B,T,C)
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
@@ -232,19 +267,26 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+            n_slot = self.n_slot
+            if n_image and isinstance(images, list):
+                n_slot = self.slots(images)
+                n_slot = n_slot if image_index is None else [n_slot[i] for i in image_index.tolist()]
+            check_slots(tokens, self.image_id, n_image, n_slot)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        features = self.image_features(images)                                         # (N,n_token,C)
-        if image_index is not None:
-            # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
+        features = self.image_features(images)                                         # (N,n_slot,C)
+        if isinstance(features, list):
+            index = range(len(features)) if image_index is None else image_index.tolist()
+            features = torch.cat([features[i] for i in index])[None]                   # (1,slots,C)
+        elif image_index is not None:
+            # (M,n_slot,C); the backward of features[image_index] would add in an order that threads decide
             features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
         # a stable sort puts the slots first; their number is known, so that a GPU is not waited for
-        features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
+        features = features.flatten(0, 1).to(x.dtype)                                  # (slots,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
@@ -252,7 +294,7 @@ class VLM(nn.Module):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
-        images           (N,3,S,S) uint8, or None
+        images           as image_features takes them, or None
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
@@ -329,8 +371,16 @@ def build_vlm(spec, seed=None):
 
 
 def check_slots(tokens, image_id, n_image, n_token):
-    """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
+    """
+    ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots, or
+    images of so many slots as the list n_token says, in its order.
+    """
     in_row = (tokens == image_id).sum(1)                                               # (B,)
+    if isinstance(n_token, list):
+        if not {*itertools.accumulate(n_token)}.issuperset({*in_row.cumsum(0).tolist()} - {0}) or \
+                in_row.sum() != sum(n_token):
+            raise ValueError(f"rows hold {in_row.tolist()} image slots: expected whole images of {n_token} in turn")
+        return
     torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows
     if len(torn):
         row = int(torn[0])

@@ -19,9 +19,11 @@ from weights import fill, read_json, tensors
 
 # --- images to visual tokens -------------------------------------------------------------------------------------
 
-def _normalise(images, image_size, mean, std):
+def _normalise(images, tower):
     # (N,3,H,W) uint8 or float -> float32; plain floats instead of buffers, so .to(bfloat16) cannot round mean and std
-    if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != (image_size, image_size):
+    image_size, mean, std = tower.image_size, tower.mean, tower.std
+    fits = tower.shortest and all(0 < edge <= image_size and edge % tower.patch_size == 0 for edge in images.shape[2:])
+    if images.ndim != 4 or images.shape[1] != 3 or not fits and tuple(images.shape[2:]) != (image_size, image_size):
         raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {image_size}, {image_size}); "
                          f"resize with vision.letterbox(image, {image_size})")
     if images.dtype == torch.uint8:
@@ -34,6 +36,24 @@ def _normalise(images, image_size, mean, std):
     return images.float()
 
 
+def position_ids(h, w, n, device=None):
+    """
+    Which rows of a table of n x n positions a grid of h x w patches takes: the nearest, (h * w,) int64. Row i of h has
+    floor(i * n / h) but for n = 70 and h = 25, 49, 50 or 55, where float32 puts some one off: the numbers are those of
+    Idefics2 (arXiv 2405.02246), whose weights have seen them. A full grid has 0, 1, 2, ...
+    """
+    edges = torch.arange(1 / n, 1.0, 1 / n)
+    row, column = (torch.bucketize((torch.arange(k) * (1.0 / torch.tensor(k))).clamp(max=1 - 1e-6), edges, right=True)
+                   for k in (h, w))
+    return (n * row[:, None] + column).flatten().to(device)
+
+
+def _positions(table, h, w):
+    """The positions (h * w, C) of a grid, from a table (n * n, C); ids kept as bfloat16 would end at 256."""
+    n = math.isqrt(len(table))
+    return table if (h, w) == (n, n) else F.embedding(position_ids(h, w, n, table.device), table)
+
+
 class PatchProjection(nn.Module):
     """
     No encoder (the paper's ablation, J.2): each patch's normalised pixels are its token; the projector learns the rest.
@@ -44,19 +64,19 @@ class PatchProjection(nn.Module):
         super().__init__()
         if not 1 <= patch_size <= image_size:
             raise UserError(f"patch_size={patch_size} with image_size={image_size}: expected 1 <= patch <= image")
-        self.image_size, self.patch_size = image_size, patch_size
+        self.image_size, self.patch_size, self.shortest, self.split = image_size, patch_size, 0, False
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.width, self.n_token = 3 * patch_size ** 2, (image_size // patch_size) ** 2
 
     def spec(self):
         """What build_encoder needs, as JSON values."""
-        return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size}
+        return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size, **_seen(self)}
 
     def forward(self, images):
-        p, n = self.patch_size, self.image_size // self.patch_size
-        x = _normalise(images, self.image_size, self.mean, self.std)[..., :n * p, :n * p]
-        x = x.reshape(-1, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5)                # (N, row, column, 3, p, p)
-        return x.reshape(-1, n * n, 3 * p * p)
+        p, x = self.patch_size, _normalise(images, self)
+        h, w = (edge // p for edge in x.shape[2:])
+        x = x[..., :h * p, :w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)      # (N, row, column, 3, p, p)
+        return x.reshape(-1, h * w, 3 * p * p)
 
 
 # tanh is what the weights were trained with; exact GELU is what timm 0.9.10, hence Prismatic, ran them with
@@ -71,12 +91,13 @@ SIGLIP = {                                   # of a SigLIPConfig: far above any 
 DINOV2 = {**SIGLIP, 'num_register_tokens': Field(int, 0, 1000), 'use_swiglu_ffn': Field(bool)}
 TOWER = {'layer': Field(int), 'norm': Field(bool), 'mean': Field(list, 3, 3, of=Field(NUMBER)),
          'std': Field(list, 3, 3, of=Field(NUMBER, 1e-9))}
+SEEN = {'shortest': Field(int, 1, 1 << 14, optional=True), 'split': Field(bool, optional=True)}    # see images.View
 ENCODERS = {                                 # what an encoder's spec() holds, by kind
-    'patch': {'image_size': SIDE, 'patch_size': SIDE},
-    'siglip': {'config': Field(dict, of=SIGLIP), 'keep_all': Field(bool), **TOWER},
-    'dinov2': {'config': Field(dict, of=DINOV2), **TOWER}}
+    'patch': {'image_size': SIDE, 'patch_size': SIDE, **SEEN},
+    'siglip': {'config': Field(dict, of=SIGLIP), 'keep_all': Field(bool), **TOWER, **SEEN},
+    'dinov2': {'config': Field(dict, of=DINOV2), **TOWER, **SEEN}}
 ENCODERS['dinosiglip'] = {'dinov2': Field(dict, of=ENCODERS['dinov2']), 'siglip': Field(dict, of=ENCODERS['siglip']),
-                          'fusion': Field(str)}
+                          'fusion': Field(str), **SEEN}
 
 
 @dataclass
@@ -159,6 +180,10 @@ class EncoderBlock(nn.Module):
         return x + (h if self.scale2 is None else self.scale2 * h)
 
 
+def _seen(encoder):
+    return {key: getattr(encoder, key) for key in SEEN if getattr(encoder, key)}
+
+
 def _blocks_run(config, layer):
     n = config.num_hidden_layers
     if not -(n + 1) <= layer <= n:
@@ -183,6 +208,7 @@ class SigLIP(nn.Module):
         self.n_block = _blocks_run(config, layer)
         n_built = config.num_hidden_layers if keep_all else self.n_block
         self.width, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
+        self.shortest, self.split = 0, False
         self.n_token = (config.image_size // config.patch_size) ** 2
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.embeddings = nn.ModuleDict({
@@ -195,7 +221,7 @@ class SigLIP(nn.Module):
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
         return {'kind': 'siglip', 'config': asdict(self.config), 'layer': self.layer, 'norm': self.norm,
-                'keep_all': self.keep_all, 'mean': list(self.mean), 'std': list(self.std)}
+                'keep_all': self.keep_all, 'mean': list(self.mean), 'std': list(self.std), **_seen(self)}
 
     def reset_parameters(self):
         """big_vision's initialisation: Xavier uniform, LeCun normal patches, positions of norm one."""
@@ -209,10 +235,11 @@ class SigLIP(nn.Module):
         nn.init.normal_(self.embeddings['position_embedding'].weight, std=self.width ** -0.5)
 
     def forward(self, images):
-        x = _normalise(images, self.image_size, self.mean, self.std)             # (N, 3, H, W) float32
+        x = _normalise(images, self)                                             # (N, 3, H, W) float32
         patch = self.embeddings['patch_embedding']
-        x = patch(x.to(patch.weight.dtype)).flatten(2).transpose(1, 2)           # (N, n_token, C)
-        x = x + self.embeddings['position_embedding'].weight     # the whole table: ids kept as bfloat16 end at 256
+        x = patch(x.to(patch.weight.dtype))                                      # (N, C, h, w)
+        positions = _positions(self.embeddings['position_embedding'].weight, *x.shape[2:])
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, n_token, C)
         for i in range(self.n_block):
             x = self.encoder['layers'][i](x)
         if self.norm:
@@ -266,7 +293,8 @@ class DINOv2(nn.Module):
         C = config.hidden_size
         self.config, self.layer, self.norm = config, layer, norm
         self.n_block = _blocks_run(config, layer)
-        self.width, self.image_size = C, config.image_size
+        self.width, self.image_size, self.patch_size = C, config.image_size, config.patch_size
+        self.shortest, self.split = 0, False
         self.n_token = (config.image_size // config.patch_size) ** 2
         self.mean, self.std = MEAN_STD['dinov2']
         self.patch_embedding = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size)
@@ -282,7 +310,7 @@ class DINOv2(nn.Module):
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
         return {'kind': 'dinov2', 'config': asdict(self.config), 'layer': self.layer, 'norm': self.norm,
-                'mean': list(self.mean), 'std': list(self.std)}
+                'mean': list(self.mean), 'std': list(self.std), **_seen(self)}
 
     def reset_parameters(self):
         """Normals of std 0.02, biases zero, as transformers; gains and LayerScale stay at one."""
@@ -293,15 +321,16 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, images):
-        x = _normalise(images, self.image_size, self.mean, self.std)             # (N, 3, H, W) float32
-        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = _normalise(images, self)                                             # (N, 3, H, W) float32
+        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (N, C, h, w)
+        positions = _positions(self.position_embeddings[0, 1:], *x.shape[2:])
         cls = self.cls_token + self.position_embeddings[:, :1]                   # (1, 1, C)
         extra = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), 1)
-        x = x + self.position_embeddings[:, 1:]                                  # (N, n_token, C)
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, n_token, C)
         x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + n_token, C)
         for block in self.layers:
             x = block(x)
-        x = x[:, -self.n_token:]                                                 # (N, n_token, C)
+        x = x[:, extra.shape[1]:]                                                # (N, n_token, C)
         if self.norm:
             x = self.layernorm(x)
         return x.float()
@@ -336,12 +365,14 @@ class DINOSigLIP(nn.Module):
         if fusion not in ('channel', 'interleave'):
             raise UserError(f"fusion={fusion!r}: expected 'channel' or 'interleave'")
         self.dinov2, self.siglip, self.fusion = dinov2, siglip, fusion
-        self.image_size, self.width = siglip.image_size, dinov2.width + siglip.width
+        self.image_size, self.patch_size, self.width = siglip.image_size, siglip.patch_size, dinov2.width + siglip.width
+        self.shortest, self.split = siglip.shortest, siglip.split
         self.n_token = siglip.n_token * (2 if fusion == 'interleave' else 1)
 
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
-        return {'kind': 'dinosiglip', 'dinov2': self.dinov2.spec(), 'siglip': self.siglip.spec(), 'fusion': self.fusion}
+        return {'kind': 'dinosiglip', 'dinov2': self.dinov2.spec(), 'siglip': self.siglip.spec(), 'fusion': self.fusion,
+                **_seen(self)}
 
     def forward(self, images):
         if images.dtype != torch.uint8:
@@ -366,18 +397,27 @@ def encoder_spec(config):
     """
     The description of the encoder that a config names; of its files only the shapes are read.
     config   dict with the keys encoder, encoder_path, dinov2_path, encoder_fusion, encoder_layer, encoder_norm,
-             image_size, data_dir of pretrain.py
+             image_size, data_dir, perhaps aspect and split, of pretrain.py
     """
     size = config['image_size']
     if config['encoder'] == 'patch':
-        return PatchProjection(size or 384).spec()
+        return seen(PatchProjection(size or 384).spec(), config)
     specs = {}
     for kind, path in encoder_files(config).items():
         specs[kind] = tower_spec(kind, path, config['encoder_layer'], config['encoder_norm'], size)
         size = specs[kind]['config']['image_size']                               # SigLIP's, to which DINOv2 is brought
     if len(specs) == 1:
-        return specs[kind]
-    return {'kind': 'dinosiglip', **specs, 'fusion': config['encoder_fusion']}
+        return seen(specs[kind], config)
+    return seen({'kind': 'dinosiglip', **specs, 'fusion': config['encoder_fusion']}, config)
+
+
+def seen(spec, config):
+    """An encoder's description with what a config's aspect and split turn on (images.View); what is on stays on."""
+    spec = dict(spec, **{kind: seen(spec[kind], config) for kind in ('dinov2', 'siglip') if kind in spec})
+    if config.get('aspect') == 'keep':
+        size = (spec.get('siglip', spec).get('config') or spec)['image_size']
+        spec['shortest'] = max(1, size * 27 // 70)                               # Idefics2's 378 of 980 pixels
+    return dict(spec, split=True) if config.get('split') else spec
 
 
 def build_encoder(spec):
@@ -391,16 +431,18 @@ def build_encoder(spec):
         if kind not in ENCODERS:
             raise UserError(f"kind {kind!r}, expected one of {list(ENCODERS)}")
         check(spec, Field(dict, of=ENCODERS[kind]), 'encoder description')
-        if kind == 'patch':
-            return PatchProjection(spec['image_size'], spec['patch_size'])
         if kind == 'dinosiglip':
             return DINOSigLIP(*(build_encoder(dict(spec[tower], kind=tower)) for tower in ('dinov2', 'siglip')),
                               spec['fusion'])
-        if kind == 'dinov2':
+        if kind == 'patch':
+            encoder = PatchProjection(spec['image_size'], spec['patch_size'])
+        elif kind == 'dinov2':
             encoder = DINOv2(DINOv2Config(**spec['config']), spec['layer'], spec['norm'])
         else:
             encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
-    encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
+    if kind != 'patch':
+        encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
+    encoder.shortest, encoder.split = spec.get('shortest') or 0, bool(spec.get('split'))
     return encoder
 
 
@@ -410,12 +452,24 @@ def fill_encoder(encoder, files):
         tower, found = getattr(encoder, kind, encoder), _find_tower(kind, path)
         own = tower.state_dict()
         found = {name: tensor for name, tensor in found.items() if name in own or name == 'register_tokens'}
-        positions = POSITIONS[kind]
-        if positions in found:
-            # antialiased for registers only, as transformers; timm, and so Prismatic, always is
-            antialias = kind == 'dinov2' and tower.register_tokens is not None
-            found[positions] = _resized(found[positions], own[positions].shape, int(kind == 'dinov2'), antialias)
+        fit_positions(tower, found)
         fill(tower, found, may_lack=())
+
+
+def fit_positions(module, found):
+    """
+    Resize the position tables among {name: LazyTensor}, in place, to those of a module with a tower in it; returns the
+    names of those that differed.
+    """
+    own, names = module.state_dict(), []
+    for kind, positions in POSITIONS.items():
+        for name in [name for name in found if name in own and name.endswith(positions)]:
+            if found[name].shape != tuple(own[name].shape):
+                # antialiased for registers only, as transformers; timm, and so Prismatic, always is
+                antialias = kind == 'dinov2' and name.removesuffix(positions) + 'register_tokens' in own
+                found[name] = _resized(found[name], own[name].shape, int(kind == 'dinov2'), antialias)
+                names.append(name)
+    return names
 
 
 def _filled(spec, files):
@@ -428,9 +482,6 @@ def _filled(spec, files):
 
 def _resized(tensor, shape, n_extra, antialias):
     # a LazyTensor of positions (..., n_extra + side^2, C) as one of `shape`, the extra ones kept
-    if tensor.shape == tuple(shape):
-        return tensor
-
     def read():
         table = tensor.read().float().flatten(0, -2)                             # (n_extra + side^2, C)
         side, new = math.isqrt(len(table) - n_extra), math.isqrt(shape[-2] - n_extra)

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generation
 from model import Decoder
-from test_model import IMAGE, pictures, tiny_vlm
+from test_model import IMAGE, pictures, ragged, tiny_vlm
 
 
 def slow_greedy(model, prompt, images, n, stop_ids=()):
@@ -210,3 +210,41 @@ def test_choices_after_a_context_that_is_read_once(monkeypatch):
         alone = [model.choice_nats([c], [o], None if own is None else images[own:own + 1])[0][0]
                  for c, o, own in zip(contexts, choices, owns)]
         assert [pytest.approx(row, rel=1e-5, abs=1e-5) for row in alone] == nats
+
+
+# --- images of their own sizes ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize('n_part', [1, 5])
+def test_images_of_different_sizes_share_a_batch_and_a_prefix(n_part):
+    model, rng = tiny_vlm(23, spread=3.0, n_part=n_part), Random(n_part)
+    images = ragged(7, n_part)
+    slots = model.slots(images)
+    assert len(set(slots)) > 1 and model.n_slot == 4 * n_part >= max(slots)
+    prompts, index = [], []
+    for i in (3, 0, 6, 0, 1, 5, 2):                                      # 4 is asked nothing, 0 twice
+        prompts.append([IMAGE] * slots[i] + [rng.randrange(IMAGE) for _ in range(rng.randint(1, 9))])
+        index.append(i)
+    expected = [slow_greedy(model, p, [images[i]], 7) for p, i in zip(prompts, index)]
+    assert len({tuple(row) for row in expected}) > 4
+    model.encoder.calls = model.encoder.n_image = 0
+    assert model.generate(prompts, images, torch.tensor(index), max_new_tokens=7) == expected
+    sizes = {part.shape for i in set(index) for part in images[i]}
+    assert (model.encoder.calls, model.encoder.n_image) == (len(sizes), 6 * n_part)          # one call for each grid
+    prefix = model.prefill_images(images)
+    for rows in ([0], [3, 4], list(range(7))):           # the largest image is in the prefix, perhaps not in the batch
+        some = torch.tensor([index[r] for r in rows])
+        assert model.generate([prompts[r] for r in rows], prefix=prefix, image_index=some, max_new_tokens=7) == \
+            [expected[r] for r in rows]
+        choices = [[expected[r][:k] for k in (1, 4)] + [[5, 6, 7]] for r in rows]
+        nats, greedy = model.choice_nats([prompts[r] for r in rows], choices, None, some, prefix, greedy=True)
+        alone = [model.choice_nats([prompts[r]], [c], [images[index[r]]])[0][0] for r, c in zip(rows, choices)]
+        assert [g[:2] for g in greedy] == [[True, True]] * len(rows)
+        for a, b in zip(nats, alone):
+            assert a == pytest.approx(b, rel=1e-4)
+    with pytest.raises(ValueError, match='one image and then text'):
+        model.generate([prompts[0]], prefix=prefix, image_index=torch.tensor([slots.index(min(slots))]))
+    # two images, one not at the start: read without a prefix
+    mixed = [prompts[0] + [IMAGE] * slots[1] + [2], [3] + prompts[1]]
+    assert model.generate(mixed, images, torch.tensor([3, 1, 0]), max_new_tokens=5) == [
+        slow_greedy(model, mixed[0], [images[3], images[1]], 5), slow_greedy(model, mixed[1], [images[0]], 5)]

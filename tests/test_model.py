@@ -41,7 +41,7 @@ def tiny_decoder(seed=0, spread=1.0, **kw):
 
 class TinyEncoder(nn.Module):
     """Patches through one linear layer; counts its calls and the images it saw."""
-    image_size, n_token, width = 4, 4, 6
+    image_size, patch_size, n_token, width, shortest, split = 4, 2, 4, 6, 0, False
 
     def __init__(self):
         super().__init__()
@@ -53,9 +53,12 @@ class TinyEncoder(nn.Module):
         return self.linear(self.patches(images).to(self.linear.weight.dtype))
 
 
-def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, **kw):
+def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, n_part=0, **kw):
+    """n_part 1 or 5: the aspect of images is kept, and they are split."""
     decoder = tiny_decoder(seed, spread, **kw)
     encoder = TinyEncoder()
+    encoder.shortest = encoder.patches.shortest = int(n_part > 0)
+    encoder.split = n_part == 5
     model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss).eval()
     with torch.no_grad():
         model.projector.fc2.weight.mul_(8)              # images weigh as much as words
@@ -65,6 +68,13 @@ def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, **kw):
 
 def pictures(n, seed=0):
     return torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(n, n_part=1, seed=0):
+    """Images of 1 or 5 parts, each of 1 to 4 patches, as images.View gives them."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = (2 * torch.randint(1, 3, (n, n_part, 2), generator=g)).tolist()
+    return [[torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=g) for size in image] for image in sizes]
 
 
 def random_batch(B, T, kept=0.5, seed=0, V=IMAGE):
