@@ -335,6 +335,44 @@ def test_one_image_serves_several_slots():
         torch.testing.assert_close(shared[2][name], g, msg=name)
 
 
+@pytest.mark.parametrize('n_part', [1, 5])
+def test_images_of_different_sizes_fill_their_slots(n_part):
+    model, images = tiny_vlm(13, n_part=n_part), ragged(4, n_part)
+    sizes, index = model.slots(images), torch.tensor([2, 0, 1, 0, 3])
+    assert sizes == [sum(part[0].numel() // 4 for part in image) for image in images] and len(set(sizes)) > 1
+    rows = [[7], [IMAGE] * sizes[2] + [5] + [IMAGE] * sizes[0], [IMAGE] * (sizes[1] + sizes[0]) + [3],
+            [8, 9] + [IMAGE] * sizes[3]]
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+    expected = model.decoder.tok_embeddings(tokens).clone()
+    expected[tokens == IMAGE] = torch.cat([model.projector(model.encoder(part[None]))[0]
+                                           for i in index.tolist() for part in images[i]])
+    model.encoder.calls = model.encoder.n_image = 0
+    torch.testing.assert_close(model.embed(tokens, images, index), expected)
+    parts = [part.shape for image in images for part in image]
+    assert (model.encoder.calls, model.encoder.n_image) == (len(set(parts)), len(parts))
+    targets = torch.zeros_like(tokens)
+    shared = grads_of(model, tokens, targets, images, index)
+    copied = grads_of(model, tokens, targets, [images[i] for i in index.tolist()])
+    torch.testing.assert_close(shared[0], copied[0])
+    for name, g in copied[2].items():
+        torch.testing.assert_close(shared[2][name], g, msg=name)
+    torn = tokens.clone()
+    torn[1, 0], torn[3, 1] = 1, IMAGE                                    # the sum fits, the rows do not
+    for row, which in ((torn, index), (tokens, index[:4]), (tokens, index.roll(1))):
+        with pytest.raises(ValueError, match='image slots: expected whole images of'):
+            model(row, targets, images, which)
+
+
+def test_a_split_image_is_five():
+    model, images = tiny_vlm(14), pictures(10)
+    tokens = torch.tensor([[IMAGE] * 20 + [1, 2], [3] + [IMAGE] * 20 + [4]])
+    expected = model.embed(tokens, images)
+    model.encoder.split = True
+    assert model.n_slot == 20
+    assert torch.equal(model.embed(tokens, images.unflatten(0, (2, 5))), expected)
+
+
 def test_slots_that_do_not_fit_are_named():
     model, targets = tiny_vlm(12), None
     short = rows_of(['I', 1, 2, 3], ['I', 4])
