@@ -39,9 +39,8 @@ class KVCache:
             return self.k[layer], self.v[layer]
         return self.k[layer][rows], self.v[layer][rows]
 
-    def fill(self, prefix, row):
-        """Copy another cache's rows `row` (B,) to the start of this one: one prefilled image serves many questions."""
-        n = min(prefix.k.shape[3], self.k.shape[3])              # a larger image than those of these rows may be in it
+    def fill(self, prefix, row, n):
+        """Copy n positions of another cache's rows `row` (B,) to the start of this one: an image serves many questions."""
         rows = slice(None) if self.rows is None else self.rows
         self.k[:, rows, :, :n] = prefix.k[:, row, :, :n]
         self.v[:, rows, :, :n] = prefix.v[:, row, :, :n]
@@ -60,14 +59,14 @@ def prefill_images(model, images):
     """
     Read images once, for any number of calls of generate(prompts, prefix=..., image_index=...).
     images   as model.image_features takes them
-    returns  KVCache of N rows and as many positions as the largest image takes; .slots, what each of them takes
+    returns  KVCache of N rows and as many positions as the largest image takes; .slots (N,), what each of them takes
     """
-    weight, slots = model.decoder.tok_embeddings.weight, model.slots(images)
-    N, n = len(images), max(slots)
-    prefix, device = new_cache(model, N, n), weight.device
-    prefix.slots = torch.tensor(slots)
+    slots = model.slots(images)
+    N, n = len(slots), max(slots)
+    prefix = new_cache(model, N, n)
+    prefix.slots, device = torch.tensor(slots), prefix.k.device
     x = model.image_features(each(lambda t: t.to(device), images))                     # (N,n,C), or a list of (n,C)
-    x = (pad_sequence(x, batch_first=True) if isinstance(x, list) else x).to(weight.dtype)   # as embed
+    x = pad_sequence(list(x), batch_first=True).to(model.decoder.tok_embeddings.weight.dtype)   # as embed
     position = torch.arange(n, device=device).expand(N, -1)
     unread = torch.zeros(1, dtype=torch.int64, device=device)          # only the cache is wanted: one row of output
     model.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
@@ -78,8 +77,7 @@ def images_open_rows(model, tokens, length, slots):
     """Is every row of tokens (B,T) one image of so many slots (B,), then at least one id, and no further image?"""
     if model.encoder is None or len(slots) != len(tokens) or bool((length <= slots).any()):
         return False
-    opens = torch.arange(tokens.shape[1]) < slots[:, None]                             # (B,T)
-    return torch.equal(tokens == model.image_id, opens)
+    return torch.equal(tokens == model.image_id, torch.arange(tokens.shape[1]) < slots[:, None])
 
 
 def read(model, prompts, images, image_index, prefix, cache):
@@ -90,24 +88,26 @@ def read(model, prompts, images, image_index, prefix, cache):
     if not prompts or not all(prompts):
         raise ValueError("generate: expected prompts of at least one token each")
     device, B = cache.k.device, len(prompts)
-    length, start = torch.tensor([len(p) for p in prompts]), torch.zeros(B, dtype=torch.int64)
-    tokens = torch.zeros(B, int(length.max()), dtype=torch.int64)
+    length = torch.tensor([len(p) for p in prompts])
+    tokens, start = torch.zeros(B, int(length.max()), dtype=torch.int64), 0
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
-    position = torch.arange(tokens.shape[1]).expand(B, -1)                             # (B,T)
     if images is not None or prefix is not None:
-        slots = torch.tensor(model.slots(images)) if prefix is None else prefix.slots
+        slots = prefix.slots if prefix is not None else torch.tensor(model.slots(images))
         image_index = torch.arange(len(slots)) if image_index is None else image_index.cpu()
-        if images_open_rows(model, tokens, length, slots[image_index]):
+        slots = slots[image_index]                                                     # (B,), where each row has one
+        if images_open_rows(model, tokens, length, slots):
             if prefix is None:
                 used, image_index = image_index.unique(return_inverse=True)
-                prefix = prefill_images(model, [images[i] for i in used] if isinstance(images, list)
-                                        else images[used.to(images.device)])
-            start = prefix.slots[image_index]                                          # (B,)
-            # a pad is its row's last id once more, in its place: behind it the cache may end, after a larger image
-            position = start[:, None] + torch.arange(int((length - start).max()))
-            position = torch.minimum(position, length[:, None] - 1)
-            tokens = tokens.gather(1, position)
+                used = used.tolist()
+                prefix = prefill_images(model, [images[i] for i in used] if isinstance(images, list) else images[used])
+            start = int(slots[0])
+            if bool((slots != start).any()):                                           # rows of one size at a time
+                rows = torch.arange(B, device=device) if cache.rows is None else cache.rows
+                groups = [(slots == n).nonzero()[:, 0] for n in slots.unique()]
+                hidden = [read(model, [prompts[i] for i in group], None, image_index[group], prefix,
+                               cache.at(cache.k.shape[3], rows[group.to(device)])) for group in groups]
+                return torch.cat(hidden)[torch.cat(groups).argsort().to(device)]
         elif prefix is not None:
             raise ValueError("generate: with a prefix, each prompt is one image and then text without images")
         image_index = image_index.to(device)
@@ -115,10 +115,11 @@ def read(model, prompts, images, image_index, prefix, cache):
     if prefix is None:
         x = model.embed(tokens, each(lambda t: t.to(device), images), image_index)
     else:
-        cache.fill(prefix, image_index)
-        x = model.decoder.tok_embeddings(tokens)
-    position = position.to(device)                                                     # (B,T)
-    ends = (torch.arange(B) * x.shape[1] + length - 1 - start).to(device)              # where each prompt ends in x
+        cache.fill(prefix, image_index, start)
+        x = model.decoder.tok_embeddings(tokens[:, start:])
+    T = x.shape[1]
+    position = start + torch.arange(T, device=device).expand(B, -1)                    # (B,T)
+    ends = (torch.arange(B) * T + length - 1 - start).to(device)                       # where each prompt ends in x
     return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache)
 
 
