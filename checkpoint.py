@@ -23,7 +23,7 @@ from data import load_tokenizer
 from errors import Field, UserError, check, first_line, reading
 from mixture import COUNTS
 from model import DECODER, build_vlm
-from vision import SEEN, fit_positions
+from vision import fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
@@ -41,7 +41,9 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'view': Field(dict, optional=True, of={'shortest': Field(int, 0, 1 << 14, optional=True),
+                                               'split': Field(bool, optional=True)})}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -390,8 +392,7 @@ def _tuples(value):
 
 def check_spec(meta, spec, folder):
     """
-    Raise UserError naming the first number in which a base's model differs from this run's; seq_len may, and what an
-    encoder sees of an image.
+    Raise UserError naming the first number in which a base's model differs from this run's; seq_len and image_size may.
     """
     for part in ('decoder', 'encoder', 'projector'):
         for key, old in _fixed(meta['spec'].get(part) or {}).items():
@@ -403,7 +404,7 @@ def check_spec(meta, spec, folder):
 
 def _fixed(spec):
     return {key: _fixed(value) if isinstance(value, dict) else value for key, value in spec.items()
-            if key not in ('seq_len', 'image_size', *SEEN)}
+            if key not in ('seq_len', 'image_size')}
 
 
 def how_to_make(path, scale):

@@ -13,8 +13,8 @@ import torch
 
 import kernels
 from configurator import config_keys
-from model import build_vlm, vlm_spec
-from vision import SigLIP, SigLIPConfig, encoder_files, seen
+from model import build_vlm, vlm_spec, with_view
+from vision import SigLIP, SigLIPConfig, encoder_files
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
@@ -59,7 +59,7 @@ def image_costs(model):
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    shape, kept = (1, *(5,) * model.encoder.split, 3, *(model.encoder.image_size,) * 2), {}
+    shape, kept = (1, *(5,) * model.split, 3, *(model.encoder.image_size,) * 2), {}
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
         if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
@@ -133,7 +133,7 @@ def described(config, image_id, images):
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
             tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=seen(tower.spec(), config), projector=dict(kind='mlp2'))
+        spec = with_view(dict(spec, encoder=tower.spec(), projector=dict(kind='mlp2')), config)
     return spec
 
 

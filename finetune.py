@@ -19,8 +19,8 @@ from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
 from errors import UserError, leave, user_error_hook
-from model import add_images
-from vision import encoder_files, fill_encoder, seen
+from model import add_images, with_view
+from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
 
@@ -134,7 +134,7 @@ elif not run.resumed:
                 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
-spec = dict(spec, encoder=seen(spec['encoder'], config))
+spec = with_view(spec, config)
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)

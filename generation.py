@@ -40,7 +40,7 @@ class KVCache:
         return self.k[layer][rows], self.v[layer][rows]
 
     def fill(self, prefix, row, n):
-        """Copy n positions of another cache's rows `row` (B,) to the start of this one: an image serves many questions."""
+        """Copy n positions of another cache's rows `row` (B,) to its start: a prefilled image serves many questions."""
         rows = slice(None) if self.rows is None else self.rows
         self.k[:, rows, :, :n] = prefix.k[:, row, :, :n]
         self.v[:, rows, :, :n] = prefix.v[:, row, :, :n]

@@ -206,11 +206,12 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model.
+    paper's choice). encoder and projector are None for a text-only model. shortest, split: see images.View.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, shortest=0, split=False):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.shortest, self.split = shortest, split
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
@@ -219,18 +220,18 @@ class VLM(nn.Module):
     @property
     def n_slot(self):
         """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
-        return 0 if self.encoder is None else self.encoder.n_token * (5 if self.encoder.split else 1)
+        return 0 if self.encoder is None else self.encoder.n_token * (5 if self.split else 1)
 
     def view(self, resize='letterbox'):
         """How photos become this model's images."""
         e = self.encoder
         per_patch = e.n_token // (e.image_size // e.patch_size) ** 2
-        return View(e.image_size, self.n_slot, resize, e.shortest, e.patch_size, per_patch, e.split)
+        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
 
     def slots(self, images):
         """Positions in a row that each of N images takes: a list of int."""
-        return [self.view().positions(image) for image in images] if isinstance(images, list) else \
-            [self.n_slot] * len(images)
+        view = self.view()
+        return [view.positions(image) for image in images]
 
     def image_features(self, images):
         """
@@ -240,13 +241,12 @@ class VLM(nn.Module):
         """
         if isinstance(images, list):
             parts = [part for image in images for part in image]
-            features = [None] * len(parts)
+            features = {}                                      # of the i-th part (n,C)
             for shape in dict.fromkeys(part.shape for part in parts):
                 at = [i for i, part in enumerate(parts) if part.shape == shape]
-                for i, x in zip(at, self.image_features(torch.stack([parts[i] for i in at]))):
-                    features[i] = x
+                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]))))
             k = len(images[0])
-            features = [torch.cat(features[i:i + k]) for i in range(0, len(features), k)]
+            features = [torch.cat([features[k * i + j] for j in range(k)]) for i in range(len(images))]
             return torch.stack(features) if len({len(x) for x in features}) == 1 else features
         if images.ndim == 5:
             return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
@@ -329,7 +329,17 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'))
+    return with_view(dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2')), config)
+
+
+def with_view(spec, config):
+    """A description with a 'view', where aspect or split of a config turn it on; what is on stays on."""
+    view, tower = dict(spec.get('view') or {}), spec['encoder'].get('siglip', spec['encoder'])
+    if config.get('aspect') == 'keep':
+        view['shortest'] = max(1, tower.get('config', tower)['image_size'] * 27 // 70)        # Idefics2: 378 of 980
+    if config.get('split'):
+        view['split'] = True
+    return dict(spec, view=view) if view else spec
 
 
 class Undrawn(TorchFunctionMode):
@@ -363,7 +373,7 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], **spec.get('view') or {})
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy
@@ -377,8 +387,8 @@ def check_slots(tokens, image_id, n_image, n_token):
     """
     in_row = (tokens == image_id).sum(1)                                               # (B,)
     if isinstance(n_token, list):
-        if not {*itertools.accumulate(n_token)}.issuperset({*in_row.cumsum(0).tolist()} - {0}) or \
-                in_row.sum() != sum(n_token):
+        ends = {0, *itertools.accumulate(n_token)}
+        if in_row.sum() != sum(n_token) or not ends.issuperset(in_row.cumsum(0).tolist()):
             raise ValueError(f"rows hold {in_row.tolist()} image slots: expected whole images of {n_token} in turn")
         return
     torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows

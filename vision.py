@@ -19,11 +19,10 @@ from weights import fill, read_json, tensors
 
 # --- images to visual tokens -------------------------------------------------------------------------------------
 
-def _normalise(images, tower):
+def _normalise(images, image_size, patch_size, mean, std):
     # (N,3,H,W) uint8 or float -> float32; plain floats instead of buffers, so .to(bfloat16) cannot round mean and std
-    image_size, mean, std = tower.image_size, tower.mean, tower.std
-    fits = tower.shortest and all(0 < edge <= image_size and edge % tower.patch_size == 0 for edge in images.shape[2:])
-    if images.ndim != 4 or images.shape[1] != 3 or not fits and tuple(images.shape[2:]) != (image_size, image_size):
+    whole = all(0 < side <= image_size and side % patch_size == 0 for side in images.shape[2:])
+    if images.ndim != 4 or images.shape[1] != 3 or not whole and tuple(images.shape[2:]) != (image_size, image_size):
         raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {image_size}, {image_size}); "
                          f"resize with vision.letterbox(image, {image_size})")
     if images.dtype == torch.uint8:
@@ -38,9 +37,9 @@ def _normalise(images, tower):
 
 def position_ids(h, w, n, device=None):
     """
-    Which rows of a table of n x n positions a grid of h x w patches takes: the nearest, (h * w,) int64. Row i of h has
+    Which rows of a table of n x n positions a grid of h x w patches takes, the nearest: (h * w,) int64. Row i of h has
     floor(i * n / h) but for n = 70 and h = 25, 49, 50 or 55, where float32 puts some one off: the numbers are those of
-    Idefics2 (arXiv 2405.02246), whose weights have seen them. A full grid has 0, 1, 2, ...
+    Idefics2 (arXiv 2405.02246), whose weights have seen them.
     """
     edges = torch.arange(1 / n, 1.0, 1 / n)
     row, column = (torch.bucketize((torch.arange(k) * (1.0 / torch.tensor(k))).clamp(max=1 - 1e-6), edges, right=True)
@@ -49,7 +48,7 @@ def position_ids(h, w, n, device=None):
 
 
 def _positions(table, h, w):
-    """The positions (h * w, C) of a grid, from a table (n * n, C); ids kept as bfloat16 would end at 256."""
+    # (h * w, C) of a table (n * n, C), for its own grid the whole: ids kept as bfloat16 would end at 256
     n = math.isqrt(len(table))
     return table if (h, w) == (n, n) else F.embedding(position_ids(h, w, n, table.device), table)
 
@@ -64,17 +63,17 @@ class PatchProjection(nn.Module):
         super().__init__()
         if not 1 <= patch_size <= image_size:
             raise UserError(f"patch_size={patch_size} with image_size={image_size}: expected 1 <= patch <= image")
-        self.image_size, self.patch_size, self.shortest, self.split = image_size, patch_size, 0, False
+        self.image_size, self.patch_size = image_size, patch_size
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.width, self.n_token = 3 * patch_size ** 2, (image_size // patch_size) ** 2
 
     def spec(self):
         """What build_encoder needs, as JSON values."""
-        return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size, **_seen(self)}
+        return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size}
 
     def forward(self, images):
-        p, x = self.patch_size, _normalise(images, self)
-        h, w = (edge // p for edge in x.shape[2:])
+        p, x = self.patch_size, _normalise(images, self.image_size, self.patch_size, self.mean, self.std)
+        h, w = (side // p for side in x.shape[2:])
         x = x[..., :h * p, :w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)      # (N, row, column, 3, p, p)
         return x.reshape(-1, h * w, 3 * p * p)
 
@@ -91,13 +90,12 @@ SIGLIP = {                                   # of a SigLIPConfig: far above any 
 DINOV2 = {**SIGLIP, 'num_register_tokens': Field(int, 0, 1000), 'use_swiglu_ffn': Field(bool)}
 TOWER = {'layer': Field(int), 'norm': Field(bool), 'mean': Field(list, 3, 3, of=Field(NUMBER)),
          'std': Field(list, 3, 3, of=Field(NUMBER, 1e-9))}
-SEEN = {'shortest': Field(int, 1, 1 << 14, optional=True), 'split': Field(bool, optional=True)}    # see images.View
 ENCODERS = {                                 # what an encoder's spec() holds, by kind
-    'patch': {'image_size': SIDE, 'patch_size': SIDE, **SEEN},
-    'siglip': {'config': Field(dict, of=SIGLIP), 'keep_all': Field(bool), **TOWER, **SEEN},
-    'dinov2': {'config': Field(dict, of=DINOV2), **TOWER, **SEEN}}
+    'patch': {'image_size': SIDE, 'patch_size': SIDE},
+    'siglip': {'config': Field(dict, of=SIGLIP), 'keep_all': Field(bool), **TOWER},
+    'dinov2': {'config': Field(dict, of=DINOV2), **TOWER}}
 ENCODERS['dinosiglip'] = {'dinov2': Field(dict, of=ENCODERS['dinov2']), 'siglip': Field(dict, of=ENCODERS['siglip']),
-                          'fusion': Field(str), **SEEN}
+                          'fusion': Field(str)}
 
 
 @dataclass
@@ -180,10 +178,6 @@ class EncoderBlock(nn.Module):
         return x + (h if self.scale2 is None else self.scale2 * h)
 
 
-def _seen(encoder):
-    return {key: getattr(encoder, key) for key in SEEN if getattr(encoder, key)}
-
-
 def _blocks_run(config, layer):
     n = config.num_hidden_layers
     if not -(n + 1) <= layer <= n:
@@ -194,8 +188,9 @@ def _blocks_run(config, layer):
 class SigLIP(nn.Module):
     """
     SigLIP's vision tower (arXiv 2303.15343) up to the layer whose output is used; parameter names are Hugging Face's.
-    images   (N,3,H,W) uint8, normalised inside with mean and std, or float, taken as normalised
-    returns  (N, n_token, width) float32
+    images   (N,3,H,W) uint8, normalised inside with mean and std, or float, taken as normalised; of image_size a side,
+             or of fewer patches, which take the nearest positions
+    returns  (N, patches, width) float32
     layer    index into transformers' hidden_states: -2 = all blocks but the last (as Prismatic and LLaVA), 0 = patch
              embedding; norm=True adds the final LayerNorm, so layer=-1, norm=True is last_hidden_state
     keep_all also builds the blocks that are not run and the final LayerNorm, so that a saved tower is whole
@@ -208,7 +203,6 @@ class SigLIP(nn.Module):
         self.n_block = _blocks_run(config, layer)
         n_built = config.num_hidden_layers if keep_all else self.n_block
         self.width, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
-        self.shortest, self.split = 0, False
         self.n_token = (config.image_size // config.patch_size) ** 2
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.embeddings = nn.ModuleDict({
@@ -221,7 +215,7 @@ class SigLIP(nn.Module):
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
         return {'kind': 'siglip', 'config': asdict(self.config), 'layer': self.layer, 'norm': self.norm,
-                'keep_all': self.keep_all, 'mean': list(self.mean), 'std': list(self.std), **_seen(self)}
+                'keep_all': self.keep_all, 'mean': list(self.mean), 'std': list(self.std)}
 
     def reset_parameters(self):
         """big_vision's initialisation: Xavier uniform, LeCun normal patches, positions of norm one."""
@@ -235,11 +229,11 @@ class SigLIP(nn.Module):
         nn.init.normal_(self.embeddings['position_embedding'].weight, std=self.width ** -0.5)
 
     def forward(self, images):
-        x = _normalise(images, self)                                             # (N, 3, H, W) float32
+        x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
         patch = self.embeddings['patch_embedding']
         x = patch(x.to(patch.weight.dtype))                                      # (N, C, h, w)
         positions = _positions(self.embeddings['position_embedding'].weight, *x.shape[2:])
-        x = x.flatten(2).transpose(1, 2) + positions                             # (N, n_token, C)
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
         for i in range(self.n_block):
             x = self.encoder['layers'][i](x)
         if self.norm:
@@ -294,7 +288,6 @@ class DINOv2(nn.Module):
         self.config, self.layer, self.norm = config, layer, norm
         self.n_block = _blocks_run(config, layer)
         self.width, self.image_size, self.patch_size = C, config.image_size, config.patch_size
-        self.shortest, self.split = 0, False
         self.n_token = (config.image_size // config.patch_size) ** 2
         self.mean, self.std = MEAN_STD['dinov2']
         self.patch_embedding = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size)
@@ -310,7 +303,7 @@ class DINOv2(nn.Module):
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
         return {'kind': 'dinov2', 'config': asdict(self.config), 'layer': self.layer, 'norm': self.norm,
-                'mean': list(self.mean), 'std': list(self.std), **_seen(self)}
+                'mean': list(self.mean), 'std': list(self.std)}
 
     def reset_parameters(self):
         """Normals of std 0.02, biases zero, as transformers; gains and LayerScale stay at one."""
@@ -321,16 +314,16 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, images):
-        x = _normalise(images, self)                                             # (N, 3, H, W) float32
+        x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (N, C, h, w)
         positions = _positions(self.position_embeddings[0, 1:], *x.shape[2:])
         cls = self.cls_token + self.position_embeddings[:, :1]                   # (1, 1, C)
         extra = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), 1)
-        x = x.flatten(2).transpose(1, 2) + positions                             # (N, n_token, C)
-        x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + n_token, C)
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
+        x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + h*w, C)
         for block in self.layers:
             x = block(x)
-        x = x[:, extra.shape[1]:]                                                # (N, n_token, C)
+        x = x[:, extra.shape[1]:]                                                # (N, h*w, C)
         if self.norm:
             x = self.layernorm(x)
         return x.float()
@@ -366,13 +359,11 @@ class DINOSigLIP(nn.Module):
             raise UserError(f"fusion={fusion!r}: expected 'channel' or 'interleave'")
         self.dinov2, self.siglip, self.fusion = dinov2, siglip, fusion
         self.image_size, self.patch_size, self.width = siglip.image_size, siglip.patch_size, dinov2.width + siglip.width
-        self.shortest, self.split = siglip.shortest, siglip.split
         self.n_token = siglip.n_token * (2 if fusion == 'interleave' else 1)
 
     def spec(self):
         """What build_encoder needs to build the same module, as JSON values."""
-        return {'kind': 'dinosiglip', 'dinov2': self.dinov2.spec(), 'siglip': self.siglip.spec(), 'fusion': self.fusion,
-                **_seen(self)}
+        return {'kind': 'dinosiglip', 'dinov2': self.dinov2.spec(), 'siglip': self.siglip.spec(), 'fusion': self.fusion}
 
     def forward(self, images):
         if images.dtype != torch.uint8:
@@ -397,27 +388,18 @@ def encoder_spec(config):
     """
     The description of the encoder that a config names; of its files only the shapes are read.
     config   dict with the keys encoder, encoder_path, dinov2_path, encoder_fusion, encoder_layer, encoder_norm,
-             image_size, data_dir, perhaps aspect and split, of pretrain.py
+             image_size, data_dir of pretrain.py
     """
     size = config['image_size']
     if config['encoder'] == 'patch':
-        return seen(PatchProjection(size or 384).spec(), config)
+        return PatchProjection(size or 384).spec()
     specs = {}
     for kind, path in encoder_files(config).items():
         specs[kind] = tower_spec(kind, path, config['encoder_layer'], config['encoder_norm'], size)
         size = specs[kind]['config']['image_size']                               # SigLIP's, to which DINOv2 is brought
     if len(specs) == 1:
-        return seen(specs[kind], config)
-    return seen({'kind': 'dinosiglip', **specs, 'fusion': config['encoder_fusion']}, config)
-
-
-def seen(spec, config):
-    """An encoder's description with what a config's aspect and split turn on (images.View); what is on stays on."""
-    spec = dict(spec, **{kind: seen(spec[kind], config) for kind in ('dinov2', 'siglip') if kind in spec})
-    if config.get('aspect') == 'keep':
-        size = (spec.get('siglip', spec).get('config') or spec)['image_size']
-        spec['shortest'] = max(1, size * 27 // 70)                               # Idefics2's 378 of 980 pixels
-    return dict(spec, split=True) if config.get('split') else spec
+        return specs[kind]
+    return {'kind': 'dinosiglip', **specs, 'fusion': config['encoder_fusion']}
 
 
 def build_encoder(spec):
@@ -431,18 +413,16 @@ def build_encoder(spec):
         if kind not in ENCODERS:
             raise UserError(f"kind {kind!r}, expected one of {list(ENCODERS)}")
         check(spec, Field(dict, of=ENCODERS[kind]), 'encoder description')
+        if kind == 'patch':
+            return PatchProjection(spec['image_size'], spec['patch_size'])
         if kind == 'dinosiglip':
             return DINOSigLIP(*(build_encoder(dict(spec[tower], kind=tower)) for tower in ('dinov2', 'siglip')),
                               spec['fusion'])
-        if kind == 'patch':
-            encoder = PatchProjection(spec['image_size'], spec['patch_size'])
-        elif kind == 'dinov2':
+        if kind == 'dinov2':
             encoder = DINOv2(DINOv2Config(**spec['config']), spec['layer'], spec['norm'])
         else:
             encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
-    if kind != 'patch':
-        encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
-    encoder.shortest, encoder.split = spec.get('shortest') or 0, bool(spec.get('split'))
+    encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
     return encoder
 
 
@@ -457,13 +437,10 @@ def fill_encoder(encoder, files):
 
 
 def fit_positions(module, found):
-    """
-    Resize the position tables among {name: LazyTensor}, in place, to those of a module with a tower in it; returns the
-    names of those that differed.
-    """
+    """Resize the position tables among {name: LazyTensor} to those of a module with a tower; returns their names."""
     own, names = module.state_dict(), []
     for kind, positions in POSITIONS.items():
-        for name in [name for name in found if name in own and name.endswith(positions)]:
+        for name in [name for name in found if name.endswith(positions) and name in own]:
             if found[name].shape != tuple(own[name].shape):
                 # antialiased for registers only, as transformers; timm, and so Prismatic, always is
                 antialias = kind == 'dinov2' and name.removesuffix(positions) + 'register_tokens' in own

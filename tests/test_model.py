@@ -41,7 +41,7 @@ def tiny_decoder(seed=0, spread=1.0, **kw):
 
 class TinyEncoder(nn.Module):
     """Patches through one linear layer; counts its calls and the images it saw."""
-    image_size, patch_size, n_token, width, shortest, split = 4, 2, 4, 6, 0, False
+    image_size, patch_size, n_token, width = 4, 2, 4, 6
 
     def __init__(self):
         super().__init__()
@@ -57,9 +57,8 @@ def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, n_part=0, **kw):
     """n_part 1 or 5: the aspect of images is kept, and they are split."""
     decoder = tiny_decoder(seed, spread, **kw)
     encoder = TinyEncoder()
-    encoder.shortest = encoder.patches.shortest = int(n_part > 0)
-    encoder.split = n_part == 5
-    model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss).eval()
+    model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss, shortest=int(n_part > 0),
+                split=n_part == 5).eval()
     with torch.no_grad():
         model.projector.fc2.weight.mul_(8)              # images weigh as much as words
     encoder.requires_grad_(not frozen)
@@ -368,7 +367,7 @@ def test_a_split_image_is_five():
     model, images = tiny_vlm(14), pictures(10)
     tokens = torch.tensor([[IMAGE] * 20 + [1, 2], [3] + [IMAGE] * 20 + [4]])
     expected = model.embed(tokens, images)
-    model.encoder.split = True
+    model.split = True
     assert model.n_slot == 20
     assert torch.equal(model.embed(tokens, images.unflatten(0, (2, 5))), expected)
 

@@ -396,14 +396,14 @@ def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, 
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
         assert a['sources']['captions'] == pytest.approx(b['sources']['captions'], rel=1e-4)
     meta = meta_of(tmp_path / 'a' / 'ckpt_100')
-    assert (meta['spec']['encoder']['shortest'], meta['spec']['encoder']['split']) == (10, True)
+    assert meta['spec']['view'] == {'shortest': 10, 'split': True}
     seen = meta['seen']['captions']
     assert seen['n_image'] == 16 and 5 * 16 < seen['n_image_position'] < 20 * 16         # images, not their parts
     run = scripts('pretrain.py', *base, f'--init_from={tmp_path / "a" / "ckpt_100"}', '--schedule=rewarm', '--lr=1e-3',
                   '--aspect=keep', '--image_size=42', '--max_steps=2', f'--out_dir={tmp_path / "large"}', '--rewarm_steps=1')
     assert "encoder.embeddings.position_embedding.weight of" in run.out and "resized to this run's image_size" in run.out
-    encoder = meta_of(tmp_path / 'large' / 'ckpt_100')['spec']['encoder']
-    assert (encoder['config']['image_size'], encoder['shortest'], encoder.get('split')) == (42, 16, None)
+    spec = meta_of(tmp_path / 'large' / 'ckpt_100')['spec']
+    assert (spec['encoder']['config']['image_size'], spec['view']) == (42, {'shortest': 16})
     small, large = (tensors(tmp_path / name / 'ckpt_100', 'encoder')['encoder.embeddings.position_embedding.weight']
                     for name in ('a', 'large'))
     assert (len(small), len(large)) == (4, 9)
@@ -414,7 +414,7 @@ def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, 
             scripts(*tune, f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
     assert same_weights(tmp_path / 'x' / 'ckpt_100', tmp_path / 'y' / 'ckpt_100')
     tuned = meta_of(tmp_path / 'x' / 'ckpt_100')
-    assert tuned['spec']['encoder'] == {**encoder, 'split': True} and tuned['seen']['instruct']['n_image'] < 16
+    assert tuned['spec'] == {**spec, 'view': {'shortest': 16, 'split': True}} and tuned['seen']['instruct']['n_image'] < 16
     photo = world / 'data' / 'instruct' / 'images' / '0.jpg'
     args = [f'--ckpt={tmp_path / "x" / "ckpt_100"}', f'--image={photo}', '--prompt=what colour is the wall ?']
     assert scripts('evaluate.py', *args, '--max_new_tokens=4').out.strip()
