@@ -49,8 +49,9 @@ def position_ids(h, w, n, device=None):
 
 def _positions(table, h, w):
     # (h * w, C) of a table (n * n, C), for its own grid the whole: ids kept as bfloat16 would end at 256
-    n = math.isqrt(len(table))
-    return table if (h, w) == (n, n) else F.embedding(position_ids(h, w, n, table.device), table)
+    if h * w == len(table):
+        return table
+    return F.embedding(position_ids(h, w, math.isqrt(len(table)), table.device), table)
 
 
 class PatchProjection(nn.Module):
@@ -443,7 +444,8 @@ def fit_positions(module, found):
         for name in [name for name in found if name.endswith(positions) and name in own]:
             if found[name].shape != tuple(own[name].shape):
                 # antialiased for registers only, as transformers; timm, and so Prismatic, always is
-                antialias = kind == 'dinov2' and name.removesuffix(positions) + 'register_tokens' in own
+                tower = module.get_submodule(name.removesuffix(positions).rstrip('.'))
+                antialias = kind == 'dinov2' and tower.register_tokens is not None
                 found[name] = _resized(found[name], own[name].shape, int(kind == 'dinov2'), antialias)
                 names.append(name)
     return names
