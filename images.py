@@ -154,10 +154,9 @@ MAX_ASPECT = 20               # of a photo's edges, where it is kept: beyond, th
 
 def grid_of(width, height, longest, shortest, patch):
     """
-    The grid of patches of a photo that keeps its aspect ratio, all in pixels: Idefics2's rule (arXiv 2405.02246), of
-    which what fills no patch is left out. Its longer edge becomes at most `longest`, then each at least `shortest`:
-    only a small or a long photo changes its aspect by more than that.
-    returns (rows, columns), each from 1 to longest // patch. Raises UserError beyond MAX_ASPECT.
+    The grid (rows, columns) of whole patches of a photo that keeps its aspect ratio, all in pixels: Idefics2's rule
+    (arXiv 2405.02246). The longer edge becomes at most `longest`, then each at least `shortest`, which only a small or
+    a long photo feels. Raises UserError beyond MAX_ASPECT.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(f"image of {width} x {height} pixels: aspect='keep' takes up to {MAX_ASPECT} to 1; crop it, or "
@@ -174,14 +173,11 @@ def grid_of(width, height, longest, shortest, patch):
 class View:
     """
     How a photo becomes what a model reads: view(image) -> (pixels, positions it takes in a row).
-    size       pixels of a square's side, or of the longest edge
-    n_slot     positions of a photo, where its aspect is kept of the largest
-    resize     a word of RESIZE, for squares
-    shortest   pixels: the least of an edge where the aspect is kept; 0 = squares
-    patch      pixels; per_patch positions of one, 0 = every photo takes n_slot
-    split      five images of a photo: its quarters (top left, top right, bottom left, bottom right), then the whole
-    pixels     (3,S,S) uint8 of a square, (5,3,S,S) of one that is split; where the aspect is kept, a list of 1 or 5
-               images (3,h,w), each of its own size
+    size       pixels of a square's side, or of the longest edge where the aspect is kept
+    n_slot     positions of a photo, of the largest where they differ; per_patch positions of a patch, 0 = none differs
+    shortest   pixels: the least of an edge where the aspect is kept; 0 = squares, made by `resize`
+    split      a photo is five images: its quarters (top left, top right, bottom left, bottom right), then the whole
+    pixels     uint8 (3,S,S), or (5,3,S,S) split; where the aspect is kept a list of 1 or 5 images (3,h,w)
     """
     size: int
     n_slot: int

@@ -235,9 +235,9 @@ class VLM(nn.Module):
 
     def image_features(self, images):
         """
-        What a frozen encoder makes builds no graph.
+        Images encoded, those of one size together, and projected; a frozen encoder builds no graph.
         images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
-        returns  (N,n_slot,C); of images of different sizes a list of (n,C). Parts of one size are encoded together
+        returns  (N,n_slot,C), or where images take different numbers of positions a list of (n,C)
         """
         if isinstance(images, list):
             parts = [part for image in images for part in image]
