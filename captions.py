@@ -18,8 +18,9 @@ import data
 import files
 from data import json_member
 from errors import BadSample, UserError
+from files import whole, write_whole
 from images import open_image
-from shards import about_files, in_order, new_folder, whole, write_file, write_tar
+from shards import about_files, in_order, new_folder, write_tar
 from weights import read_json
 
 
@@ -119,8 +120,7 @@ def _index(partial, sources, n_process):
         totals = dict(captions=len(order), repeated_captions=int((numbers[1:] == numbers[:-1]).sum()))
         del numbers
         _save(partial, 'places', np.concatenate(places)[order])
-        with whole(noted) as temporary:
-            write_file(temporary, dict(totals=totals, left_out=left_out))
+        write_whole(noted, dict(totals=totals, left_out=left_out))
     return read_json(noted)
 
 
@@ -166,8 +166,7 @@ def _merge_tar(path, side):
     if first:
         with whole(os.path.splitext(side)[0] + '.tar') as temporary:
             write_tar(temporary, itertools.chain([first], members))
-    with whole(side) as temporary:                                       # last: with it the tar is whole
-        write_file(temporary, about)
+    write_whole(side, about)                                             # last: with it the tar is whole
 
 
 def _members(path, about):

@@ -27,8 +27,9 @@ import captions
 import data
 import files
 from errors import UserError, first_line, reading, user_error_hook
+from files import whole, write_whole, writing
 from kernels import IGNORE_INDEX
-from shards import about_files, in_order, new_folder, whole, write_file, write_tar, writing
+from shards import about_files, in_order, new_folder, write_tar
 from weights import read_json
 
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
@@ -156,8 +157,7 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     except (RuntimeError, OSError) as e:
         raise UserError(f"train_tokenizer: --vocab_size={vocab_size}: "
                         f"{first_line(str(e).strip().splitlines()[-1].split('] ')[-1])}") from None
-    with whole(out) as temporary:
-        write_file(temporary, model.getvalue())
+    write_whole(out, model.getvalue())
 
 
 def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048, rows_per_shard=8192, n_process=1):
@@ -213,9 +213,9 @@ def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048,
         if not done:
             raise UserError("tokenize: no text in the input")
         if layout == 'tar':                                              # OpenLM's --dataset-manifest
-            with whole(os.path.join(partial, 'manifest.jsonl')) as temporary:
-                write_file(temporary, [{'shard': f'{i:08d}', 'num_sequences': _n_row(shard['n_token'], row_len)}
-                                       for i, shard in enumerate(done)])
+            write_whole(os.path.join(partial, 'manifest.jsonl'), [
+                {'shard': f'{i:08d}', 'num_sequences': _n_row(shard['n_token'], row_len)}
+                for i, shard in enumerate(done)])
     return sum(shard['n_document'] for shard in done), sum(shard['n_token'] for shard in done)
 
 
@@ -265,8 +265,7 @@ def _write_shard(folder, i, ids, layout, row_len, about):
             rows = (ids[j:j + row_len + 1].tolist() for j in range(0, len(ids) - 1, row_len + 1))
             packed = (gzip.compress(json.dumps(row).encode(), 6, mtime=0) for row in rows)       # no time stamp
             write_tar(temporary, ((f'{i:08d}_{j:08d}.json.gz', content) for j, content in enumerate(packed)))
-    with whole(f'{name}.json') as temporary:                             # last: with it the shard is whole
-        write_file(temporary, about)
+    write_whole(f'{name}.json', about)                                   # last: with it the shard is whole
 
 
 # --- images and captions --------------------------------------------------------------------------
@@ -341,8 +340,9 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
         tars = [f for f in found if f.endswith('.tar')]
         kind = 'text' if tars or any(f.endswith('.bin') for f in found) else 'instruct'
         if tars:
-            suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in files.tar_members(tars[0])[0][:8]]
-            kind = 'caption' if set(suffixes) & set(data.IMAGE_SUFFIXES) else 'text'
+            index = files.tar_index(files.stamp_of(tars[0]), '')
+            suffixes = {index.name(i).rsplit('.', 1)[-1].lower() for i in range(min(8, len(index)))}
+            kind = 'caption' if suffixes & set(data.IMAGE_SUFFIXES) else 'text'
     if kind not in ('text', 'caption', 'instruct'):
         raise UserError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
     if kind == 'text':

@@ -34,7 +34,8 @@ from PIL import Image
 
 from common import main_lr
 from errors import UserError, reading, user_error_hook
-from shards import write_file, write_tar, writing
+from files import write_file, writing
+from shards import write_tar
 from vision import SigLIP, SigLIPConfig, siglip_loss
 
 VERSION = 2                                 # of the files; captions/ came with 2
