@@ -382,7 +382,7 @@ def _index_tar(stamp, cache_dir):
 @contextmanager
 def processes(n_process, setup=None, *given):
     """Yield an executor of n_process processes, each of which has called setup(*given); they end with this one."""
-    pool = ProcessPoolExecutor(n_process, multiprocessing.get_context('fork'), _start, (setup, given))
+    pool = ProcessPoolExecutor(n_process, multiprocessing.get_context('fork'), start_worker, (setup, given))
     try:
         yield pool
     except BrokenProcessPool:
@@ -392,7 +392,8 @@ def processes(n_process, setup=None, *given):
         pool.shutdown(cancel_futures=True)
 
 
-def _start(setup, given):
+def start_worker(setup=None, given=()):
+    """In a new process: it ends with its parent, however that ends, and not by Ctrl-C; then setup(*given)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is for the main process
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     if setup:

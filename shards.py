@@ -59,7 +59,8 @@ def new_folder(out, settings=None):
         try:
             for name in set(os.listdir(partial)) - {'.lock'}:            # of a run that was killed
                 if not goes_on or name.endswith('.tmp'):
-                    os.remove(os.path.join(partial, name))
+                    path = os.path.join(partial, name)
+                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
             if settings is not None and not goes_on:
                 write_whole(noted, settings)
             yield partial
