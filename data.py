@@ -144,8 +144,8 @@ def load_tokenizer(path):
 
 # --- sources --------------------------------------------------------------------------------------
 # A source has len(source) and source[i] -> Sample. It tells Mixture its name, items_per_row (windows of a stored row),
-# group_sizes (rows of each shard), damaged (a line for each damaged file), length(i), an estimate of positions, and
-# has_image(i).
+# group_sizes (rows of each shard), damaged (a line for each damaged file), and outline(i): whether item i shows an
+# image, and an estimate of its positions.
 class TextSource:
     """
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
@@ -194,11 +194,8 @@ class TextSource:
     def __len__(self):
         return sum(self.group_sizes) * self.items_per_row
 
-    def length(self, index):
-        return self.seq_len
-
-    def has_image(self, index):
-        return False
+    def outline(self, index):
+        return False, self.seq_len
 
     def __getitem__(self, index):
         row, w = divmod(index, self.items_per_row)
@@ -380,11 +377,8 @@ class CaptionSource:
     def __len__(self):
         return sum(self.group_sizes)
 
-    def length(self, index):
-        return self.seq_len
-
-    def has_image(self, index):
-        return True
+    def outline(self, index):
+        return True, self.seq_len
 
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)

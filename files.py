@@ -158,22 +158,13 @@ def bounded(size, limit, where=''):
     return size
 
 
-class _File:
-    def __init__(self, path):
-        self.fd = regular(path)
-
-    def __del__(self):
-        if hasattr(self, 'fd'):
-            os.close(self.fd)
-
-
 # opened when first needed, in each process; the least recently used is closed, and most of `ulimit -n` left to others
 _MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @lru_cache(maxsize=64 if _MAY_OPEN == resource.RLIM_INFINITY else min(64, _MAY_OPEN // 4))
 def _open_file(stamp):
-    return _File(stamp[0])
+    return open(stamp[0], 'rb', buffering=0, opener=regular)
 
 
 def stamp_of(path):
@@ -186,7 +177,7 @@ def read_at(stamp, offset, size, limit):
     if offset < 0:
         raise UserError("a link or a sparse member of the tar: it has no bytes of its own there")
     file = _open_file(stamp)                                             # named: it is open as long as someone has it
-    data = os.pread(file.fd, bounded(size, limit), offset)              # no shared file position: safe after a fork
+    data = os.pread(file.fileno(), bounded(size, limit), offset)        # no shared file position: safe after a fork
     if len(data) != size:
         raise UserError(f"{size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
     return data

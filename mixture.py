@@ -12,9 +12,10 @@ import sys
 import traceback
 from bisect import bisect_right
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +51,7 @@ class Sample:
     bad: list = field(default_factory=list)              # messages of the bad items that this one replaces
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
     slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
@@ -70,8 +70,7 @@ class Batch:
     stats: dict
 
     def _map(self, f):
-        values = [getattr(self, k.name) for k in fields(self)]
-        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in values])
+        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in self])
 
     def to(self, device, non_blocking=False):
         """Return the batch with its tensors on `device`."""
@@ -265,11 +264,10 @@ class Mixture:
         branch = self.branches[i]
         return branch.locate(taken[i]) if isinstance(branch, Mixture) else (branch, taken[i])
 
-    def shape(self, n):
+    def outline(self, n):
         """Return (does sample n show an image, a cheap estimate of its positions)."""
         shuffled, k = self.locate(n)
-        item = shuffled.item(k)
-        return shuffled.source.has_image(item), shuffled.source.length(item)
+        return shuffled.source.outline(shuffled.item(k))
 
     def __getitem__(self, n):
         shuffled, k = self.locate(n)
@@ -397,7 +395,7 @@ class Loader:
     def _sorted_window(self, window):
         first = window * self.group_window
         end = min(first + self.group_window, self.total)
-        order = sorted(range(first * self.G, end * self.G), key=self.mixture.shape)
+        order = sorted(range(first * self.G, end * self.G), key=self.mixture.outline)
         steps = [order[i:i + self.G] for i in range(0, len(order), self.G)]
         return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
 

@@ -179,7 +179,8 @@ def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048,
     settings = dict(inputs=about_files(found), tokenizer=tokenizer.sha256, key=key, layout=layout, row_len=row_len,
                     rows_per_shard=rows_per_shard)
     with new_folder(out, settings) as partial, files.processes(n_process, _load_tokenizer, tokenizer_path) as pool:
-        done = _whole_shards(partial)                                    # of each shard what its .json says
+        sides = (os.path.join(partial, f'{i:08d}.json') for i in itertools.count())
+        done = [read_json(side) for side in itertools.takewhile(os.path.exists, sides)]     # of each whole shard
         file, line, n_id = done[-1]['next'] if done else (0, 0, 0)       # files, then lines of one, then ids of one
         if done:
             print(f"{out}: goes on behind {len(done):,} whole shards")
@@ -240,16 +241,6 @@ def _chunks(found):
 def _encode(chunk):
     """Return the ids of each text and of its end, as the bytes of uint32: far quicker to send than a list of int."""
     return [array('I', _tokenizer.encode(text) + [_tokenizer.eot_id]).tobytes() for *_, text in chunk]
-
-
-def _whole_shards(partial):
-    """Return what the .json of shard 0, 1, ... say, up to the first shard that has none."""
-    shards = []
-    for i in itertools.count():
-        side = os.path.join(partial, f'{i:08d}.json')
-        if not os.path.exists(side):
-            return shards
-        shards.append(read_json(side))
 
 
 def _n_row(n_token, row_len):
