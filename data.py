@@ -212,14 +212,12 @@ class TextSource:
 
     def _longest_row(self):
         """Return the number of ids in the longest of the first rows, or in a shard's first row that can be read."""
-        for rows in (range(min(8, self.shards.ends[-1])), *([row] for row in self.shards.ends[1:-1])):
-            lengths = []
-            for row in rows:
+        lengths, n_first = [], min(8, self.shards.ends[-1])
+        for i, row in enumerate([*range(n_first), *self.shards.ends[1:-1]]):
+            if i < n_first or not lengths:
                 with suppress(BadSample):
                     lengths.append(len(self._row(row)))
-            if lengths:
-                return max(lengths)
-        return len(self._row(0))                                         # none can be read: the first one says why
+        return max(lengths, default=0) or len(self._row(0))              # none can be read: the first one says why
 
     def _row(self, row):
         if self.last[0] == row:  # the windows of a row are drawn one after another

@@ -2,6 +2,7 @@
 A training step's numbers on their way to log.jsonl, the terminal and the trackers: read from the device one step late,
 so that no step waits for them.
 """
+import contextlib
 import json
 import math
 import os
@@ -96,6 +97,7 @@ class Logger:
         self.process, self.on, self.every = process, process.master, every
         self.start, self.begin, self.max_steps = step, time.perf_counter(), max_steps
         self.tracker = self.writer = self.bar = None
+        self.opened = contextlib.ExitStack()                               # what close() ends
         self.mark = None                                                   # (time, tokens) of the line printed before
         if not self.on:
             return
@@ -108,18 +110,19 @@ class Logger:
             with open(path + '.tmp', 'w', encoding='utf-8') as f:
                 f.writelines(lines)
             os.replace(path + '.tmp', path)
-            self.file = open(path, 'a', encoding='utf-8', buffering=1)
+            self.file = self.opened.enter_context(open(path, 'a', encoding='utf-8', buffering=1))
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e}); nothing is lost") from e
         if sys.stderr.isatty():
-            self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
+            self.bar = self.opened.enter_context(tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True))
         try:
             if wandb:
                 import wandb as tracker
                 self.tracker = tracker.init(project='ckpt80', name=config['name'], config=config, dir=out_dir)
+                self.opened.callback(self.tracker.finish)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(out_dir)
+                self.writer = self.opened.enter_context(SummaryWriter(out_dir))
         except ImportError as e:
             raise UserError(f"{e}: a package that is installed by hand (pip install wandb or tensorboard)") from e
 
@@ -160,14 +163,7 @@ class Logger:
                                f"lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s")
 
     def close(self):
-        if self.on:
-            self.file.close()
-            if self.bar is not None:
-                self.bar.close()
-            if self.writer is not None:
-                self.writer.close()
-            if self.tracker is not None:
-                self.tracker.finish()
+        self.opened.close()
 
 
 def _step_of(line):

@@ -323,24 +323,19 @@ def _members(i, folder, image, caption):
 
 
 # --- a look at a data set -------------------------------------------------------------------------
-def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, kind='auto',
-                caption_field='auto', **instruct):
-    """Return the source that reads `paths`: 'text', 'caption' or 'instruct', by their contents when kind is 'auto'."""
-    if kind == 'auto':
-        found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')      # text shards have a .json beside them
-        tars = [f for f in found if f.endswith('.tar')]
-        kind = 'text' if tars or any(f.endswith('.bin') for f in found) else 'instruct'
-        if tars:
-            index = files.tar_index(files.stamp_of(tars[0]), '')
-            suffixes = {index.name(i).rsplit('.', 1)[-1].lower() for i in range(min(8, len(index)))}
-            kind = 'caption' if suffixes & set(data.IMAGE_SUFFIXES) else 'text'
-    if kind not in ('text', 'caption', 'instruct'):
-        raise UserError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
-    if kind == 'text':
+def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, caption_field='auto',
+                **instruct):
+    """Return the source that reads `paths`: of text, of captions or of conversations, by what is there."""
+    found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')          # text shards have a .json beside them
+    tars = [f for f in found if f.endswith('.tar')]
+    if tars:
+        index = files.tar_index(files.stamp_of(tars[0]), '')
+        suffixes = {index.name(i).rsplit('.', 1)[-1].lower() for i in range(min(8, len(index)))}
+        if suffixes & set(data.IMAGE_SUFFIXES):
+            return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
+    if tars or any(f.endswith('.bin') for f in found):
         return data.TextSource(paths, tokenizer, seq_len)
-    if kind == 'caption':
-        return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
-    image_root = image_root or os.path.dirname(files.find(paths, '.json', '.jsonl')[0])
+    image_root = image_root or os.path.dirname(found[0])
     return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
 
 
@@ -416,7 +411,7 @@ def parse(argv=None):
     key = ('key', 'text', 'field of .jsonl lines that holds the text')
     n_process = ('n_process', 1, 'processes')
     look = [('tokenizer', None, '.model, tokenizer.json or a folder with one'),
-            ('kind', 'auto', 'auto, text, caption, instruct'), ('seq_len', 2048, 'positions'),
+            ('seq_len', 2048, 'positions'),
             ('image_root', '', "folder of LLaVA JSON's images; empty = the JSON's own"),
             ('n_token', 729, 'image positions'), ('image_size', 384, 'pixels'),
             ('caption_field', 'auto', ', '.join(data.CAPTION_FIELDS)), ('system_prompt', '', 'in front of questions')]
@@ -461,7 +456,7 @@ def run(a):
         return 1 if damaged else 0
     else:
         tokenizer = data.load_tokenizer(a.tokenizer)
-        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size, a.kind,
+        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size,
                              a.caption_field, system_prompt=a.system_prompt)
         if getattr(source, 'note', ''):
             print(source.note)

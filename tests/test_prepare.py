@@ -311,11 +311,9 @@ def test_counts_that_would_never_end(given, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_unknown_layouts_and_kinds_are_refused(world, tmp_path):
+def test_unknown_layouts_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="layout='zip': expected 'bin' or 'tar'"):
         prepare.tokenize(f'{world}/texts', f'{world}/t.model', str(tmp_path / 'out'), layout='zip')
-    with pytest.raises(ValueError, match="kind='video': expected 'auto'"):
-        prepare.open_source(str(tmp_path), None, kind='video')
 
 
 def test_zst_needs_zstandard_and_says_so(tmp_path, monkeypatch):
