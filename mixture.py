@@ -405,7 +405,7 @@ class Loader:
         for worker in self.workers:
             worker.kill()
             worker.join()
-        self.workers, self.next = [], self.end
+        self.workers, self.pipes, self.next = [], [], self.end
 
 
 def _work(loader, pipe):
