@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import files
-from data import caption_of, json_member
+from data import caption_of, image_suffix, json_member
 from errors import BadSample, UserError
 from files import whole, write_whole
 from images import open_image
@@ -168,9 +168,7 @@ def _members(path, about):
         why = 'no image'
         try:
             with files.reading_item(f"{path}: {key}"):
-                suffix = next((s for s in data.IMAGE_SUFFIXES if s in members), None)
-                if suffix is None:
-                    raise UserError(f"none of {', '.join(data.IMAGE_SUFFIXES)} among its members: {', '.join(members)}")
+                suffix = image_suffix(members)
                 why, uid = 'no caption', _uid(json_member(stamp, members, 'json'), key)
                 synthetic = number_of(uid) / 2**64 < _share              # the high bits; _synthetic takes the low ones
                 field = 'txt' if 'txt' in members else 'json'

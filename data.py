@@ -301,6 +301,14 @@ def json_member(stamp, members, suffix):
     return value if isinstance(value, dict) else {}
 
 
+def image_suffix(members):
+    """Return the suffix of a sample's image; raises UserError where it has none."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members:
+            return suffix
+    raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
+
+
 def caption_of(stamp, members, field, pick=0):
     """
     Return the caption of a sample, stripped; pick: a number that chooses among synthetic ones. `field` as in
@@ -385,9 +393,7 @@ class CaptionSource:
             raise BadSample(f"{stamp[0]}: {index.damage or 'its index has changed: start again'}")
         key, members = index.sample(r)
         with reading_item(f"{stamp[0]}: {key}"):
-            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-            if image is None:
-                raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
+            image = members[image_suffix(members)]
             pick = zlib.crc32(key.encode('utf-8', 'surrogateescape'))
             caption = caption_of(stamp, members, self.caption_field, pick)
             image = open_image(read_at(stamp, *image, MAX_IMAGE_BYTES), size=self.image_size)

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +29,7 @@ import files
 from errors import UserError, first_line, reading, user_error_hook
 from files import whole, write_whole, writing
 from kernels import IGNORE_INDEX
-from shards import about_files, in_order, new_folder, write_tar
+from shards import about_files, check_free, in_order, new_folder, write_tar
 from weights import read_json
 
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
@@ -144,8 +144,7 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     `out` exists, or what the trainer says.
     """
     import sentencepiece
-    if os.path.exists(out):
-        raise UserError(f"{out}: is there already; remove it or choose another --out")
+    check_free(out)
     lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
     lines = list(itertools.islice(lines, max_lines))                     # the trainer hides what reading raises
     model = io.BytesIO()
@@ -340,18 +339,13 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
 
 
 def check(source):
-    """Read every item of a source; return (bad messages, {'samples', 'positions', 'kept', 'images', 'truncated'})."""
-    bad, total = [], dict.fromkeys(('samples', 'positions', 'kept', 'images', 'truncated'), 0)
+    """Read every item of a source, a batch each; return (bad messages, the sum of the batches' stats)."""
+    bad, total = [], Counter()
     for i in tqdm(range(len(source)), unit=' items', disable=None):
         try:
-            sample = source[i]
+            total.update(data.collate([source[i]], source.tokenizer.pad_id).stats[source.name])
         except data.BadSample as e:
             bad.append(str(e))
-            continue
-        for name, n in (('samples', 1), ('positions', sample.tokens.size),
-                        ('kept', (sample.targets != IGNORE_INDEX).sum()),
-                        ('images', len(sample.images)), ('truncated', sample.n_truncated)):
-            total[name] += int(n)
     return list(dict.fromkeys(bad)), total
 
 

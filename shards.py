@@ -42,7 +42,7 @@ def new_folder(out, settings=None):
     out = out.rstrip('/')
     partial = out + '.partial'
     lock, noted = os.path.join(partial, '.lock'), os.path.join(partial, '.settings.json')
-    _check_free(out)
+    check_free(out)
     os.makedirs(partial, exist_ok=True)
     with open(lock, 'ab') as f:
         try:
@@ -52,7 +52,7 @@ def new_folder(out, settings=None):
             others = True
         if others:                                                       # it has the lock, or had it until now
             raise UserError(f"{out}: another process is writing it")
-        _check_free(out)
+        check_free(out)
         goes_on = os.path.exists(noted)
         if goes_on:
             _check_settings(partial, noted, settings or {})
@@ -74,7 +74,7 @@ def new_folder(out, settings=None):
                 os.remove(os.path.join(out, name))
 
 
-def _check_free(out):
+def check_free(out):
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise UserError(f"{out}: is there already; remove it or choose another --out")
 

@@ -143,7 +143,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     text = '\n'.join(f"{line['why']}: {line['what']}" for line in report)
     for words in ('bad image: {0}/images/00000.tar: 000000000: image of 8 bytes: not an image',
                   '00000.tar: 000000001: ', '00000.tar: 000000002: ',
-                  'no image: {0}/images/00000.tar: 000000003: none of jpg',
+                  'no image: {0}/images/00000.tar: 000000003: no image (jpg',
                   'no caption: {0}/images/00000.tar: 000000099: no synthetic caption of uid never captioned',
                   'damaged: {0}/images/00002.tar: damaged or truncated tar', 'damaged: {0}/dr/00000003.tar: a: ',
                   '00000003.tar: c: its .syn.json is a link',

@@ -336,7 +336,7 @@ def test_pair_check_and_show_photos(world, tmp_path, capsys):
     assert prepare.main(['pair', str(photos), '--out', f'{tmp_path}/tars', '--samples_per_shard', '2']) == 0
     look = ['--tokenizer', f'{world}/t.model', '--n_token', '4', '--image_size', '28', '--seq_len', '64']
     assert prepare.main(['index', f'{tmp_path}/tars']) == 0 and prepare.main(['check', f'{tmp_path}/tars', *look]) == 0
-    assert '"samples": 5' in capsys.readouterr().out
+    assert '"n_sample": 5' in capsys.readouterr().out
     assert prepare.main(['show', f'{tmp_path}/tars', *look, '--n', '2', '--image_out', f'{tmp_path}/png']) == 0
     shown = capsys.readouterr().out
     assert shown.count('no loss | <image> x 4 <sep>\n') == 2 and 'loss    | "the cat' in shown and '<eot>' in shown
@@ -369,7 +369,7 @@ def test_check_names_every_bad_item_and_exits_1(world, tmp_path, capsys):
     assert prepare.main(['check', f'{tmp_path}/tars', *look]) == 1
     out = capsys.readouterr().out
     assert out.count('bad: ') == 2 and '000000001_p1: ' in out and '000000003_p3: image of 8 bytes: not an image' in out
-    assert '2 bad; {"samples": 3' in out
+    assert '2 bad; {"n_sample": 3' in out
     tar = tmp_path / 'tars/000000.tar'
     tar.write_bytes(tar.read_bytes()[:2500])
     assert prepare.main(['index', f'{tmp_path}/tars']) == 1 and 'damaged or truncated' in capsys.readouterr().out
