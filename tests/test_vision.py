@@ -376,7 +376,7 @@ def towers(folder, siglip_size=42, dinov2_size=70, **kw):
     siglip.save_pretrained(folder / 's')
     dinov2.save_pretrained(folder / 'd')
     config = dict(data_dir=str(folder), encoder='dinosiglip', encoder_path='s', dinov2_path='d', encoder_layer=-2,
-                  encoder_norm=False, encoder_fusion='channel', image_size=0)
+                  encoder_norm=False, encoder_fusion='channel', image_size=0, token_mode='', image_tokens=0)
     return {**config, **kw}, siglip, dinov2
 
 
