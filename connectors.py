@@ -118,21 +118,20 @@ def projector_spec(config, n_given):
     kind, mode, n_token = config['projector'], config['token_mode'], config['image_tokens']
     if mode == 'query' and kind == 'mlp2':                                       # the default gives way
         kind = 'perceiver'
-    mode = mode or ('query' if kind == 'perceiver' else '')
-    if (mode == 'query') != (kind == 'perceiver'):
-        raise UserError(f"projector={kind!r} with token_mode={mode!r}: a perceiver makes its tokens by 'query', and no "
-                        "other projector does: change one of the two")
-    if mode in ('pool', 'res') and not n_token:
-        raise UserError(f"token_mode={mode!r}: give --image_tokens=N, the positions of an image")
-    if mode == 'query':
+    if kind == 'perceiver' and mode in ('', 'query'):
         return dict(kind=kind, n_token=n_token or n_given)
-    if n_token in (0, n_given):
+    if kind == 'perceiver' or mode == 'query':
+        wrong = "a perceiver makes its tokens by 'query', and no other projector does"
+    elif mode and not n_token:
+        wrong = 'give --image_tokens=N, the positions of an image'
+    elif n_token in (0, n_given):
         return dict(kind=kind)
-    if mode != 'pool' or math.isqrt(n_given) ** 2 != n_given:
-        raise UserError(f"image_tokens={n_token} with token_mode={mode!r}: the encoder gives {n_given}; "
-                        + ("give another encoder_fusion, or --token_mode=query" if mode else
-                           "give --token_mode=pool, res or query to have others"))
-    return dict(kind=kind, n_token=math.prod(token_grid(n_token)))
+    elif mode == 'pool' and math.isqrt(n_given) ** 2 == n_given:
+        return dict(kind=kind, n_token=math.prod(token_grid(n_token)))
+    else:
+        wrong = f"the encoder gives {n_given}; give " + ('another encoder_fusion, or --token_mode=query' if mode else
+                                                         '--token_mode=pool, res or query to have others')
+    raise UserError(f"projector={kind!r}, token_mode={mode!r}, image_tokens={n_token}: {wrong}")
 
 
 def build_projector(spec, n_in, n_out):

@@ -163,11 +163,11 @@ def test_what_a_config_asks_for(keys, expected):
 
 
 @pytest.mark.parametrize('keys, n_given, message', [
-    (dict(token_mode='query', projector='attn'), 9, "projector='attn' with token_mode='query': a perceiver makes its"),
-    (dict(token_mode='pool', projector='perceiver', image_tokens=4), 9, "projector='perceiver' with token_mode='pool'"),
-    (dict(token_mode='res', projector='perceiver', image_tokens=4), 9, "projector='perceiver' with token_mode='res'"),
-    (dict(token_mode='pool'), 9, "token_mode='pool': give --image_tokens=N"),
-    (dict(token_mode='res'), 9, "token_mode='res': give --image_tokens=N"),
+    (dict(token_mode='query', projector='attn'), 9, "projector='attn', token_mode='query', image_tokens=0: a perceiver "),
+    (dict(token_mode='pool', projector='perceiver', image_tokens=4), 9, "projector='perceiver', token_mode='pool', im"),
+    (dict(token_mode='res', projector='perceiver', image_tokens=4), 9, "a perceiver makes its tokens by 'query', and no"),
+    (dict(token_mode='pool'), 9, "token_mode='pool', image_tokens=0: give --image_tokens=N"),
+    (dict(token_mode='res'), 9, "token_mode='res', image_tokens=0: give --image_tokens=N"),
     (dict(image_tokens=4), 9, 'the encoder gives 9; give --token_mode=pool, res or query'),
     (dict(token_mode='pool', image_tokens=7), 9, 'image_tokens=7: a grid of 1 x 7 at best'),
     (dict(token_mode='pool', image_tokens=4), 18, 'the encoder gives 18; give another encoder_fusion, or'),
