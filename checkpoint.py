@@ -41,7 +41,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
+                           optional=True), 'image_id': COUNT,
         'view': Field(dict, optional=True, of={'shortest': Field(int, 0, 1 << 14, optional=True),
                                                'split': Field(bool, optional=True)})}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
@@ -395,8 +396,10 @@ def check_spec(meta, spec, folder):
     Raise UserError naming the first number in which a base's model differs from this run's; seq_len and image_size may.
     """
     for part in ('decoder', 'encoder', 'projector'):
-        for key, old in _fixed(meta['spec'].get(part) or {}).items():
-            new = _fixed(spec[part] or {}).get(key)
+        there, here = _fixed(meta['spec'].get(part) or {}), _fixed(spec[part] or {})
+        keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
+        for key in keys:
+            old, new = there.get(key), here.get(key)
             if spec[part] is not None and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from connectors import PROJECTORS
+from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
-from images import View
+from images import View, sides
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, read_pt, tensors
@@ -206,12 +206,15 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. shortest, split: see images.View.
+    paper's choice). encoder and projector are None for a text-only model. n_token: features of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them. shortest, split: see images.View.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, shortest=0, split=False):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, shortest=0,
+                 split=False):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
-        self.shortest, self.split = shortest, split
+        self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
+        self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
@@ -220,12 +223,12 @@ class VLM(nn.Module):
     @property
     def n_slot(self):
         """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
-        return 0 if self.encoder is None else self.encoder.n_token * (5 if self.split else 1)
+        return self.n_token
 
     def view(self, resize='letterbox'):
         """How photos become this model's images."""
         e = self.encoder
-        per_patch = e.n_token // (e.image_size // e.patch_size) ** 2
+        per_patch = 0 if self.fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
         return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
 
     def slots(self, images):
@@ -319,7 +322,8 @@ class VLM(nn.Module):
 def vlm_spec(config, image_id, images):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
-    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
+    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
+             connectors.projector_spec read
     images   False = text only, without encoder and projector
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
@@ -329,14 +333,21 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return with_view(dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2')), config)
+    encoder = encoder_spec(config)
+    with torch.device('meta'), Undrawn():
+        n_token = build_encoder(encoder).n_token
+    return with_view(dict(spec, encoder=encoder, projector=projector_spec(config, n_token)), config)
 
 
 def with_view(spec, config):
     """A description with a 'view', where aspect or split of a config turn it on; what is on stays on."""
     view, tower = dict(spec.get('view') or {}), spec['encoder'].get('siglip', spec['encoder'])
     if config.get('aspect') == 'keep':
-        view['shortest'] = max(1, tower.get('config', tower)['image_size'] * 27 // 70)        # Idefics2: 378 of 980
+        size, projector = tower.get('config', tower)['image_size'], spec['projector']
+        if not isinstance(size, int) or projector['kind'] != 'perceiver' and projector.get('n_token'):
+            raise UserError("aspect='keep' with image_tokens that are pooled, or of an image that is no square: give "
+                            "token_mode='query', or aspect='square'")
+        view['shortest'] = max(1, size * 27 // 70)                                            # Idefics2: 378 of 980
     if config.get('split'):
         view['split'] = True
     return dict(spec, view=view) if view else spec
@@ -365,15 +376,17 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = None
+            encoder = projector = n_token = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
-                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+                projector = build_projector(spec['projector'], encoder.width, config.n_embd)
+                n_token = spec['projector'].get('n_token')
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], **spec.get('view') or {})
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token,
+                        **spec.get('view') or {})
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

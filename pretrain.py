@@ -59,6 +59,11 @@ encoder_fusion = 'channel'              # ['channel' | 'interleave'] of 'dinosig
 encoder_layer = -2                      # index into its hidden states; -2 = all blocks but the last, as Prismatic
 encoder_norm = False                    # apply its final norm; with encoder_layer=-1 that is last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] features to the decoder's
+                                        # width; 'mlp2' is appendix B's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] what makes image_tokens: the grid of features
+                                        # pooled, patches at another image_size, or the queries of a perceiver
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's

@@ -9,8 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generation
-from model import Decoder
+from connectors import build_projector
+from errors import UserError
+from model import VLM, Decoder, with_view
 from test_model import IMAGE, pictures, ragged, tiny_vlm
+from vision import PatchProjection
 
 
 def slow_greedy(model, prompt, images, n, stop_ids=()):
@@ -248,3 +251,31 @@ def test_images_of_different_sizes_share_a_batch_and_a_prefix(n_part):
     mixed = [prompts[0] + [IMAGE] * slots[1] + [2], [3] + prompts[1]]
     assert model.generate(mixed, images, torch.tensor([3, 1, 0]), max_new_tokens=5) == [
         slow_greedy(model, mixed[0], [images[3], images[1]], 5), slow_greedy(model, mixed[1], [images[0]], 5)]
+
+
+@torch.no_grad()
+def test_a_perceiver_gives_images_of_any_size_the_same_slots():
+    model, images = tiny_vlm(24, spread=3.0, n_part=5), ragged(4, 5)
+    model = VLM(model.decoder, model.encoder, build_projector(dict(kind='perceiver', n_token=3), 6, 16), image_id=IMAGE,
+                n_token=3, shortest=1, split=True).eval()
+    assert model.slots(images) == [15] * 4 and model.n_slot == 15
+    features = model.image_features(images)
+    assert features.shape == (4, 15, 16)
+    alone = torch.cat([model.image_features([image]) for image in images])
+    torch.testing.assert_close(features, alone)
+    prompts = [[IMAGE] * 15 + [i, 5] for i in range(4)]
+    assert model.generate(prompts, images, max_new_tokens=5) == [
+        slow_greedy(model, p, [image], 5) for p, image in zip(prompts, images)]
+
+
+def test_kept_aspects_need_a_square_and_a_projector_that_takes_any_grid():
+    spec = dict(encoder=PatchProjection(980).spec(), projector=dict(kind='mlp2'))
+    assert with_view(spec, {'aspect': 'square', 'split': False}) == spec
+    for kind in (dict(kind='mlp2'), dict(kind='attn'), dict(kind='perceiver', n_token=64)):
+        view = with_view(dict(spec, projector=kind), {'aspect': 'keep', 'split': True})['view']
+        assert view == {'shortest': 378, 'split': True}
+    wide = dict(spec, encoder=PatchProjection([224, 448]).spec())
+    for wrong in (dict(spec, projector=dict(kind='mlp2', n_token=64)), wide):
+        with pytest.raises(UserError, match="aspect='keep' with image_tokens"):
+            with_view(wrong, {'aspect': 'keep'})
+        assert with_view(wrong, {'split': True})['view'] == {'split': True}
