@@ -250,7 +250,7 @@ def answer(opt):
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
     n_token, prefix = 0, None
     if opt.image:
-        n_token = model.encoder.n_token
+        n_token = model.n_token
         pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
         with autocast(opt):
             prefix = model.prefill_images(pixels)                                        # once for all questions
