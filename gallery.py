@@ -22,7 +22,8 @@ THUMBNAIL = 320               # longest side of an image, pixels
 MAX_LINE = 1 << 22            # characters of a line of predictions
 TEXTS = Field(list, of=Field(str))
 RECORD = {'id': Field(str), 'prompt': Field(str), 'prediction': Field(str, optional=True), 'answers': TEXTS,
-          'score': Field(NUMBER, 0, 1), 'malformed': Field(bool), 'types': TEXTS, 'image': Field(str),
+          'score': Field(NUMBER, 0, 1), 'malformed': Field(bool), 'image': Field(str),
+          'types': Field(list, 0, 99, of=Field(str, 0, 999)),
           'choices': Field(list, optional=True, of=Field(str)), 'nats': Field(list, optional=True),
           'n_token': Field(list, optional=True)}
 STATES = {'wrong': '✗ wrong', 'partly': '◐ partly right', 'right': '✓ right'}
@@ -132,10 +133,10 @@ def card(task, state, record, was, now, frame):
                data_type=json.dumps(record['types']))
 
 
-def cards(task, folder, was, now, frame, limit):
+def cards(task, folder, was, now, frame):
     """
     The gallery of one task of a results.json.
-    folder   where predictions/ is; was, now: see find_image; frame: see thumbnail; limit: bytes of all cards together
+    folder   where predictions/ is; was, now: see find_image; frame: see thumbnail
     returns  (list of blocks for page, set of the question types in it)
     Raises UserError for a line that is no prediction of evaluate.py's. A missing image is a placeholder.
     """
@@ -143,14 +144,7 @@ def cards(task, folder, was, now, frame, limit):
     if os.path.basename(path) != f'{task}.jsonl' or not os.path.exists(path):
         return [tag('p', f'No answers to show: there is no {path}')], set()
     items, seen = sample_records(path, task)
-    made, shown, types = [], Counter(), set()
-    for state, record in items:
-        made.append(card(task, state, record, was, now, frame))
-        limit -= len(made[-1].encode())
-        if limit < 0:
-            made.pop()
-            break
-        shown[state] += 1
-        types |= set(record['types'])
+    shown, types = Counter(state for state, _ in items), {label for _, record in items for label in record['types']}
     counts = ', '.join(f'{shown[state]} of {seen[state]} {state}' for state in STATES if seen[state])
+    made = [card(task, state, record, was, now, frame) for state, record in items]
     return [tag('p', f'A sample of the answers: {counts}.'), tag('div', *made, class_='cards')], types
