@@ -80,60 +80,36 @@ def choice_ids(example, task, tokenizer):
     return [c[:first + 1] for c in ids]
 
 
-class Feed:
+def prefilled(model, task, opt, groups, unreadable):
     """
-    Hands out questions with what generate_each and choice_nats want, a few at a time. Images are decoded in threads
-    while others are asked about; each is encoded and prefilled once. The numbers of questions whose image cannot be
-    read gather in `unreadable`, with the reason.
+    Yield ({number: row of its image}, the images' prefix) of at least batch_size questions at a time. Images are
+    decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read goes into
+    `unreadable`, {number: why}.
     """
-    def __init__(self, model, tokenizer, task, opt, groups):
-        self.model, self.tokenizer, self.task, self.opt = model, tokenizer, task, opt
-        self.pool, self.unreadable = ThreadPoolExecutor(max(1, opt.n_worker)), {}
-        self.batches, batch = [], []                            # of groups, at least batch_size questions each
-        for group in groups:
-            batch.append(group)
-            if sum(map(len, batch)) >= opt.batch_size:
-                self.batches.append(batch)
-                batch = []
-        self.batches = iter(self.batches + [batch] if batch else self.batches)
-        self.numbers, self.prefix, self.row = [], None, {}
-        self._decode_ahead()
-
-    def _decode_ahead(self):
-        self.ahead, self.loading = next(self.batches, None), []
-        if self.ahead and self.task.examples[self.ahead[0][0]].image:
-            self.loading = [self.pool.submit(load_image, self.task.examples[group[0]].image,
-                                             self.model.encoder.image_size, self.opt.resize, self.task.upright)
-                            for group in self.ahead]
-
-    def _next_batch(self):
-        groups, loading = self.ahead, self.loading
-        self._decode_ahead()
-        self.prefix, self.numbers, images = None, [], []
-        for i, group in enumerate(groups):
-            try:
-                if loading:
-                    images.append(loading[i].result())
-            except UserError as e:
-                self.unreadable.update(dict.fromkeys(group, str(e)))
-                check_bad(self.task, self.unreadable, self.opt)
-            else:
-                self.numbers += group
-                self.row.update(dict.fromkeys(group, len(images) - 1))
-        if images:
-            self.prefix = self.model.prefill_images(torch.stack(images).to(self.opt.device))
-
-    def __call__(self, n):
-        """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""
-        while not self.numbers:
-            if self.ahead is None:
-                self.pool.shutdown()
-                return None
-            self._next_batch()
-        now, self.numbers = self.numbers[:n], self.numbers[n:]
-        prompts = [prompt_ids(self.task.examples[i], self.task, self.model, self.tokenizer, self.opt) for i in now]
-        index = None if self.prefix is None else torch.tensor([self.row[i] for i in now])
-        return now, prompts, None, index, self.prefix
+    batches = [[]]                                              # of groups
+    for group in groups:
+        if sum(map(len, batches[-1])) >= opt.batch_size:
+            batches.append([])
+        batches[-1].append(group)
+    with ThreadPoolExecutor(max(1, opt.n_worker)) as pool:
+        def load(batch):
+            paths = [task.examples[group[0]].image for group in batch]
+            return [path and pool.submit(load_image, path, model.encoder.image_size, opt.resize, task.upright)
+                    for path in paths]
+        ahead = load(batches[0])
+        for batch, following in zip(batches, [*batches[1:], []]):
+            loading, ahead = ahead, load(following)
+            rows, images = {}, []
+            for group, image in zip(batch, loading):
+                try:
+                    images += [image.result()] if image else []
+                except UserError as e:
+                    unreadable.update(dict.fromkeys(group, str(e)))
+                    check_bad(task, unreadable, opt)
+                else:
+                    rows.update(dict.fromkeys(group, len(images) - 1))
+            if rows:
+                yield rows, model.prefill_images(torch.stack(images).to(opt.device)) if images else None
 
 
 def ask(model, tokenizer, task, opt, groups):
@@ -143,12 +119,24 @@ def ask(model, tokenizer, task, opt, groups):
     """
     if not groups:
         return
-    feed = Feed(model, tokenizer, task, opt, groups)
+    unreadable, rows, prefix = {}, {}, None
+    batches = prefilled(model, task, opt, groups, unreadable)
+
+    def feed(n):
+        """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""
+        nonlocal rows, prefix
+        if not rows:
+            rows, prefix = next(batches, ({}, None))
+        if not rows:
+            return None
+        now = [*rows][:n]
+        index = torch.tensor([rows.pop(i) for i in now])
+        prompts = [prompt_ids(task.examples[i], task, model, tokenizer, opt) for i in now]
+        return now, prompts, None, None if prefix is None else index, prefix
     way = choose_each if task.examples[0].choices else write_each
     with autocast(opt):
-        for answer in way(model, tokenizer, task, opt, groups, feed):
-            yield answer
-    for n, reason in feed.unreadable.items():
+        yield from way(model, tokenizer, task, opt, groups, feed)
+    for n, reason in unreadable.items():
         yield n, {'unreadable': reason}
 
 
@@ -220,8 +208,8 @@ def journal_read(files, task):
             for line in f:
                 with contextlib.suppress(ValueError, RecursionError):        # UserError is a ValueError
                     n, answer = json.loads(line)
-                    choices = task.examples[n].choices if type(n) is int and 0 <= n < len(task.examples) else None
                     check(n, Field(int, 0, len(task.examples) - 1), path)
+                    choices = task.examples[n].choices
                     check(answer, Field(dict, of=ANSWER[choices is not None]), path)
                     if choices is None or len(choices) == len(answer['nats']) == len(answer['n_token']):
                         answers[n] = answer

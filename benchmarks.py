@@ -383,7 +383,8 @@ def read_text(path, name, opt):
     own = bool(rows) and 'query' not in rows[0] and known in FORMS
     if own and dclm:
         raise UserError(f"{path}: text_variant='dclm' asks DCLM's own files, with query, choices and gold in each row")
-    check_rows(rows, path, FORMS[known].fields if own else ROWS['text'])
+    if not own:
+        check_rows(rows, path, ROWS['text'])
     delimiter = DCLM_DELIMITER.get(known, ' ')
     examples = []
     for i, row in enumerate(rows):
@@ -393,6 +394,7 @@ def read_text(path, name, opt):
             if question is None:
                 continue
             prompt, choices, gold = question
+            check(prompt, Field(str, 1), f"{path}: entry {i}: prompt")
             check(choices, Field(list, 2, 999, of=Field(str)), f"{path}: entry {i}: choices")
         else:
             prompt, choices, gold = row['query'], row['choices'], row['gold']

@@ -71,26 +71,15 @@ class CheckpointLM(LM):
         return found
 
     def loglikelihood(self, requests):
-        found = self.score_pairs([pair_ids(*request.args, self.tokenizer) for request in requests])
-        for request, answer in zip(requests, found):
-            self.cache_hook.add_partial('loglikelihood', request.args, answer)
-        return found
+        return self.score_pairs([pair_ids(*request.args, self.tokenizer) for request in requests])
 
     def loglikelihood_rolling(self, requests):
         """Windows of max_len positions, each token predicted once with as much before it as fits."""
-        pairs, owner = [], []
-        for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(self.tokenizer.encode(request.args[0]), self.tokenizer.eot_id,
-                                                self.opt.max_len, 1)
-            for pair in map(make_disjoint_window, windows):
-                pairs.append(pair)
-                owner.append(i)
-        total = [0.0] * len(requests)
-        for i, (value, _) in zip(owner, self.score_pairs(pairs)):
-            total[i] += value
-        for request, answer in zip(requests, total):
-            self.cache_hook.add_partial('loglikelihood_rolling', request.args, answer)
-        return total
+        each = [[*map(make_disjoint_window, get_rolling_token_windows(
+            self.tokenizer.encode(request.args[0]), self.tokenizer.eot_id, self.opt.max_len, 1))]
+            for request in requests]
+        found = iter(self.score_pairs([pair for pairs in each for pair in pairs]))
+        return [sum(next(found)[0] for _ in pairs) for pairs in each]
 
     def generate_until(self, requests):
         """Greedy; a text ends before the first of its `until`, at max_gen_toks (256) or at end of text."""
@@ -122,7 +111,6 @@ class CheckpointLM(LM):
                 texts[i] = self.tokenizer.decode(new)
                 for stop in filter(None, stops[i]):
                     texts[i] = texts[i].split(stop)[0]
-                self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
         return texts
 
 
