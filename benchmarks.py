@@ -1,6 +1,5 @@
 """
-Benchmark files to Tasks: the official releases as they are, found under a folder. The first lines of evaluate.py say
-which files go where. Nothing here asks a model.
+Benchmark files to Tasks: the official releases as they are, found under a folder (NEEDS). Nothing here asks a model.
 
     for task in find_tasks(opt): ...            # opt: evaluate.default_options(eval_dir='data/eval', tasks='pope,copa')
 
@@ -242,11 +241,15 @@ def read_pope(path, name, opt):
                 variant="text, LLaVA's rule" if by_text else 'first token', extra={'yes_no': metrics})
 
 
+def box_task(name, kind, examples, opt, threshold, split='', **more):
+    """A Task whose answers are boxes. They count the pixels of the image as stored: no EXIF orientation is applied."""
+    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
+    return Task(name, kind, examples, functools.partial(score_box, threshold=threshold), upright=False, n_candidate=100,
+                max_fit=300, variant=f'{split}IoU>={threshold:g}, {opt.box_frame} frame, images as stored', **more)
+
+
 def read_refcoco(path, name, opt):
-    """
-    One split of RefCOCO, RefCOCO+ or RefCOCOg: the model writes a box, right at IoU >= 0.5. The gold boxes count the
-    pixels of the image as stored, so that an EXIF orientation is not applied to it.
-    """
+    """One split of RefCOCO, RefCOCO+ or RefCOCOg: the model writes a box, right at IoU >= 0.5."""
     instances = os.path.join(os.path.dirname(path), 'instances.json')
     images = read_table(instances, 'images', ROWS['refcoco image'], unique='id')
     objects = read_table(instances, 'annotations', ROWS['refcoco object'], unique='id')
@@ -269,10 +272,8 @@ def read_refcoco(path, name, opt):
     if not examples:
         splits = sorted({ref['split'] for ref in refs})
         raise UserError(f"{path}: no ref of split {opt.refcoco_split!r}; it has {splits}")
-    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
-    return Task(name, 'refcoco', examples, score_box, upright=False, n_candidate=100, max_fit=300,
-                variant=f'{opt.refcoco_split}, IoU>=0.5, {opt.box_frame} frame, images as stored',
-                extra={'split': lambda records: opt.refcoco_split})
+    return box_task(name, 'refcoco', examples, opt, 0.5, f'{opt.refcoco_split}, ',
+                    extra={'split': lambda records: opt.refcoco_split})
 
 
 def read_gqa(path, name, opt):
@@ -318,9 +319,7 @@ def read_ocid_ref(path, name, opt):
         clutter = 'minimum' if row['take_id'] <= 9 else 'medium' if row['take_id'] <= 16 else 'maximum'
         examples.append(example_of(row, row['id'], opt.box_prompt.replace('{sent}', row['sentence']), [row['box']],
                                    row['scene_path'], (clutter,), guesses=list(in_image[row['scene_path']])))
-    return Task(name, 'ocid_ref', examples, functools.partial(score_box, threshold=opt.ocid_iou), by_label=True,
-                upright=False, n_candidate=100, max_fit=300,
-                variant=f'IoU>={opt.ocid_iou:g}, {opt.box_frame} frame, images as stored')
+    return box_task(name, 'ocid_ref', examples, opt, opt.ocid_iou, by_label=True)
 
 
 def read_vsr(path, name, opt):
@@ -435,7 +434,7 @@ NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d')
 # task: the files under eval_dir that it needs; the paper's tasks are the first sixteen and VizWiz
 NEEDS = {
     'vqav2': 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/',
-    'pope': 'pope/coco_pope_{random,popular,adversarial}.json, val2014/',
+    'pope': 'pope/coco_pope_{random,popular,adversarial}.json or some of them, val2014/',
     'textvqa': 'textvqa/TextVQA_0.5.1_val.json, train_images/',
     'gqa': 'gqa/testdev_balanced_questions.json, images/',
     'refcoco': 'refcoco/refs(unc).p, instances.json, train2014/',
@@ -491,7 +490,7 @@ def find_tasks(opt, images=True):
     Raises UserError for a folder without any, an unknown name, or the first file or image that is missing or broken.
     """
     if not os.path.isdir(opt.eval_dir):
-        raise UserError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py's first lines say which files go there")
+        raise UserError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py --help says which files go there")
     found = list_tasks(opt.eval_dir)
     names = [name.strip() for name in opt.tasks.split(',') if name.strip()]
     asked, missing = asked_tasks(names, found)
@@ -500,8 +499,7 @@ def find_tasks(opt, images=True):
     if unknown or not asked:
         raise UserError(f"eval_dir={opt.eval_dir}: no {unknown[0] if unknown else 'benchmark'} found; there is "
                         f"{', '.join(sorted(found)) or 'nothing that can be read'}; "
-                        f"{lacking[0] + '; ' if len(lacking) == 1 else ''}evaluate.py's first lines say which files go "
-                        "there")
+                        f"{lacking[0] + '; ' if len(lacking) == 1 else ''}evaluate.py --help says which files go there")
     for line in lacking:
         print(f"not found: {line}")
     tasks = []

@@ -11,19 +11,11 @@ Zero-shot evaluation of a checkpoint on the official benchmark files (paper 2.2,
     python evaluate.py --ckpt=DIR --prompt="Once upon a time"                 # continues the text
 
 eval_dir holds a folder for each benchmark. The files in it say which kind it is; its name stands in the table:
-    vqav2/     v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json; COCO_val2014_%012d.jpg
-    pope/      coco_pope_{random,popular,adversarial}.json (an object a line; any of the three); `image` names the file
-    textvqa/   TextVQA_0.5.1_val.json, {image_id}.jpg; with textvqa_val_v051_ocr.jsonl also the task textvqa_ocr
-    refcoco/   instances.json, refs(unc).p or refs(umd).p; COCO_train2014_%012d.jpg
-    captions/  captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
-    gqa/       testdev_balanced_questions.json; {imageId}.jpg
-    ocid_ref/  val_expressions.json; OCID-dataset/
-    vizwiz/    val.json; its images. It is in no stable score
-    refcoco+/, refcocog/ as refcoco/; vsr/ test.jsonl, tallyqa/ test.json, ai2d/ questions/ only when tasks names them
-    text/      TASK.jsonl, the name is TASK: the rows that lm-evaluation-harness reads (`--tasks=text` names each data
-               set), or one {"query", "choices", "gold"} a line
-Images are .jpg, .jpeg or .png in the folder itself, in images/, val2014/, train2014/, train_images/, train2017/,
-val2017/, val/ or OCID-dataset/ there, or in those folders of eval_dir (COCO is needed once). A question may also carry
+FILES
+    captions: captions/captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
+    your own: text/NAME.jsonl, one {"query", "choices", "gold": index} a line
+vsr, tallyqa and ai2d are asked only when tasks names them. Images are .jpg, .jpeg or .png in the folder itself or in
+one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
 `question_type` (a string or a list of them, each reported apart) and `blind_answers` (what one could guess from the
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.
@@ -49,7 +41,7 @@ from tqdm import tqdm
 
 import checkpoint
 from ask import ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, share
-from benchmarks import READERS, find_tasks, read_table
+from benchmarks import NEEDS, READERS, find_tasks, read_table
 from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, check, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
@@ -59,6 +51,7 @@ from processes import Process, pick_device, setup_process
 from scorers import (RESULT, TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
                      summarise, table)
 
+__doc__ = __doc__.replace('FILES', '\n'.join(f'    {name}: {files}' for name, files in NEEDS.items()))
 __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', 'vqa_accuracy', 'default_options',
            'evaluate_task', 'find_tasks', 'READERS']
 
