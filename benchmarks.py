@@ -13,8 +13,9 @@ import pickle
 import string
 
 from errors import NUMBER, Field, UserError, check, reading
+from files import read_whole
 from metrics import gqa_match, pope_answer, pope_metrics
-from scorers import (TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same, score_box,
+from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same, score_box,
                      subset, unanswerable_metrics, unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
 
@@ -98,6 +99,17 @@ def read_refs(path):
     return check_rows(refs, path, ROWS['refcoco ref'])
 
 
+RESULTS = {'tasks': Field(dict, 1, of=Field(dict, of=RESULT))}
+
+
+def read_results(path, fields=RESULTS):
+    """The content of evaluate.py's results.json, with these fields."""
+    with reading(path, 'a results.json of evaluate.py'):
+        content = json.loads(read_whole(path, 64 << 20))
+        check(content, Field(dict, of=fields), path)
+    return content
+
+
 def check_rows(rows, path, fields, unique=''):
     """`rows` if each has the fields and no two agree in the field `unique`; else UserError."""
     seen = set()
@@ -136,6 +148,15 @@ def example_of(row, id, prompt, answers, image='', labels=(), choices=None, name
 
 # --- images -------------------------------------------------------------------------------------------------------
 
+def image_path(name, folders, endings, there=os.path.isfile):
+    """The first of name + ending that is there in one of the folders or their IMAGE_FOLDERS; '' = none, or elsewhere."""
+    if os.path.isabs(name) or '..' in name.split('/'):       # not among the benchmark's files, whatever it is
+        return ''
+    paths = (os.path.join(folder, sub, name + ending) for folder in folders for sub in IMAGE_FOLDERS
+             for ending in endings)
+    return next(filter(there, paths), '')
+
+
 def find_images(folder, task, max_missing=0):
     """
     Replace the `image` of each example, a file's name without its ending, by the file's path. Where images of at most
@@ -146,31 +167,23 @@ def find_images(folder, task, max_missing=0):
     def names(place):
         return frozenset(os.listdir(place)) if os.path.isdir(place) else frozenset()
 
-    def path_of(stem):
-        inside, name = os.path.split(stem)
-        if os.path.isabs(stem) or '..' in stem.split('/'):   # not among the benchmark's files, whatever it is
-            return ''
-        for base in (folder, os.path.dirname(folder)):
-            for place in (os.path.join(base, sub, inside) for sub in IMAGE_FOLDERS):
-                for ending in IMAGE_ENDINGS:
-                    if name + ending in names(place):
-                        return os.path.join(place, name + ending)
-        return ''
-    stems = dict.fromkeys(e.image for e in task.examples if e.image)
-    paths = {'': ''} | {stem: path_of(stem) for stem in stems}
-    missing = [stem for stem in stems if not paths[stem]]
+    def there(path):
+        return os.path.basename(path) in names(os.path.dirname(path))
+    paths = {e.image: image_path(e.image, (folder, os.path.dirname(folder)), IMAGE_ENDINGS, there)
+             for e in task.examples if e.image}
+    missing = [stem for stem, path in paths.items() if not path]
     task.skipped = [e.id for e in task.examples if e.image and not paths[e.image]]
     if len(task.skipped) > max_missing:
-        raise UserError(f"{folder}: {len(missing)} of {len(stems)} images missing, first {missing[0][:99]}.jpg; "
+        raise UserError(f"{folder}: {len(missing)} of {len(paths)} images missing, first {missing[0][:99]}.jpg; "
                         f"expected there or in {os.path.dirname(folder)}, or in the folders "
                         f"{', '.join(IMAGE_FOLDERS[1:])} of either, or max_bad_samples={len(task.skipped)} to leave "
                         "their questions out")
     if missing:
         print(f"!!! {task.name}: {len(task.skipped)} questions left out, {len(missing)} images missing, first "
               f"{missing[0][:99]}.jpg in {folder}")
-        task.examples = [e for e in task.examples if paths[e.image] or not e.image]
+        task.examples = [e for e in task.examples if not e.image or paths[e.image]]
     for example in task.examples:
-        example.image = paths[example.image]
+        example.image = paths.get(example.image, '')
 
 
 # --- benchmarks: each function gets the first file of a benchmark, the task's name and the options ------------------

@@ -41,14 +41,14 @@ from tqdm import tqdm
 
 import checkpoint
 from ask import ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, share
-from benchmarks import NEEDS, READERS, find_tasks, read_table
+from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
 from configurator import config_keys, configure
-from errors import NUMBER, Field, UserError, check, leave, printable, reading, user_error_hook, world_size
+from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
 from instruct import caption_prompt, instruct_prompt
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
-from scorers import (RESULT, TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
+from scorers import (TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
                      summarise, table)
 
 __doc__ = __doc__.replace('FILES', '\n'.join(f'    {name}: {files}' for name, files in NEEDS.items()))
@@ -169,10 +169,9 @@ def earlier_results(path, content):
     if not os.path.exists(path):
         return {}
     try:
-        with reading(path, 'results'), open(path, encoding='utf-8') as f:
-            before = json.load(f)
-            old, tasks = settings_of(before), before['tasks']
-            check(tasks, Field(dict, of=Field(dict, of=RESULT)), path)
+        with reading(path, 'results'):
+            before = read_results(path)
+            old = settings_of(before)
     except UserError as e:
         print(f"!!! {printable(str(e))} and is replaced")
         return {}
@@ -180,7 +179,7 @@ def earlier_results(path, content):
     changed = [key for key in new if key not in old or old[key] != new[key]]
     if changed:
         print(f"!!! {path} was made with another {changed[0]} and is replaced: give --out_dir to keep both")
-    return {} if changed else tasks
+    return {} if changed else before['tasks']
 
 
 def write_results(out, content, asked, opt):
@@ -262,15 +261,12 @@ def answer(opt):
     elif opt.prompt:
         print(reply(opt.prompt))
     else:
-        tuned, terminal = meta['stage'] == 'finetune', sys.stdin.isatty()
-        if not (tuned and terminal):
-            caption = write(caption_prompt(n_token, tokenizer))
-            if caption.strip() or not tuned:
-                print(caption)
-        if terminal:
+        if meta['stage'] != 'finetune':
+            print(write(caption_prompt(n_token, tokenizer)))
+        if sys.stdin.isatty():
             print(f"ask about {opt.image}; an empty line ends")
             converse(reply)
-        elif tuned:
+        elif meta['stage'] == 'finetune':
             print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
 
 
@@ -352,7 +348,6 @@ def score(opt, name, path):
 
 USES = {'score': 'score TASK predictions.jsonl, then config files and keys such as --eval_dir=data/eval',
         'compare': 'compare A B: two results.json, or folders that hold them, or checkpoints'}
-COMPARED = {'kind': Field(str), 'variant': Field(str)}         # of a task in results.json
 RECORD = {'id': Field(str), 'score': Field(NUMBER, 0, 1), 'types': Field(list, of=Field(str))}
 
 
@@ -362,12 +357,9 @@ def compare(a, b):
     paired bootstrap over the questions. a, b: results.json, its folder, or a checkpoint with eval/results.json.
     Returns {task: paired_bootstrap's dict}.
     """
-    folders, tasks, found = [Path(p).parent if Path(p).is_file() else Path(p) for p in (a, b)], [], {}
+    folders, found = [Path(p).parent if Path(p).is_file() else Path(p) for p in (a, b)], {}
     folders = [f / 'eval' if (f / 'eval' / 'results.json').is_file() else f for f in folders]
-    for folder in folders:
-        with reading(folder / 'results.json', 'results'), open(folder / 'results.json', encoding='utf-8') as f:
-            tasks.append(json.load(f)['tasks'])
-            check(tasks[-1], Field(dict, of=Field(dict, of=COMPARED)), folder / 'results.json')
+    tasks = [read_results(folder / 'results.json')['tasks'] for folder in folders]
     for i, (one, other) in enumerate((tasks, tasks[::-1])):
         if only := sorted(set(one) - set(other)):
             print(f"only in {folders[i]}: {', '.join(only)}")

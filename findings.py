@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import read_results
 from errors import reading
 from files import write_whole
 from page import link, page, picture, table, tag
@@ -136,15 +137,6 @@ def seeds_needed(differences, n_test):
 
 # --- what the runs left -----------------------------------------------------------------------------------------------
 
-def score_of(results, task):
-    """The score 0..1 of a task, or of 'task/type'; None where the checkpoint was not asked."""
-    name, _, part = task.partition('/')
-    entry = results['tasks'].get(name)
-    if entry is not None and part:
-        entry = entry['types'].get(part)
-    return entry and (entry['score'], (entry['high'] - entry['low']) / (2 * 1.96))
-
-
 def score_names(settings):
     """The names of all scores of a study, the two stable scores first."""
     tasks = (*settings['vision_tasks'], *settings['text_tasks'])
@@ -152,12 +144,14 @@ def score_names(settings):
                                settings['vision_example'], settings['text_example']]))
 
 
-def scores(results, settings):
+def scores(tasks, settings):
     """
-    {one of score_names: (score, its standard error from the questions)}, of those that are there; a stable score when
-    all of its tasks are.
+    {one of score_names: (score 0..1, its standard error from the questions)}, of those that the `tasks` of a
+    results.json have, 'task/type' for a type of question; a stable score when all of its tasks are there.
     """
-    found = {name: score for name in score_names(settings)[2:] if (score := score_of(results, name))}
+    entries = tasks | {f'{name}/{label}': part for name, task in tasks.items() for label, part in task['types'].items()}
+    found = {name: (entry['score'], (entry['high'] - entry['low']) / (2 * 1.96))
+             for name in score_names(settings)[2:] if (entry := entries.get(name))}
     for title in BOTH:
         tasks = settings[f'{title}_tasks']
         if tasks and found.keys() >= dict(tasks).keys():
@@ -184,7 +178,7 @@ class Cells:
         paths = [self.study.results(cell, seed, order, step) for order in range(self.study.settings['n_order'])]
         if not all(map(os.path.exists, paths)):
             return {}
-        each = [scores(read_json(path, 'a results.json of evaluate.py'), self.study.settings) for path in paths]
+        each = [scores(read_results(path)['tasks'], self.study.settings) for path in paths]
         # the questions are the same in every order, so their error does not shrink with the number of orders
         return {name: tuple(np.mean([one[name] for one in each], axis=0).tolist())
                 for name in each[0] if all(name in one for one in each)}

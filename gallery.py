@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import zip_longest
 from random import Random
 
-from benchmarks import IMAGE_ENDINGS, IMAGE_FOLDERS
+from benchmarks import IMAGE_ENDINGS, image_path
 from errors import NUMBER, Field, UserError, check, reading
 from files import regular
 from metrics import box_iou, parse_box
@@ -59,15 +59,11 @@ def sample_records(path, name):
 def find_image(name, task, was, now):
     """
     The path of a record's image, or ''. What a record has is a path under the eval_dir that `was`, or the benchmark's
-    own name; it is looked for in the folders of benchmarks.find_images under the eval_dir that is `now`, nowhere else.
+    own name; it is looked for in the folders of benchmarks.image_path under the eval_dir that is `now`, nowhere else.
     """
     inside = os.path.relpath(name, was or '.')
-    name = name if inside.startswith('..') else inside
-    if os.path.isabs(name) or '..' in name.split('/'):
-        return ''
-    places = [os.path.join(now, folder, sub, name + ending) for folder in ('', task.removesuffix('_ocr'))
-              for sub in IMAGE_FOLDERS for ending in ('', *IMAGE_ENDINGS)]
-    return next((path for path in places if os.path.isfile(path)), '')
+    return image_path(name if inside.startswith('..') else inside, (now, os.path.join(now, task.removesuffix('_ocr'))),
+                      ('', *IMAGE_ENDINGS))
 
 
 def thumbnail(path, boxes, frame):

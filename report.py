@@ -20,11 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import NUMBER, Field, UserError, check, reading, user_error_hook
-from files import read_whole, write_whole
+from benchmarks import RESULTS, read_results
+from errors import NUMBER, Field, UserError, reading, user_error_hook
+from files import write_whole
 from gallery import STATES, TEXTS, cards, cut
 from page import filters, fold, page, picture, table, tag
-from scorers import PART, RESULT, TABLE_NOTES
+from scorers import PART, TABLE_NOTES
 
 # Okabe and Ito's colours, apart for every kind of colour vision; the line styles tell them apart in grey print, too
 STYLES = (('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#56B4E9', '-'), ('#E69F00', '--'))
@@ -48,10 +49,8 @@ def read_scores(folder, title):
     for ckpt in sorted(name for name in os.listdir(folder) if re.fullmatch(r'ckpt_\d{3}', name)):
         path = os.path.join(folder, ckpt, 'eval', 'results.json')
         if os.path.exists(path):
-            with reading(path, 'a results.json of evaluate.py'), open(path, encoding='utf-8') as f:
-                scores = {name: (100 * float(task['score']), int(task['n']))
-                          for name, task in json.load(f)['tasks'].items()}
-            columns.append((f'{title}/{ckpt[5:]}', scores))
+            tasks = read_results(path)['tasks']
+            columns.append((f'{title}/{ckpt[5:]}', {name: (100 * t['score'], t['n']) for name, t in tasks.items()}))
     return columns
 
 
@@ -175,10 +174,8 @@ def curves(folders, path):
 
 # --- the page of a checkpoint -------------------------------------------------------------------------------------
 
-MAX_RESULTS_BYTES = 64 << 20
 STABLE = Field(dict, of={'score': Field(NUMBER), 'tasks': TEXTS, 'missing': TEXTS})
-CONTENT = {'tasks': Field(dict, 1, of=Field(dict, of=RESULT)), 'config': Field(dict), 'ckpt': Field(str),
-           'meta': Field(dict), 'stable': Field(dict, of=STABLE)}
+CONTENT = {**RESULTS, 'config': Field(dict), 'ckpt': Field(str), 'meta': Field(dict), 'stable': Field(dict, of=STABLE)}
 HEAD = ['', '0 to 100', 'score', '95 % interval', 'n', 'chance', 'blind']
 LEGEND = ('dot: score; blue bar: its 95 % interval; orange tick: chance; diamond: blind; cut: answers that '
           'max_new_tokens ended; skipped: questions without an image that can be read')
@@ -257,9 +254,7 @@ def results_page(path, eval_dir=''):
     Raises UserError for a results.json or predictions that are not evaluate.py's, or a page that cannot be written.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    with reading(path, 'a results.json of evaluate.py'):
-        content = json.loads(read_whole(path, MAX_RESULTS_BYTES))
-        check(content, Field(dict, of=CONTENT), path)
+    content = read_results(path, CONTENT)
     tasks, frame, was = content['tasks'], content['config'].get('box_frame'), str(content['config'].get('eval_dir', ''))
     galleries, types = [], set()
     for i, (name, result) in enumerate(tqdm(tasks.items(), desc='gallery', leave=False, disable=None)):

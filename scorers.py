@@ -108,14 +108,10 @@ def uniform_baseline(test, score, partial=False, n_draw=100):
     known = defaultdict(set)
     for kind, answers in test:
         known[kind].update(answers)
-    if partial:
-        pools = {kind: sorted(answers) for kind, answers in known.items()}
-        rng, total = Random(21), 0.0
-        for kind, answers in test:
-            drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind])))
-            total += sum(score(guess, answers) for guess in drawn) / len(drawn)
-        return total / max(len(test), 1)
-    total = sum(sum(score(a, answers) for a in set(answers)) / len(known[kind]) for kind, answers in test)
+    pools, rng, total = {kind: sorted(answers) for kind, answers in known.items()}, Random(21), 0.0
+    for kind, answers in test:
+        drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind]))) if partial else set(answers)
+        total += sum(score(guess, answers) for guess in drawn) / len(drawn if partial else pools[kind])
     return total / max(len(test), 1)
 
 
@@ -367,18 +363,14 @@ def score_predictions(task, rows):
              the text of one of them, whatever its case; another text is malformed and scores 0, as an empty one does
     Raises UserError for an id that is missing, there twice, or no question's.
     """
-    given = {}
-    for row in rows:
-        if str(row['id']) in given:
-            raise UserError(f"the id {row['id']!r} is there twice; expected one prediction for each question")
-        given[str(row['id'])] = row['prediction']
-    ids = [e.id for e in task.examples]
-    missing, unknown = [i for i in ids if i not in given], sorted(set(given) - set(ids))
-    if missing or unknown:
-        what, names = ('are missing', missing) if missing else ('are of no question', unknown)
-        raise UserError(f"{len(names)} ids {what}, first {names[0]!r}; expected the {len(ids)} ids of {task.name}, "
-                        f"such as {ids[0]!r}")
-    predictions = [given[i].strip() for i in ids]
+    given, ids = {str(row['id']): row['prediction'].strip() for row in rows}, [e.id for e in task.examples]
+    count = Counter(str(row['id']) for row in rows)
+    for what, names in (('there twice', [i for i in count if count[i] > 1]), ('missing', [i for i in ids if i not in count]),
+                        ('of no question', sorted(set(count) - set(ids)))):
+        if names:
+            raise UserError(f"{len(names)} ids are {what}, first {names[0]!r}; expected the {len(ids)} ids of "
+                            f"{task.name}, such as {ids[0]!r}")
+    predictions = [given[i] for i in ids]
     if task.examples[0].choices:
         known = [[choice.strip().lower() for choice in e.choices] for e in task.examples]
         picked = [names.index(p.lower()) if p.lower() in names else None for names, p in zip(known, predictions)]

@@ -645,7 +645,7 @@ def test_predictions_of_another_model_are_scored_as_ours(eval_dir):
 
 @pytest.mark.parametrize('change, message', [
     (lambda rows: rows[1:], "1 ids are missing, first '7000'; expected the 9 ids of vqav2, such as '7000'"),
-    (lambda rows: rows + rows[:1], 'the id 7000 is there twice'),
+    (lambda rows: rows + rows[:1], "1 ids are there twice, first '7000'"),
     (lambda rows: rows + [{'id': 'x', 'prediction': 'a'}], "1 ids are of no question, first 'x'; expected")])
 def test_predictions_need_every_id_once(eval_dir, change, message):
     (task,) = find_tasks(options(eval_dir, tasks='vqav2'))

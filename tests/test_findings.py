@@ -84,7 +84,8 @@ else:
 
 
 def entry(score):
-    return dict(score=score, low=score - 0.0196, high=score + 0.0196)       # a standard error of 0.01
+    return dict(score=score, low=score - 0.0196, high=score + 0.0196,       # a standard error of 0.01
+                n=9, chance=0.0, constant=0.0, types={}, kind='', variant='', malformed=0)
 
 
 def put(made, cell, seed, order, pope=0.6, new=0.3, reading=0.5, words=0.9, step=0):

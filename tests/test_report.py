@@ -24,7 +24,9 @@ def make_run(folder, scores, sources=('text',), n_step=30, torn=False):
     for ckpt, tasks in scores.items():
         path = Path(folder, ckpt, 'eval', 'results.json')
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({'tasks': {task: {'score': s, 'n': n} for task, (s, n) in tasks.items()}}))
+        path.write_text(json.dumps({'tasks': {task: dict(
+            score=s, n=n, low=s, high=s, chance=0.0, constant=0.0, types={}, kind='', variant='', malformed=0)
+            for task, (s, n) in tasks.items()}}))
     lines = [{'step': i, 'loss': 8 / i, 'lr': 1e-3 / i, 'grad_norm': 9 / i,
               'sources': {name: {'loss': 8 / i if i % 2 else None} for name in sources}} for i in range(1, n_step + 1)]
     lines += [{'step': n_step, 'val_text_loss': 1.5, 'val_caption_loss': 2.5}]
