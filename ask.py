@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from errors import Field, UserError, check, reading
+from errors import UserError, reading
 from images import RESIZE, open_image
 from instruct import caption_prompt, instruct_prompt
 
@@ -185,43 +185,39 @@ def choose_each(model, tokenizer, task, opt, groups, feed):
 
 # --- a journal: an evaluation that was killed goes on -------------------------------------------------------------
 
-ANSWER = {True: {'nats': Field(list, of=Field(float)), 'n_token': Field(list, of=Field(int, 1))},     # with choices
-          False: {'text': Field(str), 'cut': Field(bool)}}
+def question_keys(task, settings):
+    """What the answer to each question of a task depends on, as a hash; settings: any JSON value, part of it."""
+    start = hashlib.sha256(json.dumps([settings, task.layout, task.delimiter]).encode())
+    keys = []
+    for e in task.examples:
+        key = start.copy()
+        key.update(json.dumps([e.prompt, e.image, e.choices]).encode())
+        keys.append(key.hexdigest()[:24])
+    return keys
 
 
-def journal_files(folder, task, settings=''):
-    """
-    The files under `folder` that hold answers to the questions of a task under some settings, and the start of a name
-    for another. settings: any JSON value that answers depend on; '' = under any settings.
-    """
-    asked = [[e.prompt, e.image, e.choices] for e in task.examples]
-    key = hashlib.sha256(json.dumps([settings, task.layout, task.delimiter, asked]).encode()).hexdigest()[:16]
-    start = os.path.join(folder, f'{task.name}.{key}' if settings else task.name)
-    return sorted(glob.glob(glob.escape(start) + '.*jsonl')), start
+def journal_files(folder, task):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f'{glob.escape(task.name)}.*jsonl')))
 
 
-def journal_read(files, task):
-    """The answers {n: answer} of journals; what a kill has torn is passed over."""
+def journal_read(files):
+    """{one of question_keys: answer} of journals; what a kill has torn is passed over."""
     answers = {}
     for path in files:
         with reading(path, 'a journal'), open(path, encoding='utf-8', errors='replace') as f:
             for line in f:
-                with contextlib.suppress(ValueError, RecursionError):        # UserError is a ValueError
-                    n, answer = json.loads(line)
-                    check(n, Field(int, 0, len(task.examples) - 1), path)
-                    choices = task.examples[n].choices
-                    check(answer, Field(dict, of=ANSWER[choices is not None]), path)
-                    if choices is None or len(choices) == len(answer['nats']) == len(answer['n_token']):
-                        answers[n] = answer
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    key, answer = json.loads(line)
+                    answers[str(key)] = answer
     return answers
 
 
 @contextlib.contextmanager
 def journal_open(path):
-    """Gives write(n, answer), which appends a line to the journal; a kill leaves the lines before it."""
+    """Gives write(key, answer), which appends a line to the journal; a kill leaves the lines before it."""
     with reading(path, 'a journal'):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, 'a', encoding='utf-8', buffering=1)
     with file:
         file.write('\n')                                     # ends a line that a kill has torn
-        yield lambda n, answer: file.write(json.dumps([n, answer]) + '\n')
+        yield lambda key, answer: file.write(json.dumps([key, answer]) + '\n')

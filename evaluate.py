@@ -40,7 +40,8 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from ask import ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, share
+from ask import (ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, question_keys,
+                 share)
 from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
 from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
@@ -119,18 +120,18 @@ def evaluate_task(model, tokenizer, task, opt, process=ALONE, journal='', settin
              settings (any JSON value) is not asked again
     """
     start, groups = time.perf_counter(), share(task, process.rank, process.world_size)
-    files, journal = journal_files(journal, task, settings) if journal else ([], '')
-    before = journal_read(files, task)
-    answers = {n: before[n] for group in groups for n in group if n in before}
+    keys, before = question_keys(task, settings), journal_read(journal_files(journal, task)) if journal else {}
+    answers = {n: before[keys[n]] for group in groups for n in group if keys[n] in before}
     unasked = [left for group in groups if (left := [n for n in group if n not in answers])]
     if bar is not None:
         bar.update(len(answers) * process.world_size)
     try:
-        with journal_open(f'{journal}.{process.rank}.jsonl') if journal else contextlib.nullcontext() as write:
+        path = os.path.join(journal, f'{task.name}.{process.rank}.jsonl')
+        with journal_open(path) if journal else contextlib.nullcontext() as write:
             for n, answer in ask(model, tokenizer, task, opt, unasked):
                 answers[n] = answer
                 if write and 'unreadable' not in answer:
-                    write(n, answer)
+                    write(keys[n], answer)
                 if bar is not None:
                     bar.update(process.world_size)
     except torch.OutOfMemoryError as e:
@@ -316,7 +317,7 @@ def run(opt):
                 write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
     if process.master:
         write_results(out, content, asked, opt)
-        for file in (file for task in tasks for file in journal_files(journal, task)[0]):
+        for file in (file for task in tasks for file in journal_files(journal, task)):
             with contextlib.suppress(OSError):
                 os.remove(file)
         with contextlib.suppress(OSError):                   # another evaluation's answers may be there

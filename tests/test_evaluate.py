@@ -297,13 +297,13 @@ plain, left = ask.journal_open, [{at}]
 @contextlib.contextmanager
 def journal_open(path):
     with plain(path) as write:
-        def torn(n, answer):
+        def torn(key, answer):
             left[0] -= 1
             if left[0] == 0:
                 with open(path, 'a') as f:
-                    f.write('[%d, {{"te' % n)
+                    f.write('["%s", {{"te' % key)
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(n, answer)
+            write(key, answer)
         yield torn
     print('written', -left[0])
 ask.journal_open = journal_open
