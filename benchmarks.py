@@ -15,8 +15,8 @@ import string
 from errors import NUMBER, Field, UserError, check, reading
 from files import read_whole
 from metrics import gqa_match, pope_answer, pope_metrics
-from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same, score_box,
-                     subset, unanswerable_metrics, unit_box, vqa_task)
+from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same,
+                     score_box, subset, unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
 
 IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset')
@@ -149,7 +149,7 @@ def example_of(row, id, prompt, answers, image='', labels=(), choices=None, name
 # --- images -------------------------------------------------------------------------------------------------------
 
 def image_path(name, folders, endings, there=os.path.isfile):
-    """The first of name + ending that is there in one of the folders or their IMAGE_FOLDERS; '' = none, or elsewhere."""
+    """The first name + ending that is there in one of the folders or their IMAGE_FOLDERS; '' = none, or elsewhere."""
     if os.path.isabs(name) or '..' in name.split('/'):       # not among the benchmark's files, whatever it is
         return ''
     paths = (os.path.join(folder, sub, name + ending) for folder in folders for sub in IMAGE_FOLDERS
@@ -312,9 +312,7 @@ def read_vizwiz(path, name, opt):
         answers = [answer['answer'] for answer in row['answers']]
         examples.append(example_of(row, i, row['question'] + VIZWIZ_HINT + opt.short_suffix, answers, row['image'],
                                    (label,)))
-    task = vqa_task(name, 'vizwiz', examples, 'vizwiz', ('official', 'vlm-eval'))
-    task.extra['unanswerable'] = unanswerable_metrics
-    return task
+    return vqa_task(name, 'vizwiz', examples, 'vizwiz', ('official', 'vlm-eval'))
 
 
 def read_ocid_ref(path, name, opt):

@@ -14,8 +14,7 @@ from random import Random
 import numpy as np
 
 from errors import NUMBER, Field, UserError
-from metrics import (box_iou, clean_punctuation, clean_space, clean_words, letterbox_box, normalize_caption, parse_box,
-                     phrase_f1, pope_metrics, vqa_accuracy)
+from metrics import box_iou, letterbox_box, normalize_caption, parse_box, phrase_f1, vqa_accuracy
 
 # --- intervals ----------------------------------------------------------------------------------------------------
 
@@ -228,19 +227,6 @@ def vqa_task(name, kind, examples, variant, others=()):
     return Task(name, kind, examples, functools.partial(vqa_accuracy, variant=variant), variant=variant, extra=extra)
 
 
-def unanswerable_metrics(records):
-    """
-    VizWiz's second task, to say that a question cannot be answered: pope_metrics and the average precision of
-    'unanswerable', which vlm-evaluation computes of the written word alone, without a probability.
-    """
-    def said(text):
-        return 'yes' if clean_words(clean_punctuation(clean_space(text or '')), vizwiz=True) == 'unanswerable' else 'no'
-    right = ['yes' if 'unanswerable' in r['types'] else 'no' for r in records]
-    result = pope_metrics([said(r['prediction']) for r in records], right)
-    share = right.count('yes') / max(len(right), 1)
-    return result | {'average_precision': result['recall'] * result['precision'] + (1 - result['recall']) * share}
-
-
 def caption_task(name, examples):
     """
     A Task scored by phrase_f1. Beside it stands exact_match: the share of captions that equal one of the image's
@@ -365,7 +351,8 @@ def score_predictions(task, rows):
     """
     given, ids = {str(row['id']): row['prediction'].strip() for row in rows}, [e.id for e in task.examples]
     count = Counter(str(row['id']) for row in rows)
-    for what, names in (('there twice', [i for i in count if count[i] > 1]), ('missing', [i for i in ids if i not in count]),
+    for what, names in (('there twice', [i for i in count if count[i] > 1]),
+                        ('missing', [i for i in ids if i not in count]),
                         ('of no question', sorted(set(count) - set(ids)))):
         if names:
             raise UserError(f"{len(names)} ids are {what}, first {names[0]!r}; expected the {len(ids)} ids of "
