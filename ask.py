@@ -94,7 +94,7 @@ def prefilled(model, task, opt, groups, unreadable):
     with ThreadPoolExecutor(max(1, opt.n_worker)) as pool:
         def load(batch):
             paths = [task.examples[group[0]].image for group in batch]
-            return [path and pool.submit(load_image, path, model.encoder.image_size, opt.resize, task.upright)
+            return [path and pool.submit(load_image, path, model.encoder.image_size, opt.resize, not task.boxes)
                     for path in paths]
         ahead = load(batches[0])
         for batch, following in zip(batches, [*batches[1:], []]):

@@ -250,15 +250,13 @@ def read_pope(path, name, opt):
 
     def by_llava(prediction, answers):
         return float(pope_answer(prediction) == answers[0])
-    return Task(name, 'pope', examples, by_llava if by_text else same, by_label=True, split_mean=True,
+    return Task(name, 'pope', examples, by_llava if by_text else same, by_label=True,
                 variant="text, LLaVA's rule" if by_text else 'first token', extra={'yes_no': metrics})
 
 
 def box_task(name, kind, examples, opt, threshold, split='', **more):
-    """A Task whose answers are boxes. They count the pixels of the image as stored: no EXIF orientation is applied."""
-    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
-    return Task(name, kind, examples, functools.partial(score_box, threshold=threshold), upright=False, n_candidate=100,
-                max_fit=300, variant=f'{split}IoU>={threshold:g}, {opt.box_frame} frame, images as stored', **more)
+    return Task(name, kind, examples, functools.partial(score_box, threshold=threshold), boxes=True,
+                variant=f'{split}IoU>={threshold:g}, {opt.box_frame} frame, images as stored', **more)
 
 
 def read_refcoco(path, name, opt):

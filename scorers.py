@@ -22,9 +22,7 @@ Z95 = 1.959963984540054
 
 
 def wilson_interval(share, n):
-    """95 % Wilson interval of a share of n yes/no outcomes, as (low, high) in 0..1; n = 0 gives (0, 1)."""
-    if n == 0:
-        return 0.0, 1.0
+    """95 % Wilson interval of a share of n yes/no outcomes, as (low, high) in 0..1."""
     z2 = Z95 ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -35,15 +33,12 @@ def wilson_interval(share, n):
 def mean_interval(scores):
     """
     95 % interval of a mean of scores in 0..1: Wilson when all are 0 or 1 or all alike, else normal with the sample's
-    deviation.
-    Questions count as independent; several questions on one image make the true interval somewhat wider.
+    deviation. Questions count as independent; several on one image make the true interval somewhat wider.
     """
-    n = len(scores)
+    n, mean = len(scores), sum(scores) / len(scores)
     if all(s in (0, 1) for s in scores) or len(set(scores)) == 1:
-        return wilson_interval(sum(scores) / max(n, 1), n)
-    mean = sum(scores) / n
-    deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / max(n - 1, 1))
-    half = Z95 * deviation / math.sqrt(n)
+        return wilson_interval(mean, n)
+    half = Z95 * math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1)) / math.sqrt(n)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -76,8 +71,7 @@ def paired_bootstrap(a, b, seed=21, n_draw=10_000, strata=None):
 
 def constant_baseline(test, score, n_candidate=20, max_fit=1000):
     """
-    What the best constant answer per question type scores: a guesser that never looks at the image. It is chosen on
-    the test questions themselves, so this is an upper bound.
+    What the best constant answer per question type scores, chosen on the test questions themselves: an upper bound.
     test         list of (type, answers)
     score        score(candidate, answers) -> 0..1
     returns      (mean score on test, {type: constant}); the n_candidate most common answers of a type are tried on up
@@ -88,10 +82,7 @@ def constant_baseline(test, score, n_candidate=20, max_fit=1000):
         groups[kind].append(tuple(answers))
     for kind, rows in groups.items():
         fit = Counter(rows if len(rows) <= max_fit else Random(21).sample(rows, max_fit)).items()   # many are alike
-        common = Counter()
-        for answers, n in fit:
-            for answer in answers:
-                common[answer] += n
+        common = Counter(answer for answers, n in fit for answer in answers * n)
         best[kind] = max((answer for answer, _ in common.most_common(n_candidate)), default='',
                          key=lambda c: sum(n * score(c, answers) for answers, n in fit))
         total += sum(n * score(best[kind], answers) for answers, n in Counter(rows).items())
@@ -172,12 +163,9 @@ class Task:
     norm: str = 'acc'                           # how choices are compared: see `choose`
     delimiter: str = None                       # 'text': what stands between prompt and choice, which are tokenised as
                                                 # one text (lm-eval); None = apart, the choice behind a space (DCLM)
-    upright: bool = True                        # turn images as their EXIF says; False = as stored
-    n_candidate: int = 20                       # how many constant answers are tried per type of question,
-    max_fit: int = 1000                         # and on how many questions
-    partial: bool = False                       # a wrong answer can earn a part of the score
-    by_label: bool = False                      # n_example counts the questions of each first label apart,
-    split_mean: bool = False                    # and the score is the mean over these labels (POPE)
+    boxes: bool = False                         # answers are boxes, which count the pixels of images as stored: these
+                                                # are not turned as their EXIF says
+    by_label: bool = False                      # n_example counts the questions of each first label apart
     skipped: list = field(default_factory=list)  # ids of questions left out, their images being missing
     variant: str = ''                           # which published scoring rule
     extra: dict = field(default_factory=dict)   # name -> function(records) for results.json
@@ -235,7 +223,7 @@ def caption_task(name, examples):
     def exact_match(records):
         right = [normalize_caption(r['prediction']) in map(normalize_caption, r['answers']) for r in records]
         return sum(right) / max(len(right), 1)
-    return Task(name, 'captions', examples, phrase_f1, layout='caption', partial=True,
+    return Task(name, 'captions', examples, phrase_f1, layout='caption',
                 variant='F1 of the phrases between full stops', extra={'exact_match': exact_match})
 
 
@@ -277,11 +265,12 @@ def blind_baselines(task, examples):
     def score(prediction, answers):
         return scored(task, prediction, answers) or 0.0
     test = [(e.types, e.answers) for e in examples]
-    constant, answers = constant_baseline(test, score, task.n_candidate, task.max_fit)
+    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
+    constant, answers = constant_baseline(test, score, *((100, 300) if task.boxes else ()))
     if examples[0].choices:
         chance = sum(len(set(e.answers)) / len(e.choices) for e in examples) / len(test)
     else:
-        chance = uniform_baseline(test, score, task.partial)
+        chance = uniform_baseline(test, score, partial=task.layout == 'caption')
     attribute = None
     if any(e.guesses for e in examples):
         total = 0.0
@@ -328,7 +317,7 @@ def summarise(task, predictions, nats=None, n_token=None):
         return {'n': len(chosen), 'score': sum(chosen) / len(chosen), 'low': low, 'high': high, **blind}, constants
     result, constants = part(range(len(values)))
     result['types'] = {label: part(rows)[0] for label, rows in sorted(labels.items())}
-    if task.split_mean:                                      # POPE: the unweighted mean of its splits
+    if task.kind == 'pope':                                  # the unweighted mean of its splits
         splits = {e.types[0] for e in task.examples}
         result['score'] = sum(result['types'][split]['score'] for split in splits) / len(splits)
         result['low'], result['high'] = wilson_interval(result['score'], len(values))
