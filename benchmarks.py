@@ -28,7 +28,7 @@ IMAGE_ENDINGS = ('.jpg', '.png', '.jpeg')
 ID = Field((int, str))
 TEXT = Field(str, 1, 20_000)
 TEN = Field(list, 10, 10, of=Field(dict, of={'answer': Field(str)}))      # annotators, for whom the scores are defined
-FREE = {                        # what any row of any benchmark may have: see example_of
+FREE = {                        # any row: labels by which it is also reported; what "blind" is, in no official file
     'question_type': Field((str, list), optional=True), 'blind_answers': Field(list, of=Field(str), optional=True)}
 ROWS = {                        # what the rows of each official file have
     'vqav2 question': {'question_id': ID, 'question': TEXT},
@@ -130,10 +130,7 @@ def check_known(rows, path, field, known, other):
 
 def example_of(row, id, prompt, answers, image='', labels=(), choices=None, names=None, guesses=None):
     """
-    The Example of a row, with two fields that any row of any benchmark may have:
-    question_type   a label or a list of labels; questions are also reported by label. VQAv2's files have it
-    blind_answers   a list of answers that somebody could give who sees the image, but not what is asked about it: what
-                    "blind" in the table can be. No official file has it
+    The Example of a row, with the two fields that any row of any benchmark may have: FREE.
     image    a file's name, whose ending does not matter
     labels   stand before the row's own
     names    of the choices in the row, where they differ from `choices`
@@ -159,9 +156,8 @@ def image_path(name, folders, endings, there=os.path.isfile):
 
 def find_images(folder, task, max_missing=0):
     """
-    Replace the `image` of each example, a file's name without its ending, by the file's path. Where images of at most
-    max_missing examples are missing, these examples are left out: their ids are task.skipped.
-    Raises UserError that says how many are missing, and the first of them.
+    Replace the `image` of each example, a file's name without its ending, by the file's path. At most max_missing
+    examples without one are left out, into task.skipped; else UserError says how many they are, and the first.
     """
     @functools.cache
     def names(place):
@@ -222,10 +218,7 @@ def read_textvqa(path, name, opt):
 
 
 def read_pope(path, name, opt):
-    """
-    POPE: the more probable of two first tokens is the answer, or with opt.pope_by = 'text' LLaVA's reading of the whole
-    answer; the mean accuracy of the splits that are there.
-    """
+    """POPE: the mean accuracy of the splits that are there; the answer is by opt.pope_by."""
     words = [word.lower() for word in opt.pope_words if isinstance(word, str)]
     if len(opt.pope_words) != 2 or len(set(words)) != 2:
         raise UserError(f"pope_words={opt.pope_words}: expected two different words, the one for yes first")
@@ -382,8 +375,8 @@ def read_captions(path, name, opt):
 
 def read_text(path, name, opt):
     """
-    Multiple choice, zero-shot: which choice goes on best after the prompt? The rows are what lm-evaluation-harness
-    reads, or {"query", "choices", "gold": index or list of indices}: AGIEval's there, DCLM's, one's own.
+    Which choice goes on best after the prompt? The rows are what lm-evaluation-harness reads (textbench.py), or
+    {"query", "choices", "gold": index or list of indices}: AGIEval's there, DCLM's, one's own.
     """
     known = TEXT_ALIAS.get(name, name)
     dclm = opt.text_variant == 'dclm'

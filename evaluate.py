@@ -20,11 +20,9 @@ one of those named above, there or in eval_dir (COCO is needed once). A question
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.
 
-out_dir gets table.txt, results.json (each task with its score, n, interval, baselines and how many answers were
-malformed, empty or cut short, how many questions skipped for want of an image) and predictions/TASK.jsonl, a question
-a line: id, prompt, image (its path), prediction, answers, score, malformed, types; with choices also choices and,
-for each, nats (-ln of its probability) and n_token. Until all is done, journal/ holds the answers so far: the same
-command goes on after them.
+out_dir gets table.txt, results.json and predictions/TASK.jsonl, a question a line; where there are choices, with nats
+(-ln of its probability) and n_token of each. Until all is done, journal/ holds the answers so far: the same command
+goes on after them.
 """
 import contextlib
 import json
@@ -64,11 +62,9 @@ out_dir = ''                  # [free] for results.json, table.txt, predictions/
 scale = '1b'                  # [free] a scale file's name; recorded in results.json
 name = ''                     # [free] only recorded in results.json
 tasks = ''                    # [free] names separated by commas, or paper, vision, text; '' = every benchmark found
-n_example = 0                 # [>= 0] per task (POPE, OCID-Ref, TallyQA: per split), of one fixed shuffle; 0 = all. The
-                              # shuffle is vlm-evaluation's (but that one shuffles the three RefCOCOs together)
+n_example = 0                 # [>= 0] per task (POPE, OCID-Ref, TallyQA: per split), in vlm-evaluation's order; 0 = all
 batch_size = 16               # [>= 1, free] questions at a time; float32 scores do not depend on it
-max_len = 2048                # [>= 1] tokens of a text benchmark's context and choice: a longer context loses its left
-                              # end. It is the same for every checkpoint, whatever lengths it was trained on
+max_len = 2048                # [>= 1] tokens of a text's context and choice; a longer context loses its left end
 max_new_tokens = 128          # [>= 1] the longest answer
 device = 'auto'               # ['auto' | 'cpu' | 'cuda' | 'mps']
 dtype = ''                    # ['' | 'float32' | 'bfloat16'] '' = bfloat16 on CUDA, else float32
@@ -86,11 +82,9 @@ ocid_iou = 0.25               # [> 0, <= 1] a box of OCID-Ref is right from here
 pope_by = 'probability'       # ['probability' | 'text'] POPE's answer: see pope_words, or its text by LLaVA's rule
 text_variant = 'lm-eval'      # ['lm-eval' | 'dclm'] of text benchmarks: lm-evaluation-harness's prompts and scores (its
                               # acc_norm where it has one, else acc), or DCLM's files and nats per token
-max_bad_samples = 0           # [>= 0, free] so many questions of a task may have no image that can be read: they are
-                              # left out and counted
+max_bad_samples = 0           # [>= 0, free] so many questions of a task without a readable image are left out, counted
 vqav2_baseline = 0.5          # [>= 0, <= 1] our reading; table 9 fixes only the sum of its five baselines, 1.0
-image = ''                    # ask about one photo ('' = benchmarks); without a prompt: questions on a terminal, else
-                              # its caption
+image = ''                    # ask about one photo ('' = benchmarks)
 prompt = ''                   # the question about image, or a text to continue
 temperature = 0.0             # [>= 0] with image or prompt: 0 = always the most probable token, else tokens are drawn
 top_k = 0                     # [>= 0] draw among so many of the most probable tokens; 0 = among all
@@ -119,21 +113,19 @@ def evaluate_task(model, tokenizer, task, opt, process=ALONE, journal='', settin
     journal  '' = none, else a folder in which answers are kept until all is done: what stands there under the same
              settings (any JSON value) is not asked again
     """
-    start, groups = time.perf_counter(), share(task, process.rank, process.world_size)
+    start, groups, bar = time.perf_counter(), share(task, process.rank, process.world_size), bar or tqdm(disable=True)
     keys, before = question_keys(task, settings), journal_read(journal_files(journal, task)) if journal else {}
     answers = {n: before[keys[n]] for group in groups for n in group if keys[n] in before}
     unasked = [left for group in groups if (left := [n for n in group if n not in answers])]
-    if bar is not None:
-        bar.update(len(answers) * process.world_size)
+    bar.update(len(answers) * process.world_size)
+    path = os.path.join(journal, f'{task.name}.{process.rank}.jsonl')
     try:
-        path = os.path.join(journal, f'{task.name}.{process.rank}.jsonl')
         with journal_open(path) if journal else contextlib.nullcontext() as write:
             for n, answer in ask(model, tokenizer, task, opt, unasked):
                 answers[n] = answer
                 if write and 'unreadable' not in answer:
                     write(keys[n], answer)
-                if bar is not None:
-                    bar.update(process.world_size)
+                bar.update(process.world_size)
     except torch.OutOfMemoryError as e:
         raise UserError(f"batch_size={opt.batch_size} does not fit into the GPU's memory; give a smaller one") from e
     answers = dict(process.gather(answers.items()))
@@ -233,10 +225,7 @@ def load(opt):
 
 
 def answer(opt):
-    """
-    Print what the model writes about opt.image or after opt.prompt. An image without a prompt is asked about on a
-    terminal until an empty line, and gets a caption elsewhere.
-    """
+    """Print what the model writes about opt.image or after opt.prompt; without a prompt, questions on a terminal."""
     model, tokenizer, meta = load(opt)
     if opt.image and model.encoder is None:
         raise UserError(f"image={opt.image}: {opt.ckpt} is a text-only checkpoint; give one of stage 2 or 3")
@@ -281,10 +270,7 @@ def converse(reply):
 
 
 def run(opt):
-    """
-    Evaluate every task found, printing the table; writes results.json when all are done. Returns its content. Under
-    torchrun the processes share the questions, and the first one writes.
-    """
+    """Evaluate every task found, printing the table; writes results.json when all are done, and returns its content."""
     found = find_tasks(opt)                                  # first: missing files should not wait for the model
     process = start(opt)
     model, tokenizer, meta = load(opt)
@@ -327,10 +313,7 @@ def run(opt):
 
 
 def score(opt, name, path):
-    """
-    Score another model's answers to one benchmark, a JSON object {"id", "prediction"} a line, as this one's are; with
-    an out_dir its results.json and predictions are written there, for compare and report.py.
-    """
+    """Score another model's answers to one benchmark; with an out_dir they are written there as this one's are."""
     tasks = find_tasks(SimpleNamespace(**{**vars(opt), 'tasks': name}), images=False)
     if len(tasks) > 1:
         raise UserError(f"evaluate.py score {name!r}: expected one task, such as {tasks[0].name}")

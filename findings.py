@@ -101,9 +101,8 @@ def mean_and_interval(values):
 
 def paired(differences):
     """
-    A paired t test of differences, one a seed.
-    returns  dict mean, half (of the 95 % interval), p (two-sided), n; p is nan for fewer than two seeds, and 1 where
-             all differences are the same: no spread was seen, so nothing says how far chance reaches
+    A paired t test of differences, one a seed: dict mean, half (of the 95 % interval), p (two-sided), n. p is nan for
+    fewer than two, and 1 where all are the same: no spread was seen, so nothing says how far chance reaches.
     """
     mean, half = mean_and_interval(differences)
     n, p = len(differences), math.nan

@@ -1,7 +1,6 @@
 """
-Scores as functions of scores: what choices are compared by, intervals, what guessers score, the paper's stable score
-(arXiv 2503.07603, section 2.2, tables 8 and 9), and the results entry of one benchmark. metrics.py has the score of one
-answer. Nothing here reads a file or asks a model.
+Scores as functions of scores: choices, intervals, what guessers score, the paper's stable score (arXiv 2503.07603,
+section 2.2, tables 8 and 9), the results entry of one benchmark. Nothing here reads a file or asks a model.
 """
 import functools
 import json
@@ -216,10 +215,7 @@ def vqa_task(name, kind, examples, variant, others=()):
 
 
 def caption_task(name, examples):
-    """
-    A Task scored by phrase_f1. Beside it stands exact_match: the share of captions that equal one of the image's
-    captions as a whole, but for case and spaces.
-    """
+    """A Task scored by phrase_f1; beside it stands how many equal one of the image's captions as a whole."""
     def exact_match(records):
         right = [normalize_caption(r['prediction']) in map(normalize_caption, r['answers']) for r in records]
         return sum(right) / max(len(right), 1)
@@ -333,9 +329,8 @@ def summarise(task, predictions, nats=None, n_token=None):
 
 def score_predictions(task, rows):
     """
-    Another model's answers, scored as this one's are; returns summarise's (results entry, records).
-    rows     list of {'id': str or int, 'prediction': str}: an id of each question, once. Of a question with choices
-             the text of one of them, whatever its case; another text is malformed and scores 0, as an empty one does
+    summarise's result for another model's answers, rows of {'id': str or int, 'prediction': str}. Of a question with
+    choices it is the text of one of them, whatever its case; another text is malformed, as an empty one is.
     Raises UserError for an id that is missing, there twice, or no question's.
     """
     given, ids = {str(row['id']): row['prediction'].strip() for row in rows}, [e.id for e in task.examples]
@@ -357,10 +352,8 @@ def score_predictions(task, rows):
 
 def stable_scores(results, vqav2_baseline=0.5):
     """
-    The paper's stable scores, each over those of its tasks that are there.
-    results         dict task name -> entry of results.json
-    vqav2_baseline  what to subtract for VQAv2; see VISION_BASELINES
-    returns         dict title -> {'score', 'tasks': names, 'missing': names}
+    The paper's stable scores of results.json's tasks, each over those of its tasks that are there.
+    returns  dict title -> {'score', 'tasks': names, 'missing': names}
     """
     six = VISION_BASELINES | {'vqav2': vqav2_baseline}
     five = {task: b for task, b in six.items() if task != 'ocid_ref'}
