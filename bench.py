@@ -41,23 +41,6 @@ def stage_config(argv, script='pretrain.py'):
     return configure({'__file__': os.path.join(HERE, script), '__doc__': __doc__}, argv)
 
 
-class Phases:
-    """Wall time of named phases, the GPU waited for at each boundary."""
-    def __init__(self, device):
-        self.device, self.times = device, {}
-        self.last = self._now()
-
-    def _now(self):
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self, name):
-        now = self._now()
-        self.times.setdefault(name, []).append(now - self.last)
-        self.last = now
-
-
 def synthetic_batch(c, encoder, image_id, device):
     """A micro-batch in pretrain.py's layout: text rows, and image_ratio caption rows of 40 tokens, the rest pads."""
     B, T = c['micro_batch_size'], c['seq_len']
@@ -104,26 +87,31 @@ def step(argv):
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
     tokens, targets, images, kept = synthetic_batch(c, encoder, image_id, device)
 
-    def one(phases):
+    marks = []                                                     # (name, when that phase of a step was over)
+
+    def mark(name):
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        marks.append((name, time.perf_counter()))
+    for _ in range(23):
+        mark('')
         optimizer.zero_grad(set_to_none=True)
         with process.autocast():
             if images is not None:
                 with torch.no_grad():
                     encoder(images)                                # once more, only to time it
-                phases.mark('encoder')
+                mark('encoder')
             loss, weight, _ = model(tokens, targets, images, kept=kept)
-        phases.mark('forward')
+        mark('forward')
         (loss / weight).backward()
-        phases.mark('backward')
+        mark('backward')
         common.optimizer_step(optimizer, c['lr'], c['grad_clip'])
-        phases.mark('optimizer')
-
-    for _ in range(3):
-        one(Phases(device))
-    phases = Phases(device)
-    for _ in range(20):
-        one(phases)
-    median = {name: statistics.median(times) for name, times in phases.times.items()}
+        mark('optimizer')
+    times = {}
+    for (_, begin), (name, end) in zip(marks, marks[1:]):
+        times.setdefault(name, []).append(end - begin)
+    times.pop('')
+    median = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}           # three warm up
     if 'encoder' in median:
         median['forward'] -= median['encoder']
     total = sum(median.values())

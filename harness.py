@@ -52,23 +52,21 @@ class CheckpointLM(LM):
 
     def score_pairs(self, pairs):
         """(log probability, would be written) of each (context, continuation), lists of ids; a context is read once."""
-        rows, found = {}, [(0.0, True)] * len(pairs)                        # context: {continuation: where it is asked}
-        for i, (context, ids) in enumerate(pairs):
+        keys, rows, found = [], {}, {}                                      # rows: context -> its continuations
+        for context, ids in pairs:
+            over = max(0, len(context) + len(ids) - 1 - self.opt.max_len)
+            keys.append((tuple(context[min(over, len(context) - 1):]), tuple(ids)))
             if ids:
-                over = max(0, len(context) + len(ids) - 1 - self.opt.max_len)
-                context = tuple(context[min(over, len(context) - 1):])
-                rows.setdefault(context, {}).setdefault(tuple(ids), []).append(i)
+                rows.setdefault(keys[-1][0], {})[keys[-1][1]] = None
         rows = sorted(rows.items(), key=lambda row: -len(row[0]))
         for start in tqdm(range(0, len(rows), self.opt.batch_size), disable=None):
             batch = rows[start:start + self.opt.batch_size]
             with autocast(self.opt):
                 nats, greedy = self.model.choice_nats([list(context) for context, _ in batch],
                                                       [[list(ids) for ids in asked] for _, asked in batch], greedy=True)
-            for (_, asked), values, likely in zip(batch, nats, greedy):
-                for where, value, would in zip(asked.values(), values, likely):
-                    for i in where:
-                        found[i] = (-value, would)
-        return found
+            for (context, asked), values, likely in zip(batch, nats, greedy):
+                found.update(((context, ids), (-value, would)) for ids, value, would in zip(asked, values, likely))
+        return [found.get(key, (0.0, True)) for key in keys]
 
     def loglikelihood(self, requests):
         return self.score_pairs([pair_ids(*request.args, self.tokenizer) for request in requests])
