@@ -23,8 +23,8 @@ from instruct import caption_prompt, instruct_prompt
 
 def share(task, rank=0, world_size=1):
     """
-    The questions of one of several processes: a list of lists of their numbers, those about one image together, the
-    longest first, so that batches hold little padding and a lack of memory shows at once.
+    The questions of one of several processes: lists of their numbers, those about one image together, the longest
+    first, so that batches hold little padding and a lack of memory shows at once.
     """
     groups = {}
     for n, e in enumerate(task.examples):
@@ -56,9 +56,7 @@ def prompt_ids(example, task, model, tokenizer, opt):
 
 
 def pair_ids(context, continuation, tokenizer):
-    """
-    Two texts tokenised as one, as lm-eval does it: the ids of context without its last spaces, and what follows them.
-    """
+    """Two texts tokenised as one, as lm-eval does it: the ids of context without its last spaces, and what follows."""
     start = context.rstrip()
     if not start:
         return [tokenizer.eot_id], tokenizer.encode(context + continuation)
@@ -113,10 +111,7 @@ def prefilled(model, task, opt, groups, unreadable):
 
 
 def ask(model, tokenizer, task, opt, groups):
-    """
-    Yield (n, answer) for each question number in `groups`, a list of lists as share gives it, in any order.
-    Raises UserError for an image that cannot be read when opt.max_bad_samples is 0.
-    """
+    """Yield (n, answer) for each question number in `groups`, a list of lists as share gives it, in any order."""
     if not groups:
         return
     unreadable, rows, prefix = {}, {}, None

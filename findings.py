@@ -81,14 +81,12 @@ def t_tail(t, df):
 
 @functools.cache
 def t_quantile(p, df):
-    """The t with P(T > t) = p < 1/2, by bisection."""
-    low, high = 0.0, 1.0
-    while t_tail(high, df) > p:
-        high *= 2
+    """The t with P(T > t) = p < 1/2, by bisection of the angle."""
+    low, high, t_of = 0.0, math.pi / 2, lambda angle: math.sqrt(df) * math.tan(angle)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > p else (low, middle)
-    return (low + high) / 2
+        low, high = (middle, high) if t_tail(t_of(middle), df) > p else (low, middle)
+    return t_of(low)
 
 
 def mean_and_interval(values):
@@ -229,10 +227,7 @@ def read_json(path, what):
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 def findings(study, cells):
-    """
-    The paper's contrasts as far as the cells are there: list of dicts name, score, mean, half, p, adjusted, n, verdict,
-    needed. 'shown' and 'opposite' at 5 % after Holm's adjustment over all of them, never from one seed.
-    """
+    """The paper's contrasts as far as the cells are there, with verdicts after Holm's adjustment over all of them."""
     rows = []
     for name, better, other, about in CONTRASTS:
         a, b = ({**study.reference, **cell} for cell in (better, other))
@@ -418,8 +413,8 @@ def draw_schedules(study, cells, path):
 
 def report(study, grids):
     """
-    Write a table and, for a figure of the paper, its pictures for each grid that has a finished cell, then findings.md,
-    and print that. Returns [(title, its tables, names of its pictures in study.root)], empty where no cell is finished.
+    Write tables and pictures for each grid that has a finished cell, then findings.md, and print that. Returns [(title,
+    its tables, names of its pictures in study.root)], empty where no cell is finished.
     """
     cells, parts, names = Cells(study), [], score_names(study.settings)
     examples = study.settings['vision_example'], study.settings['text_example']

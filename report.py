@@ -58,7 +58,6 @@ def ladder(folders):
     """
     The scores that lie in run folders as a text table: a row per task, a column per checkpoint, in percent, '-' where a
     checkpoint was not asked; n is a range where it was not the same.
-    Raises UserError for a folder that is not there, a file that is not evaluate.py's, or no score at all.
     """
     columns = [column for run in zip(folders, titles(folders)) for column in read_scores(*run)]
     if not columns:
@@ -79,7 +78,6 @@ def read_log(folder):
     """
     The curves of a run: {'lr': ..., 'norm': ..., 'sources': {name: ...}, 'validation': {key: ...}}, each a list of
     (step, value). A source has a point where the step held a row of it and its loss is finite. Torn lines are skipped.
-    Raises UserError for a log that is not there, is not a run's, or holds no step.
     """
     path, found = os.path.join(folder, 'log.jsonl'), {'lr': [], 'norm': [], 'sources': {}, 'validation': {}}
     with reading(path, 'a log of a run'), open(path, encoding='utf-8', errors='replace') as f:
@@ -131,10 +129,8 @@ def save_figure(figure, path, n_column):
 
 def curves(folders, path):
     """
-    Draw the training curves of run folders side by side: loss by source and validation losses, gradient norm, lr.
-    folders  run folders, left to right; the axes of losses and norms are shared and logarithmic
-    path     see save_figure
-    Raises UserError for a log that is not there or not readable, or a path that cannot be written.
+    Draw the training curves of run folders side by side: loss by source and validation losses, gradient norm, lr. The
+    axes of losses and norms are shared and logarithmic. path: see save_figure.
     """
     logs = [read_log(folder) for folder in folders]
     figure = new_figure(0.6 + 3.4 * len(logs), 5.8)
@@ -202,7 +198,7 @@ def score_cells(name, part):
 def score_blocks(content):
     """The tables of scores and of stable scores."""
     counts = ('malformed', 'empty', 'skipped')
-    rows = [[*score_cells(tag('a', name, href=f'#task{i}'), result), *(result[key] for key in counts),
+    rows = [[*score_cells(tag('a', name, href=f'#task{i}'), result), *(result.get(key, '-') for key in counts),
              result.get('reached_max_new_tokens', '-'), result['variant']]
             for i, (name, result) in enumerate(content['tasks'].items())]
     stable = [[title, f"{100 * s['score']:.2f}", ', '.join(s['tasks']), ', '.join(s['missing']) or '-']
@@ -248,11 +244,7 @@ def curve_blocks(folder, ckpt):
 
 
 def results_page(path, eval_dir=''):
-    """
-    Write report.html beside a results.json, and return its path.
-    eval_dir  where the benchmarks' images lie; '' = where results.json says
-    Raises UserError for a results.json or predictions that are not evaluate.py's, or a page that cannot be written.
-    """
+    """Write report.html beside a results.json, and return its path; eval_dir: where its images lie now, '' = as then."""
     folder = os.path.dirname(os.path.abspath(path))
     content = read_results(path, CONTENT)
     tasks, frame, was = content['tasks'], content['config'].get('box_frame'), str(content['config'].get('eval_dir', ''))
