@@ -32,26 +32,24 @@ FREE = {                        # any row: labels by which it is also reported; 
     'question_type': Field((str, list), optional=True), 'blind_answers': Field(list, of=Field(str), optional=True)}
 ROWS = {                        # what the rows of each official file have
     'vqav2 question': {'question_id': ID, 'question': TEXT},
-    'vqav2 answers': {'question_id': ID, 'image_id': Field(int, 0), 'answers': TEN, **FREE},
-    'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, **FREE,
-                'answers': Field(list, 10, 10, of=Field(str))},
+    'vqav2 answers': {'question_id': ID, 'image_id': Field(int, 0), 'answers': TEN},
+    'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, 'answers': Field(list, 10, 10, of=Field(str))},
     'textvqa ocr': {'text': Field(str, 1)},
-    'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str), **FREE},
+    'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str)},
     'refcoco image': {'id': ID, 'width': Field(NUMBER, 1, 1e6), 'height': Field(NUMBER, 1, 1e6)},
     'refcoco object': {'id': ID, 'image_id': Field(int, 0), 'bbox': Field(list, 4, 4, of=Field(NUMBER, -1e6, 1e6))},
-    'refcoco ref': {'ann_id': ID, 'image_id': Field(int, 0), 'split': Field(str), **FREE,
+    'refcoco ref': {'ann_id': ID, 'image_id': Field(int, 0), 'split': Field(str),
                     'sentences': Field(list, of=Field(dict, of={'sent': TEXT}))},
-    'gqa': {'question': TEXT, 'imageId': ID, 'answer': Field(str), 'isBalanced': Field(bool, optional=True), **FREE,
+    'gqa': {'question': TEXT, 'imageId': ID, 'answer': Field(str), 'isBalanced': Field(bool, optional=True),
             'types': Field(dict, of={'structural': Field(str)})},
-    'vizwiz': {'image': TEXT, 'question': TEXT, 'answerable': Field(int, 0, 1), 'answers': TEN, **FREE},
-    'ocid_ref': {'scene_path': TEXT, 'sentence': TEXT, 'bbox': Field(str, 7, 99), 'take_id': Field(int, 0, 20), **FREE},
-    'vsr': {'image': TEXT, 'caption': TEXT, 'label': Field(int, 0, 1), 'relation': Field(str), **FREE},
-    'tallyqa': {'question_id': ID, 'image': TEXT, 'question': TEXT, 'answer': Field(int, 0, 15),
-                'issimple': Field(bool), **FREE},
+    'vizwiz': {'image': TEXT, 'question': TEXT, 'answerable': Field(int, 0, 1), 'answers': TEN},
+    'ocid_ref': {'scene_path': TEXT, 'sentence': TEXT, 'bbox': Field(str, 7, 99), 'take_id': Field(int, 0, 20)},
+    'vsr': {'image': TEXT, 'caption': TEXT, 'label': Field(int, 0, 1), 'relation': Field(str)},
+    'tallyqa': {'question_id': ID, 'image': TEXT, 'question': TEXT, 'answer': Field(int, 0, 15), 'issimple': Field(bool)},
     'ai2d': {'imageName': TEXT, 'questions': Field(dict, of=Field(dict, of={
         'questionId': ID, 'correctAnswer': Field(int, 0, 3), 'answerTexts': Field(list, 4, 4, of=Field(str))}))},
     'captions': {'image': TEXT, 'caption': TEXT},
-    'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0), **FREE},
+    'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0)},
 }
 
 
@@ -114,7 +112,7 @@ def check_rows(rows, path, fields, unique=''):
     """`rows` if each has the fields and no two agree in the field `unique`; else UserError."""
     seen = set()
     for i, row in enumerate(rows):
-        check(row, Field(dict, of=fields), f"{path}: entry {i}")
+        check(row, Field(dict, of=FREE | fields), f"{path}: entry {i}")
         if unique and row[unique] in seen:
             raise UserError(f"{path}: entry {i} has the {unique} {row[unique]!r} of an entry before it")
         seen.add(row[unique] if unique else i)
@@ -380,7 +378,7 @@ def read_text(path, name, opt):
     """
     known = TEXT_ALIAS.get(name, name)
     dclm = opt.text_variant == 'dclm'
-    rows = read_table(path, None, FREE)
+    rows = read_table(path, None, {})
     own = bool(rows) and 'query' not in rows[0] and known in FORMS
     if own and dclm:
         raise UserError(f"{path}: text_variant='dclm' asks DCLM's own files, with query, choices and gold in each row")

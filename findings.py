@@ -336,15 +336,11 @@ def panel(axes, study, cells, grid, names):
                 continue
             x, mean, half, error, hollow = map(np.array, zip(*points))
             side.errorbar(x, 100 * mean, 196 * error, fmt='none', ecolor=color, alpha=0.25, elinewidth=5)
-            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), fmt='none', ecolor=color, capsize=3)
-            style = dict(color=color, linestyle=('-', '--', '-.', ':')[k % 4], marker=MARKERS[(i + k) % 9])
-            if line is not None:
-                side.plot(x, 100 * mean, **style | dict(marker=''))
-            for hole in (False, True):
-                side.plot(x[hollow == hole], 100 * mean[hollow == hole], markerfacecolor='white' if hole else color,
-                          **style | dict(linestyle=''))
-            if label := ', '.join(filter(None, (name if len(names) > 1 else '', line))):
-                axes.plot([], [], **style, label=label)
+            style = dict(color=color, marker=MARKERS[(i + k) % 9], capsize=3)
+            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), **style,
+                          linestyle=('-', '--', '-.', ':')[k % 4] if line is not None else '',
+                          label=', '.join(filter(None, (name if len(names) > 1 else '', line))) or None)
+            side.errorbar(x[hollow], 100 * mean[hollow], **style, linestyle='', markerfacecolor='white')
         side.set_ylabel(f"{'stable score, ' * (name in BOTH)}{name} (percent)",
                         color=STYLES[i][0] if len(names) > 1 else 'black')
     axes.set_xticks([*x_of.values()], [textwrap.fill(label, 11) for label in x_of], fontsize=7)

@@ -65,8 +65,8 @@ def find_image(name, task, was, now):
 
 def thumbnail(path, boxes, frame):
     """
-    An image as SVG, at most THUMBNAIL pixels wide and high, with boxes drawn on it; without any, turned as the model saw
-    it. boxes: list of ([x1, y1, x2, y2] in shares of the frame, colour, dashes); frame: evaluate.py's box_frame.
+    An image as SVG, at most THUMBNAIL pixels wide and high, with boxes drawn on it; without any, turned as the model
+    saw it. boxes: list of ([x1, y1, x2, y2] in shares of the frame, colour, dashes); frame: evaluate.py's box_frame.
     """
     from images import open_image                            # imports torch
     image, packed = open_image(path, not boxes, THUMBNAIL), io.BytesIO()

@@ -210,13 +210,9 @@ def score_blocks(content):
 
 def about_blocks(path, content):
     """What results.json says of the checkpoint."""
-    meta = content['meta']
-    rows = [['checkpoint', content['ckpt']], *([key, meta.get(key)] for key in ('stage', 'step', 'tokens', 'commit'))]
     with reading(path, 'results'):                           # nested too deeply, it could be read and not be written
-        texts = [cut(json.dumps(value, indent=1), 200_000) for value in (meta, content['config'])]
-    return [table([['', ''], *([key, f'{value:,}' if type(value) is int else value] for key, value in rows
-                               if type(value) in (int, str))]),
-            fold('meta.json, with the config of its run', tag('pre', texts[0])),
+        texts = [cut(json.dumps(content[key], indent=1), 200_000) for key in ('meta', 'config')]
+    return [content['ckpt'], fold('meta.json, with the config of its run', tag('pre', texts[0])),
             fold('config of the evaluation', tag('pre', texts[1]))]
 
 
@@ -244,7 +240,7 @@ def curve_blocks(folder, ckpt):
 
 
 def results_page(path, eval_dir=''):
-    """Write report.html beside a results.json, and return its path; eval_dir: where its images lie now, '' = as then."""
+    """Write report.html beside a results.json, and return its path; eval_dir: where images lie now, '' = as then."""
     folder = os.path.dirname(os.path.abspath(path))
     content = read_results(path, CONTENT)
     tasks, frame, was = content['tasks'], content['config'].get('box_frame'), str(content['config'].get('eval_dir', ''))

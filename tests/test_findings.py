@@ -207,7 +207,7 @@ def points(axes):
     """{(x, y): is the marker hollow} of an axes' markers."""
     found = {}
     for line in axes.lines:
-        if line.get_marker() not in ('', 'None', '_', '|') and line.get_linestyle() == 'None' and len(line.get_xdata()):
+        if line.get_marker() not in ('', 'None', '_', '|'):
             if not line.get_label().startswith('_cap'):
                 for x, y in zip(line.get_xdata(), line.get_ydata()):
                     found[round(float(x), 2), round(float(y), 3)] = line.get_markerfacecolor() == 'white'
