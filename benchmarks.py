@@ -45,7 +45,8 @@ ROWS = {                        # what the rows of each official file have
     'vizwiz': {'image': TEXT, 'question': TEXT, 'answerable': Field(int, 0, 1), 'answers': TEN},
     'ocid_ref': {'scene_path': TEXT, 'sentence': TEXT, 'bbox': Field(str, 7, 99), 'take_id': Field(int, 0, 20)},
     'vsr': {'image': TEXT, 'caption': TEXT, 'label': Field(int, 0, 1), 'relation': Field(str)},
-    'tallyqa': {'question_id': ID, 'image': TEXT, 'question': TEXT, 'answer': Field(int, 0, 15), 'issimple': Field(bool)},
+    'tallyqa': {'question_id': ID, 'image': TEXT, 'question': TEXT, 'answer': Field(int, 0, 15),
+                'issimple': Field(bool)},
     'ai2d': {'imageName': TEXT, 'questions': Field(dict, of=Field(dict, of={
         'questionId': ID, 'correctAnswer': Field(int, 0, 3), 'answerTexts': Field(list, 4, 4, of=Field(str))}))},
     'captions': {'image': TEXT, 'caption': TEXT},

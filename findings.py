@@ -337,9 +337,10 @@ def panel(axes, study, cells, grid, names):
             x, mean, half, error, hollow = map(np.array, zip(*points))
             side.errorbar(x, 100 * mean, 196 * error, fmt='none', ecolor=color, alpha=0.25, elinewidth=5)
             style = dict(color=color, marker=MARKERS[(i + k) % 9], capsize=3)
-            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), **style,
-                          linestyle=('-', '--', '-.', ':')[k % 4] if line is not None else '',
-                          label=', '.join(filter(None, (name if len(names) > 1 else '', line))) or None)
+            drawn = dict(linestyle='') if line is None else dict(
+                linestyle=('-', '--', '-.', ':')[k % 4],
+                label=', '.join(filter(None, (name if len(names) > 1 else '', line))) or None)
+            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), **style, **drawn)
             side.errorbar(x[hollow], 100 * mean[hollow], **style, linestyle='', markerfacecolor='white')
         side.set_ylabel(f"{'stable score, ' * (name in BOTH)}{name} (percent)",
                         color=STYLES[i][0] if len(names) > 1 else 'black')

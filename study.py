@@ -267,10 +267,9 @@ class Running:
 
 def run(jobs, root, n_job, n_gpu=0):
     """
-    Run what is missing of the jobs, n_job at a time, each on n_gpu GPUs of its own; a job that fails is recorded, and
-    what needs it is left out. Jobs that another process is running are waited for.
-    Returns {name: reason} of those that failed or were left out. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when
-    all runs have saved and ended; a second signal reaches the runs, too, and ends them where they are.
+    Run what is missing of the jobs, n_job at a time, each on n_gpu GPUs of its own; those that another process runs are
+    waited for. Returns {name: reason} of those that failed, or were left out for one that did. Raises
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when all runs have saved; a second signal ends them where they are.
     """
     assert {name for job in jobs for name in job.needs} <= {job.name for job in jobs}, "a job needs one not given"
     running, failed, signals, n_sent, begin = {}, {}, [], 0, time.time()
