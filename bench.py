@@ -28,6 +28,7 @@ from tqdm import tqdm
 import common
 import costs
 import kernels
+from adapters import set_trained
 from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
@@ -95,8 +96,7 @@ def step(argv):
     model = build_vlm(spec, c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
-    if encoder is not None:
-        encoder.requires_grad_(c['train_encoder'])
+    set_trained(model, c['freeze'])
     if c['compile']:
         for block in model.decoder.layers:
             block.compile(dynamic=None)
@@ -128,8 +128,9 @@ def step(argv):
         median['forward'] -= median['encoder']
     total = sum(median.values())
     n = tokens.numel()
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c['train_encoder'])) if images is not None else (0, 0)
-    flops = costs.decoder_flops(config, *tokens.shape, len(kept)) + per_image * (0 if images is None else len(images))
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c['freeze'])) if images is not None else (0, 0)
+    flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
+    flops += per_image * (0 if images is None else len(images))
     mfu = costs.model_flops_utilisation(flops / total, device)
     print(conditions(device))
     n_image = 0 if images is None else len(images)
@@ -263,7 +264,7 @@ def fit(argv):
     if own['n_gpu'] < 1 or c['global_batch_size'] % own['n_gpu']:
         raise UserError(f"n_gpu={own['n_gpu']}: expected a divisor of global_batch_size={c['global_batch_size']}")
     spec = costs.paper_spec(c) if own['script'] == 'finetune.py' else costs.described(c, 0, c['stage'] == 'mix')
-    model = costs.meta_vlm(spec, c['train_encoder'])
+    model = costs.meta_vlm(spec, c['freeze'])
     _, per_image = costs.image_costs(model)
     per_gpu = c['global_batch_size'] // own['n_gpu']
     sizes = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]

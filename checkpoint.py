@@ -1,8 +1,12 @@
 """
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
+    python checkpoint.py merge CHECKPOINT OUT            # a model with adapters as an ordinary one
+    python checkpoint.py merge BASE OUT ADAPTERS         # the same from the adapters.safetensors of a run on BASE
+
 Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
-(moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is
+(moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. A model
+with adapters has what trains once more in adapters.safetensors, small, with the sha256 of its base. Nothing is
 unpickled: safetensors, weights_only, JSON.
 """
 import base64
@@ -15,12 +19,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from adapters import SPEC, merge_adapters
 from data import load_tokenizer
-from errors import Field, UserError, check, first_line, reading
+from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
 from model import DECODER, build_vlm
 from weights import fill, finite, read_json, read_pt, tensors
@@ -40,7 +47,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'adapters': Field(dict, of=SPEC, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -63,6 +71,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
     """
     state = {k: v.contiguous() for k, v in _gathered(model.state_dict(), master).items()}
     moments = None if optimizer is None else optimizer_state(optimizer, master)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if not master:
         return
     final = os.path.join(out_dir, name)
@@ -72,7 +81,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
         if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is there already
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-            _write_checkpoint(tmp, state, moments, tokenizer, meta, encoder_file)
+            _write_checkpoint(tmp, state, moments, tokenizer, meta, encoder_file, trained)
             if os.path.lexists(final):                                # an older run's, or one that a kill left unlinked
                 os.rename(final, os.path.join(out_dir, f'.tmp_old_{name}'))
             os.rename(tmp, final)
@@ -94,7 +103,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
     _fsync(out_dir)
 
 
-def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file):
+def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', trained=()):
     """The files of one checkpoint, each fsynced."""
     meta = dict(meta, schema=SCHEMA, tokenizer_path=os.path.basename(tokenizer.path),
                 tokenizer_sha256=tokenizer.sha256, commit=git_commit(), torch=torch.__version__,
@@ -103,6 +112,9 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file):
     save_file({k: v for k, v in state.items() if k not in encoder}, os.path.join(folder, 'model.safetensors'))
     if encoder:
         _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
+    if meta['spec'].get('adapters'):
+        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'),
+                  {'spec': json.dumps(meta['spec'])})
     if moments is not None:
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
@@ -279,17 +291,19 @@ def build(folder, spec, seed=None):
         return build_vlm(spec, seed)
 
 
-def load_weights(model, folder, meta, may_lack=()):
+def load_weights(model, folder, meta, may_lack=(), adapters=''):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
     may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
+    adapters  an adapters.safetensors whose tensors come before the checkpoint's; '' = none
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
     source = tensors(checked_path(folder, meta, 'model.safetensors'))
     if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
         source.update(tensors(checked_path(folder, meta, 'encoder.safetensors')))
+    source.update(tensors(adapters) if adapters else {})
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
@@ -348,17 +362,55 @@ def restore_rng(meta, folder):
         raise UserError(f"{folder}: meta.json holds no random state ({first_line(e)})") from e
 
 
-def load_vlm(folder, device='cpu'):
+def load_vlm(folder, device='cpu', adapters=''):
     """
-    A checkpoint as a model for evaluation.
-    folder   a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
+    A checkpoint as a model for evaluation, its adapters merged into the weights.
+    folder    a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
+    adapters  '', or an adapters.safetensors of a run on this checkpoint, to be put on it
     Raises UserError with one line when something is missing or does not fit.
     """
     folder = os.path.realpath(folder)            # once: a run that goes on may swap ckpt_last while its files are read
     meta = read_meta(folder)
+    if adapters:
+        meta = dict(meta, spec=_spec_of_adapters(adapters, folder))
     model = build(folder, meta['spec'])
-    load_weights(model, folder, meta)
+    load_weights(model, folder, meta, adapters=adapters)
+    merge_adapters(model)
     return model.to(device).eval().requires_grad_(False), read_tokenizer(folder, meta), meta
+
+
+def weights_sha256(path):
+    """The sha256 of a checkpoint's model.safetensors or of any other weights' file; of several files, of theirs."""
+    digests = [_digest(file)['sha256'] for file in sorted({tensor.file for tensor in tensors(path).values()})]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
+
+
+def _spec_of_adapters(path, folder):
+    """What an adapters.safetensors says of the model that it makes of its base; UserError where that is not folder."""
+    with reading(path, 'the adapters.safetensors of a run'), safe_open(path, 'pt') as file:
+        spec = json.loads(file.metadata()['spec'])
+        check(spec, META['spec'], path)
+        check(spec.get('adapters'), Field(dict, of=SPEC), f"{path}: 'adapters'")
+    base, found = spec['adapters']['base'], weights_sha256(folder)
+    if base != found:
+        raise UserError(f"{path}: adapters of the base with sha256 {base[:12]}..., the weights of {folder} have "
+                        f"{found[:12]}...: give the checkpoint that they were trained on")
+    return spec
+
+
+def merge(folder, out, adapters=''):
+    """Write what load_vlm(folder, adapters=adapters) reads as an ordinary checkpoint `out`, a new folder."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: give a folder that is not")
+    model, tokenizer, meta = load_vlm(folder, adapters=adapters)
+    if not meta['spec'].get('adapters'):
+        raise UserError(f"{folder} has no adapters: nothing to merge")
+    tmp, spec = f'{os.path.normpath(out)}.tmp', {k: v for k, v in meta['spec'].items() if k != 'adapters'}
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    _write_checkpoint(tmp, model.state_dict(), None, tokenizer, dict(meta, spec=spec))
+    os.rename(tmp, out)
+    print(f"{out}: {folder} with its adapters merged")
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -371,7 +423,9 @@ def check_resume(meta, config, folder, stages, keys):
     if meta['stage'] not in stages:
         raise UserError(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another "
                         "--out_dir")
-    before = meta['config']
+    before = dict(meta['config'])
+    if before.get('train_encoder'):              # the key's name before there was more to freeze
+        before.setdefault('freeze', 'none')
     for key, value in config.items():
         old = _tuples(before.get(key, keys[key].default))
         if not keys[key].free and old != value:
@@ -403,3 +457,10 @@ def how_to_make(path, scale):
     scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
     script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
     return f'make it with: python {script} config/{name}.py{scale_file}'
+
+
+if __name__ == '__main__':
+    sys.excepthook = user_error_hook
+    if len(sys.argv) not in (4, 5) or sys.argv[1] != 'merge':
+        raise UserError('usage: python checkpoint.py merge CHECKPOINT OUT, or merge BASE OUT ADAPTERS')
+    merge(*sys.argv[2:])

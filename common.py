@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import costs
+from adapters import NAMES, adapter_spec
 from configurator import config_keys
 from data import TextSource
 from errors import BadSample, UserError, leave, reading
@@ -84,19 +85,23 @@ def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     AdamW over the parts of a VLM that train.
     shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
     decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
-             dimensions, so gains and biases do not (Prismatic)
-    returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
+             dimensions, so gains and biases do not (Prismatic); adapters never do
+    returns  torch.optim.AdamW (fused), groups with 'share' and 'names'; UserError where nothing trains
     """
     groups = []
     for part, share in shares.items():
         module = getattr(model, part)
         named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
-        decayed = [(n, p) for n, p in named if decay == 'all' or p.ndim >= 2]
-        others = [(n, p) for n, p in named if not (decay == 'all' or p.ndim >= 2)]
+        falls = lambda n, p: (decay == 'all' or p.ndim >= 2) and not n.endswith(NAMES)
+        decayed = [(n, p) for n, p in named if falls(n, p)]
+        others = [(n, p) for n, p in named if not falls(n, p)]
         for pairs, strength in ((decayed, weight_decay), (others, 0.0)):
             if pairs:
                 names, params = zip(*pairs)
                 groups.append(dict(params=list(params), names=list(names), share=share, weight_decay=strength))
+    if not groups:
+        raise UserError("freeze='decoder' leaves nothing to train in a model without images: give --freeze=none, or "
+                        "--lora_rank=N")
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
@@ -108,6 +113,7 @@ def optimizer_step(optimizer, lr, clip):
     params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm          # fsdp: of all processes, on the device
+    norm = norm.to(optimizer.param_groups[0]['params'][0].device)                # of no gradients it is on the CPU
     torch.nn.utils.clip_grads_with_norm_(params, clip if clip > 0 else math.inf, norm)
     bad = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
@@ -259,6 +265,15 @@ class Run:
                                f"{self.config['micro_batch_size']} that divides {self.config['global_batch_size']} "
                                f"sequences among {self.process.world_size} processes")
 
+    def adapters(self):
+        """The adapters of this run's model, None = none, and whether they start here: those of its base stay."""
+        asked, theirs = adapter_spec(self.config), self.meta and self.meta['spec'].get('adapters')
+        if asked and not theirs:
+            return dict(asked, base=checkpoint.weights_sha256(self.folder)), True
+        if asked and theirs != dict(asked, base=theirs['base']):
+            self.process.print(f"!!! the lora keys have no effect: {self.folder} brings its own adapters")
+        return theirs, False
+
     def text_mixture(self, patterns, tokenizer, seq_len, start=None):
         """
         A config's text as a Mixture, in the order that stage 1 gave it.
@@ -309,6 +324,8 @@ class Run:
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
         may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
+            may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
             raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from "
@@ -336,9 +353,9 @@ class Run:
                           base=self.base, config=self.config, sources=self._compare_sources(mixture))
         self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
-        self.image_flops = 0
+        self.image_flops, self.trains = 0, costs.what_trains(model.decoder)
         if self.process.device.type == 'cuda':                   # else no share of a peak is logged
-            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config['train_encoder']))
+            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config['freeze']))
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
         self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''
@@ -355,7 +372,8 @@ class Run:
                              wandb=config['wandb'], tensorboard=config['tensorboard'], config=config)
         self.reader, self.time = StepReader(self.process, self.logger, mixture.names), time.perf_counter()
         self.process.print(
-            f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, {self.max_steps} steps of "
+            f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} train, {self.max_steps} steps of "
             f"{config['global_batch_size']} sequences, {self.n_micro} micro-steps, {self.process.world_size} processes "
             f"on {self.process.device.type} in {str(self.process.dtype)[6:]}, lr {lr_at(0, schedule):.3e} -> "
             f"{lr_at(self.max_steps - 1, schedule):.3e}")
@@ -398,7 +416,7 @@ class Run:
         self.time = now
         tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
         rate = tokens / (now - before)
-        flops = sum(costs.decoder_flops(self.model.decoder.config, *batch.tokens.shape, len(batch.kept))
+        flops = sum(costs.decoder_flops(self.model.decoder.config, *batch.tokens.shape, len(batch.kept), **self.trains)
                     + self.image_flops * (0 if batch.images is None else len(batch.images)) for batch in self.micro)
         line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
                     mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
+from adapters import adapter_spec, add_adapters
 from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
@@ -221,13 +222,15 @@ class VLM(nn.Module):
             features = self.encoder(images)
         return self.projector(features)
 
-    def embed(self, tokens, images=None, image_index=None):
+    def embed(self, tokens, images=None, image_index=None, noise=None):
         """
         Token embeddings with image features in the slots.
         tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        noise  (B,T,C) to be added to the tokens' embeddings, not to images; None = none
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
+        x = x if noise is None else x + noise
         n_image = 0 if images is None else len(images) if image_index is None else len(image_index)
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
@@ -248,7 +251,7 @@ class VLM(nn.Module):
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
-    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None):
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
@@ -256,13 +259,14 @@ class VLM(nn.Module):
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
+        noise            as in embed
         returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
                          (2,B) float32, nats and z-loss per row, unweighted and detached, for the log
         """
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept=kept)     # (K,C)
+        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept=kept)              # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -282,6 +286,8 @@ def vlm_spec(config, image_id, images):
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
     spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
+    adapters = adapter_spec(config)
+    spec |= dict(adapters=adapters) if adapters else {}
     return add_images(spec, config) if images else spec
 
 
@@ -298,10 +304,11 @@ class Undrawn(TorchFunctionMode):
 
 def build_vlm(spec, seed=None):
     """
-    The one place that assembles a decoder, an encoder and a projector.
+    The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, the adapters' from seed + 4; None = memory as it
+             comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -322,6 +329,8 @@ def build_vlm(spec, seed=None):
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
             draw(0)
             model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            if spec.get('adapters'):
+                add_adapters(model, spec['adapters'], None if seed is None else seed + 4)
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

@@ -114,7 +114,7 @@ common.make_optimizer = told
     for n, parallel, dtype, more in (
             (1, 'fsdp', 'float32', ['--max_steps=20']), (2, 'ddp', 'float32', ['--max_steps=20']),
             (4, 'fsdp', 'float32', ['--max_steps=20']),
-            (2, 'ddp', 'bfloat16', ['--train_encoder=true']), (2, 'fsdp', 'bfloat16', ['--train_encoder=true'])):
+            (2, 'ddp', 'bfloat16', ['--freeze=none']), (2, 'fsdp', 'bfloat16', ['--freeze=none'])):
         out = tmp_path / f'{n} {parallel} {dtype}'
         run = scripts(*args, *more, f'--parallel={parallel}', f'--dtype={dtype}', f'--out_dir={out}', world_size=n,
                       hook=hook)
@@ -129,7 +129,7 @@ common.make_optimizer = told
 
 def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(world, scripts, stage_1, stage_2,
                                                                              tmp_path):
-    run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--train_encoder=true', '--encoder_lr=1e-3',
+    run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--freeze=none', '--encoder_lr=1e-3',
                         '--system_prompt=a photo', f'--out_dir={tmp_path / "a"}', '--stop_after=3'), hook=RECORD,
                   env={'IDS': str(tmp_path / 'ids')})
     assert 'no projector' in run.out
