@@ -1,10 +1,5 @@
 """
 What of a VLM trains: whole parts, or low-rank adapters on linear layers that stay as they are.
-
-    add_adapters(model, dict(rank=16, alpha=32.0, rslora=False, dora=True, on='decoder', base=sha256))
-    set_trained(model, freeze='encoder')
-    merge_adapters(model)                                # an ordinary model again, that computes the same
-
 LoRA: arXiv 2106.09685; its scale alpha / sqrt(rank): rsLoRA, arXiv 2312.03732; DoRA: arXiv 2402.09353.
 """
 import math
@@ -15,7 +10,7 @@ import torch.nn.functional as F
 
 from errors import NUMBER, Field, UserError
 
-PARTS = {'decoder': ('decoder',), 'encoder': ('encoder',), 'both': ('decoder', 'encoder')}
+PARTS = {'decoder': ('decoder',), 'encoder': ('encoder',), 'both': ('decoder', 'encoder'), 'none': ()}
 NAMES = ('.lora_A', '.lora_B', '.magnitude')         # what the names of an adapter's parameters end in
 SPEC = {                        # a description's 'adapters'; base: sha256 of the weights that they were put on
     'rank': Field(int, 1, 1 << 16), 'alpha': Field(NUMBER, 0), 'rslora': Field(bool), 'dora': Field(bool),
@@ -32,13 +27,13 @@ class AdaptedLinear(nn.Module):
     """
     def __init__(self, linear, rank, scale, dora):
         super().__init__()
-        n_out, n_in = linear.weight.shape
-        self.weight, self.bias, self.scale, self.magnitude = linear.weight, linear.bias, scale, None
-        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, n_in))
-        self.lora_B = nn.Parameter(linear.weight.new_zeros(n_out, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if dora:
-            self.magnitude = nn.Parameter(linear.weight.detach().norm(dim=1))
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        n_out, n_in = self.weight.shape
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, n_in).uniform_(-n_in ** -0.5, n_in ** -0.5))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(n_out, rank))
+        W, self.magnitude = self.weight.detach(), None
+        if dora:                 # on the meta device an operator would first import torch's compiler
+            self.magnitude = nn.Parameter(W.new_empty(n_out) if W.is_meta else W.norm(dim=1))
 
     @torch.no_grad()
     def changed(self):
@@ -46,11 +41,6 @@ class AdaptedLinear(nn.Module):
         W, A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.weight, self.lora_A, self.lora_B))
         with torch.autocast('cuda' if W.is_cuda else 'cpu', enabled=False):            # costs.py's is on neither
             return torch.addmm(W, B, A, alpha=self.scale)
-
-    def merged(self):
-        """W' (n_out,n_in), without a graph."""
-        V = self.changed()
-        return V if self.magnitude is None else V * (self.magnitude.detach() / V.norm(dim=1))[:, None]
 
     def forward(self, x):
         late = self.magnitude is not None and self.bias is not None
@@ -62,52 +52,42 @@ class AdaptedLinear(nn.Module):
 
 
 def adapter_spec(config):
-    """
-    A description's 'adapters', but for their base, that a stage's config asks for; None for lora_rank=0.
-    Raises UserError for settings of adapters without any.
-    """
-    given = {key: config[key] for key in ('lora_alpha', 'rslora', 'dora') if config.get(key)}
-    if not config.get('lora_rank'):
-        if given:
-            raise UserError(f"{', '.join(f'{key}={value}' for key, value in given.items())} without adapters: give "
-                            "--lora_rank=N, too")
-        return None
-    rank = config['lora_rank']
+    """A description's 'adapters' that a stage's config asks for, their base still to be said; None for none."""
+    rank = config.get('lora_rank')
+    if not rank and (config.get('lora_alpha') or config.get('rslora') or config.get('dora')):
+        raise UserError("lora_alpha, rslora and dora are of adapters: give --lora_rank=N, too")
     return dict(rank=rank, alpha=config['lora_alpha'] or 2.0 * rank, rslora=config['rslora'], dora=config['dora'],
-                on=config['lora_on'], base='')
+                on=config['lora_on'], base='') if rank else None
 
 
-def add_adapters(model, spec, seed=None):
+def add_adapters(model, spec):
     """
     Put adapters in place on every linear layer of the decoder's blocks, of the encoder, or both.
-    spec  dict, see SPEC; seed of lora_A, None = the generator as it is
-    Raises UserError for a part that has no linear layer.
+    spec  dict, see SPEC; UserError for a part that has no linear layer
     """
-    if spec['on'] not in PARTS:
-        raise UserError(f"adapters on {spec['on']!r}: expected one of {', '.join(PARTS)}")
-    if seed is not None:
-        torch.manual_seed(seed)
     scale = spec['alpha'] / (math.sqrt(spec['rank']) if spec['rslora'] else spec['rank'])
-    found = {part: _children(model.decoder.layers if part == 'decoder' else model.encoder, nn.Linear)
-             for part in PARTS[spec['on']]}
-    for part, layers in found.items():
-        if not layers:
-            raise UserError(f"lora_on={spec['on']!r}: this model has no {part} with linear layers")
+    found = {part: _layers(model.decoder.layers if part == 'decoder' else model.encoder, nn.Linear)
+             for part in PARTS.get(spec['on'], ())}
+    if not found or not all(found.values()):
+        raise UserError(f"adapters on {spec['on']!r}: this model has no such part with linear layers")
     for parent, name, linear in sum(found.values(), []):
         setattr(parent, name, AdaptedLinear(linear, spec['rank'], scale, spec['dora']))
 
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Put what a model's adapters have learned into the weights, in place: its layers are plain again."""
-    for parent, name, layer in _children(model, AdaptedLinear):
-        linear = nn.Linear(*reversed(layer.weight.shape), device='meta')
+    """Put what a model's adapters have learned into the weights, in place: W' for W, and plain layers again."""
+    for parent, name, layer in _layers(model, AdaptedLinear):
+        merged = layer.changed()
+        if layer.magnitude is not None:
+            merged *= (layer.magnitude / merged.norm(dim=1))[:, None]
+        linear = nn.Linear(*reversed(merged.shape), device='meta')
         linear.weight, linear.bias = layer.weight, layer.bias
-        linear.weight.copy_(layer.merged())
+        linear.weight.copy_(merged)
         setattr(parent, name, linear)
 
 
-def _children(module, kind):
+def _layers(module, kind):
     parents = [] if module is None else module.modules()
     return [(parent, name, child) for parent in parents for name, child in parent.named_children()
             if isinstance(child, kind)]
@@ -116,12 +96,10 @@ def _children(module, kind):
 def set_trained(model, freeze):
     """
     Say what of a VLM trains. A part with adapters trains these alone, whatever freeze says; the projector always does.
-    freeze  'none', 'decoder', 'encoder' or 'both': which parts without adapters stay as they are
+    freeze  one of PARTS: which parts without adapters stay as they are
     """
     for part in PARTS['both']:
-        module = getattr(model, part)
-        if module is not None:
-            adapters = [p for name, p in module.named_parameters() if name.endswith(NAMES)]
-            module.requires_grad_(not adapters and freeze not in (part, 'both'))
-            for p in adapters:
-                p.requires_grad_()
+        named = [] if getattr(model, part) is None else list(getattr(model, part).named_parameters())
+        adapted = any(name.endswith(NAMES) for name, _ in named)
+        for name, p in named:
+            p.requires_grad_(name.endswith(NAMES) if adapted else part not in PARTS[freeze])

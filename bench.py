@@ -28,7 +28,7 @@ from tqdm import tqdm
 import common
 import costs
 import kernels
-from adapters import set_trained
+from adapters import adapter_spec, set_trained
 from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
@@ -93,7 +93,7 @@ def step(argv):
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
-    model = build_vlm(spec, c['seed']).to(device)
+    model = build_vlm(dict(spec, adapters=adapter_spec(c)), c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
     set_trained(model, c['freeze'])
@@ -128,7 +128,7 @@ def step(argv):
         median['forward'] -= median['encoder']
     total = sum(median.values())
     n = tokens.numel()
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c['freeze'])) if images is not None else (0, 0)
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c)) if images is not None else (0, 0)
     flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
     flops += per_image * (0 if images is None else len(images))
     mfu = costs.model_flops_utilisation(flops / total, device)
@@ -264,7 +264,7 @@ def fit(argv):
     if own['n_gpu'] < 1 or c['global_batch_size'] % own['n_gpu']:
         raise UserError(f"n_gpu={own['n_gpu']}: expected a divisor of global_batch_size={c['global_batch_size']}")
     spec = costs.paper_spec(c) if own['script'] == 'finetune.py' else costs.described(c, 0, c['stage'] == 'mix')
-    model = costs.meta_vlm(spec, c['freeze'])
+    model = costs.meta_vlm(spec, c)
     _, per_image = costs.image_costs(model)
     per_gpu = c['global_batch_size'] // own['n_gpu']
     sizes = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]

@@ -6,8 +6,7 @@ Checkpoint folders: written whole or not at all, pruned, read back by name, and 
 
 Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
 (moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. A model
-with adapters has what trains once more in adapters.safetensors, small, with the sha256 of its base. Nothing is
-unpickled: safetensors, weights_only, JSON.
+with adapters has what trains once more, in adapters.safetensors. Nothing is unpickled: safetensors, weights_only, JSON.
 """
 import base64
 import contextlib
@@ -25,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adapters import SPEC, merge_adapters
+from adapters import SPEC, add_adapters, merge_adapters
 from data import load_tokenizer
 from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
@@ -114,7 +113,7 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', 
         _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
     if meta['spec'].get('adapters'):
         save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'),
-                  {'spec': json.dumps(meta['spec'])})
+                  {'adapters': json.dumps(meta['spec']['adapters'])})
     if moments is not None:
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
@@ -291,19 +290,17 @@ def build(folder, spec, seed=None):
         return build_vlm(spec, seed)
 
 
-def load_weights(model, folder, meta, may_lack=(), adapters=''):
+def load_weights(model, folder, meta, may_lack=()):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
     may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
-    adapters  an adapters.safetensors whose tensors come before the checkpoint's; '' = none
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
     source = tensors(checked_path(folder, meta, 'model.safetensors'))
     if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
         source.update(tensors(checked_path(folder, meta, 'encoder.safetensors')))
-    source.update(tensors(adapters) if adapters else {})
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
@@ -362,55 +359,46 @@ def restore_rng(meta, folder):
         raise UserError(f"{folder}: meta.json holds no random state ({first_line(e)})") from e
 
 
-def load_vlm(folder, device='cpu', adapters=''):
+def load_vlm(folder, device='cpu'):
     """
-    A checkpoint as a model for evaluation, its adapters merged into the weights.
-    folder    a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
-    adapters  '', or an adapters.safetensors of a run on this checkpoint, to be put on it
+    A checkpoint as a model for evaluation, its adapters merged.
+    folder   a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
     Raises UserError with one line when something is missing or does not fit.
     """
     folder = os.path.realpath(folder)            # once: a run that goes on may swap ckpt_last while its files are read
     meta = read_meta(folder)
-    if adapters:
-        meta = dict(meta, spec=_spec_of_adapters(adapters, folder))
     model = build(folder, meta['spec'])
-    load_weights(model, folder, meta, adapters=adapters)
+    load_weights(model, folder, meta)
     merge_adapters(model)
     return model.to(device).eval().requires_grad_(False), read_tokenizer(folder, meta), meta
 
 
-def weights_sha256(path):
-    """The sha256 of a checkpoint's model.safetensors or of any other weights' file; of several files, of theirs."""
-    digests = [_digest(file)['sha256'] for file in sorted({tensor.file for tensor in tensors(path).values()})]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
-
-
-def _spec_of_adapters(path, folder):
-    """What an adapters.safetensors says of the model that it makes of its base; UserError where that is not folder."""
-    with reading(path, 'the adapters.safetensors of a run'), safe_open(path, 'pt') as file:
-        spec = json.loads(file.metadata()['spec'])
-        check(spec, META['spec'], path)
-        check(spec.get('adapters'), Field(dict, of=SPEC), f"{path}: 'adapters'")
-    base, found = spec['adapters']['base'], weights_sha256(folder)
-    if base != found:
-        raise UserError(f"{path}: adapters of the base with sha256 {base[:12]}..., the weights of {folder} have "
-                        f"{found[:12]}...: give the checkpoint that they were trained on")
-    return spec
-
-
 def merge(folder, out, adapters=''):
-    """Write what load_vlm(folder, adapters=adapters) reads as an ordinary checkpoint `out`, a new folder."""
-    if os.path.lexists(out):
-        raise UserError(f"{out} is there already: give a folder that is not")
-    model, tokenizer, meta = load_vlm(folder, adapters=adapters)
-    if not meta['spec'].get('adapters'):
+    """
+    Write a checkpoint with adapters, or a base with a run's adapters.safetensors, as an ordinary one in a new folder.
+    Raises UserError for adapters of another base.
+    """
+    model, tokenizer, meta = load_vlm(folder)
+    if adapters:
+        with reading(adapters, 'the adapters.safetensors of a run'), safe_open(adapters, 'pt') as file:
+            spec = json.loads(file.metadata()['adapters'])
+            check(spec, Field(dict, of=SPEC), adapters)
+        base = meta['files']['model.safetensors']['sha256']
+        if spec['base'] != base:
+            raise UserError(f"{adapters}: adapters of the base with sha256 {spec['base'][:12]}..., that of {folder} is "
+                            f"{base[:12]}...: give the checkpoint that they were trained on")
+        add_adapters(model, spec)
+        fill(model, tensors(adapters))
+        merge_adapters(model)
+    elif not meta['spec'].pop('adapters', None):
         raise UserError(f"{folder} has no adapters: nothing to merge")
-    tmp, spec = f'{os.path.normpath(out)}.tmp', {k: v for k, v in meta['spec'].items() if k != 'adapters'}
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: give a new folder")
+    tmp = f'{os.path.normpath(out)}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
-    _write_checkpoint(tmp, model.state_dict(), None, tokenizer, dict(meta, spec=spec))
+    _write_checkpoint(tmp, model.state_dict(), None, tokenizer, meta)
     os.rename(tmp, out)
-    print(f"{out}: {folder} with its adapters merged")
 
 
 # --- check ------------------------------------------------------------------------------------------------------------

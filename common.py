@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import costs
-from adapters import NAMES, adapter_spec
+from adapters import NAMES, adapter_spec, add_adapters
 from configurator import config_keys
 from data import TextSource
 from errors import BadSample, UserError, leave, reading
@@ -86,22 +86,19 @@ def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
     decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
              dimensions, so gains and biases do not (Prismatic); adapters never do
-    returns  torch.optim.AdamW (fused), groups with 'share' and 'names'; UserError where nothing trains
+    returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
     for part, share in shares.items():
         module = getattr(model, part)
         named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
-        falls = lambda n, p: (decay == 'all' or p.ndim >= 2) and not n.endswith(NAMES)
-        decayed = [(n, p) for n, p in named if falls(n, p)]
-        others = [(n, p) for n, p in named if not falls(n, p)]
-        for pairs, strength in ((decayed, weight_decay), (others, 0.0)):
-            if pairs:
+        decayed = {n for n, p in named if (decay == 'all' or p.ndim >= 2) and not n.endswith(NAMES)}
+        for strength, falls in ((weight_decay, True), (0.0, False)):
+            if pairs := [(n, p) for n, p in named if (n in decayed) == falls]:
                 names, params = zip(*pairs)
                 groups.append(dict(params=list(params), names=list(names), share=share, weight_decay=strength))
     if not groups:
-        raise UserError("freeze='decoder' leaves nothing to train in a model without images: give --freeze=none, or "
-                        "--lora_rank=N")
+        raise UserError("freeze='decoder' leaves nothing to train in a model without images: give --freeze=none")
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
@@ -189,7 +186,7 @@ class Run:
         .text_rows. ckpt_last is looked up once, after the folder's lock is taken.
         """
         self.process, self.config, self.out_dir, self.init_from = process, config, out_dir, init_from
-        self.stop_signal = StopSignal()
+        self.stop_signal, self.asked_adapters = StopSignal(), adapter_spec(config)
         self.n_micro, self.micro_batch_size = accumulation(config['global_batch_size'], config['micro_batch_size'],
                                                            process.world_size)
         self.folder = self._lock_and_find_last()
@@ -265,14 +262,21 @@ class Run:
                                f"{self.config['micro_batch_size']} that divides {self.config['global_batch_size']} "
                                f"sequences among {self.process.world_size} processes")
 
-    def adapters(self):
-        """The adapters of this run's model, None = none, and whether they start here: those of its base stay."""
-        asked, theirs = adapter_spec(self.config), self.meta and self.meta['spec'].get('adapters')
-        if asked and not theirs:
-            return dict(asked, base=checkpoint.weights_sha256(self.folder)), True
-        if asked and theirs != dict(asked, base=theirs['base']):
+    def add_adapters(self, model, spec):
+        """
+        Put the adapters that the config asks for on a model whose base is loaded, drawn from seed + 4, and into its
+        description. Those of a base stay, alone. Returns whether there are fresh ones.
+        """
+        asked, theirs = self.asked_adapters, spec.get('adapters')
+        if asked and theirs and theirs != dict(asked, base=theirs['base']):
             self.process.print(f"!!! the lora keys have no effect: {self.folder} brings its own adapters")
-        return theirs, False
+        if theirs or not asked:
+            return False
+        base = self.meta['files']['model.safetensors']['sha256'] if self.meta else ''      # '': OpenLM's own file
+        spec['adapters'] = dict(asked, base=base)
+        torch.manual_seed(self.config['seed'] + 4)
+        add_adapters(model, spec['adapters'])
+        return True
 
     def text_mixture(self, patterns, tokenizer, seq_len, start=None):
         """
@@ -355,7 +359,7 @@ class Run:
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
         self.image_flops, self.trains = 0, costs.what_trains(model.decoder)
         if self.process.device.type == 'cuda':                   # else no share of a peak is logged
-            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config['freeze']))
+            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config))
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
         self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''

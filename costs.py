@@ -12,7 +12,7 @@ import os
 import torch
 
 import kernels
-from adapters import NAMES, AdaptedLinear, set_trained
+from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
 from model import build_vlm, vlm_spec
 from vision import SigLIP, SigLIPConfig, encoder_files
@@ -54,10 +54,10 @@ def what_trains(decoder):
                 rank=len(layer.lora_A) if isinstance(layer, AdaptedLinear) else 0)
 
 
-def meta_vlm(spec, freeze):
-    """A description's model without memory, of which what freeze leaves trains; no random number is drawn."""
-    model = build_vlm(spec).to('meta')
-    set_trained(model, freeze)
+def meta_vlm(spec, config):
+    """A description's model without memory, with adapters and frozen as a config says; no random number is drawn."""
+    model = build_vlm(dict(spec, adapters=spec.get('adapters') or adapter_spec(config))).to('meta')
+    set_trained(model, config['freeze'])
     return model
 
 
@@ -100,15 +100,13 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     K = N if n_kept is None else n_kept
     size = lambda module, trained=True: sum(p.numel() for p in module.parameters() if p.requires_grad == trained) \
         if module else 0
-    how, trained = what_trains(model.decoder), size(model)
-    both = lambda module: size(module) + size(module, False)
-    blocks, frozen = both(model.decoder.layers), size(model, False)
+    trained, frozen, copied = size(model), size(model, False), size(model.encoder, False)
+    how, blocks_trained = what_trains(model.decoder), size(model.decoder.layers)
+    blocks = blocks_trained + size(model.decoder.layers, False)
     if parallel == 'fsdp':
         # the root group is whole; so are the block that runs, the next on its way, what is copied, a block's gradients
-        copied = size(model.encoder, False)
-        root = both(model) - blocks - copied
-        weights, frozen = 16 * trained / n_process, copied + (frozen - copied) / n_process
-        whole = 4 * root + (blocks * 3 * width + size(model.decoder.layers) * 4) // c.n_layer
+        root, frozen = trained + frozen - copied - blocks, copied + (frozen - copied) / n_process
+        weights, whole = 16 * trained / n_process, 4 * root + (3 * width * blocks + 4 * blocks_trained) // c.n_layer
     else:
         weights, whole = 16 * trained, 2 * (blocks + size(model.projector)) if width == 2 else 0
     # attention keeps its input, the norm's output, q, k, v, both rotated, its own output: 8 C; the feed-forward its
@@ -124,14 +122,14 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     if checkpointing:
         layers, block_work = c.n_layer * 4 * c.n_embd * N, block_work + N * (attention + ffn)
     logits, head = K * c.vocab_size * width, 4 * c.vocab_size * c.n_embd
-    head_gradient = head * (not how['frozen'])
+    gradient = head * (not how['frozen'])
     if parallel == 'fsdp':
-        block_work += head_gradient                          # the output matrix's gradient waits for the root's end
+        block_work += gradient                               # the output matrix's gradient waits for the root's end
     kept = logits <= kernels.KEEP_LOGITS_BYTES['cuda' if width == 2 else 'cpu']
     columns = kernels.CHUNK_COLUMNS if width == 2 else 0
     chunk = min(logits, max(kernels.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
-    loss_work = logits * kept + max(chunk * (1 if kept else 2), head_gradient + head / 2 * (width == 2))
+    loss_work = logits * kept + max(chunk * (1 if kept else 2), gradient + head / 2 * (width == 2))
     return {'weights': weights, 'frozen': 4 * frozen, 'whole': whole,
             'activations': layers + 2 * K * c.n_embd * width + n_image * per_image * width / 4,
             'work': max(loss_work, block_work)}
@@ -194,26 +192,26 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     """
     tokens = config['global_batch_size'] * config['seq_len']
     print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
-    model = meta_vlm(spec, config['freeze'])
+    model = meta_vlm(spec, config)
     flops, kept = image_costs(model)
     n = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    trained = sum(trains.values())
-    stored = n['decoder'] + n.get('projector', 0) + trained * bool(spec.get('adapters'))
+    trained = {part: sum(p.numel() for p in module.parameters() if p.requires_grad)
+               for part, module in model.named_children()}
+    total = sum(trained.values())
+    stored = n['decoder'] + n.get('projector', 0)
     steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
     states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
     gib = lambda n_byte: f'{n_byte / 2 ** 30:.2f} GiB'
-    adapters = sum(count for name, count in trains.items() if name.endswith(NAMES))
-    print('parameters: ' + ', '.join(f'{part} {count:,}' for part, count in n.items()) + f'; {trained:,} train'
-          + f', {adapters:,} of them in adapters' * bool(adapters))
+    print('parameters: ' + ', '.join(f'{part} {count:,}' for part, count in n.items())
+          + f'; {total:,} train')
     parts = run_flops(config, model, flops, max_steps)
     print(f"FLOPs: {sum(parts.values()):.3e} ({', '.join(f'{part} {count:.3e}' for part, count in parts.items())})")
     hours = sum(parts.values()) / (PEAK_FLOPS['A100'] * ASSUMED_UTILISATION * 3600)
     print(f"GPU hours: {hours:,.{0 if hours >= 100 else 3}f} on A100s at an assumed {ASSUMED_UTILISATION:.0%} of "
           f"{PEAK_FLOPS['A100'] / 1e12:.0f} TFLOP/s")
     print(f"disk: up to {n_keep + steps} checkpoints of {gib(4 * stored)}, {states} optimizer states of "
-          f"{gib(8 * trained)}, the encoder {gib(4 * n.get('encoder', 0))}"
-          + (' in each' if any(name.startswith('encoder.') for name in trains) else ' once'))
+          f"{gib(8 * total)}, the encoder {gib(4 * n.get('encoder', 0))}"
+          + (' in each' if trained.get('encoder') else ' once'))
     print(f"memory per process at micro_batch_size={config['micro_batch_size']}, an estimate of its tensors (plain, "
           "with activation_checkpointing):")
     for parallel, n_process in (('ddp', 1), ('fsdp', 8)):

@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import common
 import costs
-from adapters import add_adapters, set_trained
+from adapters import set_trained
 from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
@@ -51,17 +51,14 @@ resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'lett
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
-neftune = 0.0                           # [>= 0] noise on text embeddings up to neftune / sqrt(positions x width); 5..15
-                                        # in arXiv 2310.05914; 0 = none
+neftune = 0.0                           # [>= 0] noise on text, within neftune / sqrt(positions x width) (2310.05914)
 shuffle_turns = False                   # True = the questions of a conversation in another order each epoch
-freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is; the paper's
-                                        # choice: the encoder (appendix D). A part with adapters trains these alone
-lora_rank = 0                           # [>= 0, <= 65536] of adapters on every linear layer of a part's blocks; 0 =
-                                        # none, or the base's own, which stay
+freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is (appendix D)
+lora_rank = 0                           # [>= 0, <= 65536] of adapters, which train in their part's stead; 0 = none
 lora_alpha = 0.0                        # [>= 0] their scale is alpha / rank; 0 = 2 x rank, as LLaVA-1.5 (128 and 256)
 rslora = False                          # True = alpha / sqrt(rank) (arXiv 2312.03732)
 dora = False                            # True = DoRA, a magnitude and a direction (arXiv 2402.09353)
-lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both']
+lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both'] every linear layer of its blocks
 seq_len = 2048                          # [>= 1] longest row with its image; longer conversations are cut
 n_epoch = 4                             # [>= 0] passes, under one cosine; the paper: 1, 2, 3, 4 (figure 8: up to 6)
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from n_epoch
@@ -131,7 +128,7 @@ run = common.Run(process, __file__, config, out_dir, init_from, stages=('finetun
 if not run.meta:
     raise UserError(f"{init_from} is not a checkpoint of these scripts: stage 3 needs one, of stage 2 or of stage 1")
 tokenizer = checkpoint.read_tokenizer(run.folder, run.meta)
-spec = run.meta['spec']
+spec = dict(run.meta['spec'])
 fresh_projector = spec['encoder'] is None                        # a base of stage 1: Prismatic's way
 if fresh_projector:
     common.require(dict.fromkeys(encoder_files(config).values(), data_hint), dry_run)
@@ -143,12 +140,10 @@ elif not run.resumed:
                 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
-adapters, fresh_adapters = run.adapters()
-plain, spec = spec, dict(spec, adapters=adapters)
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
-model = checkpoint.build(run.folder, plain, seed if fresh_projector and not dry_run else None)
+model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.encoder.n_token,
@@ -177,8 +172,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
 checkpoint.load_weights(model, run.folder, run.meta, ('encoder.', 'projector.') if fresh_projector else ())
-if fresh_adapters:
-    add_adapters(model, adapters, seed + 4)
+run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from adapters import adapter_spec, add_adapters
+from adapters import add_adapters
 from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
@@ -226,7 +226,7 @@ class VLM(nn.Module):
         """
         Token embeddings with image features in the slots.
         tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
-        noise  (B,T,C) to be added to the tokens' embeddings, not to images; None = none
+        noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
@@ -286,8 +286,6 @@ def vlm_spec(config, image_id, images):
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
     spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
-    adapters = adapter_spec(config)
-    spec |= dict(adapters=adapters) if adapters else {}
     return add_images(spec, config) if images else spec
 
 
@@ -307,8 +305,7 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2, the adapters' from seed + 4; None = memory as it
-             comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -330,7 +327,7 @@ def build_vlm(spec, seed=None):
             draw(0)
             model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
             if spec.get('adapters'):
-                add_adapters(model, spec['adapters'], None if seed is None else seed + 4)
+                add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

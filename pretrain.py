@@ -17,7 +17,7 @@ import torch
 import checkpoint
 import common
 import costs
-from adapters import add_adapters, set_trained
+from adapters import set_trained
 from common import lr_at
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
@@ -67,14 +67,12 @@ resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'lett
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
 loss_weight = 'source'                  # ['source' | 'token'] each source's mean loss by its share of rows, or one mean
-freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is; the paper's
-                                        # choice: the encoder (appendix I). A part with adapters trains these alone
-lora_rank = 0                           # [>= 0, <= 65536] of adapters on every linear layer of a part's blocks; 0 =
-                                        # none, or the base's own, which stay
+freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is (appendix I)
+lora_rank = 0                           # [>= 0, <= 65536] of adapters, which train in their part's stead; 0 = none
 lora_alpha = 0.0                        # [>= 0] their scale is alpha / rank; 0 = 2 x rank, as LLaVA-1.5 (128 and 256)
 rslora = False                          # True = alpha / sqrt(rank) (arXiv 2312.03732)
 dora = False                            # True = DoRA, a magnitude and a direction (arXiv 2402.09353)
-lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both']
+lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both'] every linear layer of its blocks
 max_tokens = 4_319_385_600_000          # [>= 0] positions, those of images and padding included; DCLM-1B's record
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from max_tokens
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
@@ -176,14 +174,13 @@ if tokenizer.vocab_size > vocab_size:
                     "rows")
 spec = vlm_spec(config, tokenizer.image_id, has_images)
 if run.meta:
+    spec['adapters'] = run.meta['spec'].get('adapters')          # a base's own stay
     checkpoint.check_spec(run.meta, spec, run.folder)
     if tokenizer.sha256 != checkpoint.read_tokenizer(run.folder, run.meta).sha256:
         raise UserError(f"{run.folder} was trained with another tokenizer than {tokenizer.path} (their sha256 differ)")
 elif init_from and os.path.exists(os.path.join(init_from, 'tokenizer.json')):     # DCLM's folder holds its own
     tokenizer.check_same(load_tokenizer(os.path.join(init_from, 'tokenizer.json')))
-spec['adapters'], fresh_adapters = run.adapters()
-# a resumed run's weights are all in its file
-model = build_vlm(dict(spec, adapters=None) if fresh_adapters else spec, None if run.resumed or dry_run else seed)
+model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resumed run's weights are all in its file
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def caption_mixture(patterns):
@@ -232,8 +229,7 @@ if run.meta:
     checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
-if fresh_adapters:
-    add_adapters(model, spec['adapters'], seed + 4)
+fresh_adapters = run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
@@ -249,9 +245,9 @@ if run.resumed:
 elif schedule == 'cooldown':
     if not run.meta:
         foreign_file, foreign, lr_there = openlm_moments(init_from)
-    foreign = {} if fresh_adapters else foreign                  # those of weights that stay
-    there = foreign or run.meta and os.path.exists(os.path.join(run.folder, 'optim.pt'))
-    moments = 'loaded' if there and not fresh_adapters else 'none'
+    moments = 'loaded' if foreign or run.meta and os.path.exists(os.path.join(run.folder, 'optim.pt')) else 'none'
+    if fresh_adapters:                           # what the base has are those of weights that stay
+        moments, foreign = 'none', {}
 if run.resumed:
     curve = run.meta['schedule']
 elif schedule == 'main':
@@ -288,8 +284,7 @@ if foreign:
 elif run.resumed or moments == 'loaded':
     run.load_moments(optimizer)                  # by name; the projector of a text-only checkpoint starts fresh
 elif moments == 'none':
-    process.print(f"no AdamW moments {'of adapters ' * fresh_adapters}in {init_from}: fresh ones, "
-                  f"{moments_warmup_steps} steps of warmup")
+    process.print(f"no AdamW moments for this in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup")
 warmup = curve.get('warmup', curve.get('moments_warmup', 0))
 if warmup >= max_steps:
     process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")

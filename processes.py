@@ -130,8 +130,7 @@ def distribute(model, process, parallel):
     # A frozen encoder is copied: 4 bytes a parameter (0.4B: 1.7 GB), and nothing to send
     copied = set()
     if model.encoder is not None:
-        model.encoder.to(process.device)
-        copied = {p for p in model.encoder.parameters() if not p.requires_grad}
+        copied = {p for p in model.encoder.to(process.device).parameters() if not p.requires_grad}
     return fully_shard(model, mesh=mesh, ignored_params=copied)
 
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import meta_of, mix, same_weights, steps
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -41,7 +40,8 @@ def asked(**changed):
 def adapted(seed=0, spread=0.3, images=True, **changed):
     """A VLM with adapters that have learned something: B and the magnitudes are random, not at their start."""
     model = build_vlm(spec_of(images), seed)
-    add_adapters(model, asked(**changed), seed + 4)
+    torch.manual_seed(seed + 4)
+    add_adapters(model, asked(**changed))
     g = torch.Generator().manual_seed(seed + 99)
     for name, p in model.named_parameters():
         if name.endswith('.lora_B'):
@@ -87,9 +87,12 @@ def test_output_and_gradients_are_the_formulas(dora, rslora, bias):
     (expected * seen).sum().backward()
     (layer(x) * seen).sum().backward()
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.merged(), V.detach(), rtol=1e-12, atol=1e-12)
     for ours, truth in ((layer.lora_A, A), (layer.lora_B, B), (layer.magnitude, m)):
         assert ours is truth or torch.allclose(ours.grad, truth.grad, rtol=1e-12, atol=1e-12)
+    inside = torch.nn.Sequential(layer)
+    merge_adapters(inside)
+    torch.testing.assert_close(inside[0].weight, V, rtol=1e-12, atol=1e-12)
+    assert inside[0].bias is plain.bias and inside[0].weight is plain.weight and inside[0].in_features == 7
 
 
 @VARIANTS
@@ -139,8 +142,8 @@ def test_fresh_adapters_change_nothing_and_leave_the_base_its_names_and_bits(dor
     before = plain.decoder(tokens), plain.image_features(batch_of()[2])
     together = build_vlm(spec_of() | dict(adapters=asked(dora=dora, rslora=rslora, on='both')), 3)
     assert equal(plain.state_dict(), {k: v for k, v in together.state_dict().items() if k in names})
-    add_adapters(plain, asked(dora=dora, rslora=rslora, on='both'), 3 + 4)
-    assert equal(plain.state_dict(), together.state_dict())              # the same seeds, the same adapters
+    add_adapters(plain, asked(dora=dora, rslora=rslora, on='both'))
+    assert plain.state_dict().keys() == together.state_dict().keys()
     assert torch.equal(plain.decoder(tokens), before[0])                 # exactly: no bias there
     torch.testing.assert_close(plain.image_features(batch_of()[2]), before[1], rtol=1e-5, atol=1e-6)
     new = set(plain.state_dict()) - names
@@ -244,13 +247,12 @@ def test_what_makes_no_sense_is_one_line():
     assert adapter_spec(config) is None and adapter_spec({}) is None
     assert adapter_spec(config | dict(lora_rank=8)) == asked(rank=8, alpha=16.0)
     for key, value in (('dora', True), ('rslora', True), ('lora_alpha', 3.0)):
-        with pytest.raises(UserError, match=f'{key}={value} without adapters: give --lora_rank=N'):
+        with pytest.raises(UserError, match='are of adapters: give --lora_rank=N'):
             adapter_spec(config | {key: value})
     text = build_vlm(spec_of(images=False), 0)
-    with pytest.raises(UserError, match="lora_on='both': this model has no encoder with linear layers"):
-        add_adapters(text, asked(on='both'))
-    with pytest.raises(UserError, match="adapters on 'projector': expected one of decoder, encoder, both"):
-        add_adapters(text, asked(on='projector'))
+    for on in ('both', 'encoder', 'none', 'projector'):
+        with pytest.raises(UserError, match=f"adapters on '{on}': this model has no such part with linear layers"):
+            add_adapters(text, asked(on=on))
     set_trained(text, 'decoder')
     with pytest.raises(UserError, match="freeze='decoder' leaves nothing to train"):
         common.make_optimizer(text, {'decoder': 1.0}, weight_decay=0, betas=(0.9, 0.95))
@@ -276,7 +278,7 @@ def test_adapters_alone_are_a_small_file_that_names_its_base(tuned, stage_2):
     assert meta['spec']['adapters'] == asked(rank=4, alpha=8.0, dora=True, on='both', base=sha256)
     small = load_file(folder / 'adapters.safetensors')
     with safe_open(folder / 'adapters.safetensors', 'pt') as file:
-        assert json.loads(file.metadata()['spec']) == meta['spec']
+        assert json.loads(file.metadata()['adapters']) == meta['spec']['adapters']
     assert {name.split('.')[-1] for name in small} == {'lora_A', 'lora_B', 'magnitude', 'weight', 'bias'}
     assert {name.split('.')[0] for name in small if name.endswith(('weight', 'bias'))} == {'projector'}
     moments = torch.load(folder / 'optim.pt', weights_only=True)
@@ -357,7 +359,7 @@ def test_stage_2_adds_adapters_and_every_way_to_run_gives_one_loss(world, script
         run = scripts(*args, '--micro_batch_size=2', f'--parallel={parallel}', f'--dtype={dtype}', f'--out_dir={out}',
                       world_size=n)
         logs[out.name] = [line['loss'] for line in steps(out)]
-        assert 'no AdamW moments of adapters' in run.out
+        assert 'no AdamW moments for this' in run.out
     assert meta_of(out / 'ckpt_last')['moments'] == 'none'
     one = logs.pop('1 ddp float32')
     for name, losses in logs.items():                                    # an ulp of bfloat16 is 2 ** -8
@@ -385,11 +387,7 @@ def test_a_frozen_decoder_trains_a_projector_on_two_processes(world, scripts, st
 
 def test_dry_run_counts_adapters(world, scripts, stage_2, tmp_path):
     run = scripts(*lora(world, stage_2 / 'ckpt_100', '--dry_run=true', f'--out_dir={tmp_path / "a"}'))
+    projector = 24 * 96 + 96 + 96 * 32 + 32
     decoder = 4 * (32 * 4 + 32 * 2 + (32 + 128) + (64 + 32)) + 96 + 32 + 128 + 32            # A, B and magnitudes a layer
     encoder = 4 * (4 * 48 + 72 + 72) + 4 * 24 + 48 + 24
-    assert f'{2 * decoder + encoder:,} of them in adapters' in run.out
-
-
-def test_forward_without_autocast_is_float32():
-    layer = AdaptedLinear(torch.nn.Linear(8, 6), 2, 1.0, True)
-    assert layer(torch.randn(3, 8)).dtype == torch.float32 and F.linear(torch.ones(1, 8), layer.merged()).shape == (1, 6)
+    assert f'; {2 * decoder + encoder + projector:,} train' in run.out

@@ -65,7 +65,7 @@ def test_flops_are_those_of_torchs_counter(n_image, freeze, adapted, monkeypatch
         loss.backward()
     counted = counter.get_total_flops()
     c, n_kept = ModelConfig(**spec['decoder']), int((targets != IGNORE_INDEX).sum())
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, freeze))
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec, dict(freeze=freeze)))
     ours = costs.decoder_flops(c, 3, 128, n_kept, **costs.what_trains(model.decoder)) + n_image * per_image
     # the one difference: the counter's attention computes all pairs, hidden ones too
     hidden = 128 * 128 - 128 * 129 // 2
@@ -81,14 +81,14 @@ def test_flops_of_an_image_by_hand():
     C, hidden, n, width = 96, 384, 64, 64
     forward = 2 * n * (3 * 14 ** 2 * C + 2 * (4 * C * C + 2 * C * hidden)) + 2 * 4 * n * n * C
     projector = 2 * n * (C * 4 * C * 2 + 4 * C * width * 3)              # no gradient of a frozen encoder's features
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec_of(3, width, 300, TOWER), 'encoder'))
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec_of(3, width, 300, TOWER), dict(freeze='encoder')))
     assert per_image == forward + projector
-    assert costs.image_costs(costs.meta_vlm(spec_of(3, width, 300), 'encoder')) == (0, 0)
+    assert costs.image_costs(costs.meta_vlm(spec_of(3, width, 300), dict(freeze='encoder'))) == (0, 0)
 
 
 def test_counting_draws_no_random_number():
     spec, before = spec_of(2, 64, 300, TOWER), torch.get_rng_state()
-    costs.image_costs(costs.meta_vlm(spec, 'none'))
+    costs.image_costs(costs.meta_vlm(spec, dict(freeze='none')))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -161,7 +161,7 @@ def test_memory_of_a_sharded_model_is_what_two_processes_allocate():
         assert rank.returncode == 0, err
         measured = [int(line.split()[1]) for line in out.splitlines() if line.startswith('measured')]
         for (spec, B, T, checkpointing), number in zip(cases, measured, strict=True):
-            parts = costs.memory(costs.meta_vlm(spec, 'encoder'), n_row=B, n_position=T, width=4, parallel='fsdp',
+            parts = costs.memory(costs.meta_vlm(spec, dict(freeze='encoder')), n_row=B, n_position=T, width=4, parallel='fsdp',
                                  checkpointing=checkpointing, n_process=2)
             assert sum(parts.values()) == pytest.approx(number, rel=0.1), parts
 
@@ -190,7 +190,7 @@ def test_memory_is_what_the_allocator_gives_out(shape, n_image, freeze, checkpoi
     held = sum(4 * p.numel() for p in [*model.parameters(), *trained])
     held += sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
     measured = held + bench.allocated_at_peak(micro_step)
-    described = costs.meta_vlm(spec, freeze)
+    described = costs.meta_vlm(spec, dict(freeze=freeze))
     _, per_image = costs.image_costs(described)
     parts = costs.memory(described, n_row=3, n_position=200, n_image=n_image, per_image=per_image, width=4,
                          n_kept=int((targets != IGNORE_INDEX).sum()), checkpointing=checkpointing)
