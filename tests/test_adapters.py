@@ -124,7 +124,8 @@ def test_a_model_with_adapters_is_pefts(dora, rslora):
     seen = [name for name in other if other[name].grad is not None and 'lora' in name]
     assert len(seen) == (2 + dora) * (2 * 4 + 6)                          # one of the encoder's two blocks runs
     for name in seen:
-        torch.testing.assert_close(mine[our_name(name)].grad, other[name].grad, rtol=1e-3, atol=1e-4)                     # float32, in another order
+        error = mine[our_name(name)].grad - other[name].grad             # 4e-6 seen: float32, in another order
+        assert error.norm() <= 3e-5 * other[name].grad.norm(), name
     for name, layer in theirs.named_modules():
         if hasattr(layer, 'merge') and hasattr(layer, 'base_layer'):
             layer.merge()
