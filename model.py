@@ -24,9 +24,9 @@ import generation
 from adapters import add_adapters
 from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
+from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from shards import whole, write_file
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, read_pt, tensors
 
