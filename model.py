@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from connectors import PROJECTORS
+from connectors import PROJECTORS, CrossBlocks, Sight
 from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    def trunk(self, x, kept=None, mask=None, position=None, cache=None):
+    def trunk(self, x, kept=None, mask=None, position=None, cache=None, sight=None):
         """
         The blocks and the final norm.
         x         (B,T,C) embeddings
@@ -179,6 +179,7 @@ class Decoder(nn.Module):
                   projection and the feed-forward for these only; keys and values for all: exact, and less work
         mask      Intervals over the keys; None = causal
         position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
+        sight     what cross blocks see (connectors.Sight); None = what the cache says, without one nothing
         returns   (B,T,C), or (K,C) with kept
         """
         B, T, _ = x.shape
@@ -187,13 +188,18 @@ class Decoder(nn.Module):
             rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
         else:
             rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
-        for i, block in enumerate(self.layers):
-            args = (x, rotary, mask, None if cache is None else (cache, i, position),
-                    kept if i == len(self.layers) - 1 else None)
+        sight = cache.sight(T) if sight is None and cache is not None else sight
+
+        def run(block, *args):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+        for i, block in enumerate(self.layers):
+            if sight is not None and i % sight.blocks.every == 0:
+                j = i // sight.blocks.every
+                x = run(sight.blocks[j], x, sight.images[j], sight)
+            x = run(block, x, rotary, mask, None if cache is None else (cache, i, position),
+                    kept if i == len(self.layers) - 1 else None)
         return self.norm(x)
 
     def forward(self, tokens):
@@ -204,15 +210,26 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model.
+    paper's choice). encoder and projector are None for a text-only model. With cross (CrossBlocks) an image takes one
+    position, an id like others, and its features are read by these blocks.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, cross=None):
         super().__init__()
-        self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
+
+    @property
+    def n_token(self):
+        """The features of an image, 0 for a text-only model."""
+        return 0 if self.encoder is None else self.encoder.n_token
+
+    @property
+    def n_slot(self):
+        """The positions that an image takes in a row, 0 for a text-only model."""
+        return self.n_token if self.cross is None else 1
 
     def image_features(self, images):
         """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
@@ -223,7 +240,7 @@ class VLM(nn.Module):
 
     def embed(self, tokens, images=None, image_index=None):
         """
-        Token embeddings with image features in the slots.
+        Token embeddings with image features in the slots, where there are no cross blocks to read them.
         tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
@@ -232,12 +249,14 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+            check_slots(tokens, self.image_id, n_image, self.n_slot if n_image else 0)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
+            return x
+        if self.cross is not None:
             return x
         features = self.image_features(images)                                         # (N,n_token,C)
         if image_index is not None:
@@ -247,6 +266,17 @@ class VLM(nn.Module):
         features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
+
+    def see(self, tokens, images=None, image_index=None):
+        """The Sight of a batch for the cross blocks, arguments as embed's; None where they have nothing to do."""
+        if self.cross is None or images is None and not torch.is_grad_enabled():
+            return None
+        if images is None:      # ddp and fsdp wait for every block: they run on no row, and their gradients are zeros
+            features = self.decoder.tok_embeddings.weight.new_zeros(0, self.n_token, self.decoder.config.n_embd)
+        else:
+            features = self.image_features(images)                                     # (N,n_token,C)
+        n_image = len(features if image_index is None else image_index)
+        return Sight.of(self.cross, [features] * len(self.cross), tokens == self.image_id, n_image, image_index)
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None):
         """
@@ -262,7 +292,8 @@ class VLM(nn.Module):
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept=kept)     # (K,C)
+        x = self.embed(tokens, images, image_index)                                    # (B,T,C)
+        x = self.decoder.trunk(x, kept=kept, sight=self.see(tokens, images, image_index))        # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -287,7 +318,17 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'))
+    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'), **fusion_spec(config))
+
+
+def fusion_spec(config):
+    """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
+    if config['fusion'] == 'sequence':
+        return {}
+    if config.get('image_mask', 'causal') == 'prefix':
+        raise UserError("image_mask='prefix' with fusion='cross': an image is one position there, so there is nothing to "
+                        "mask: give one of the two")
+    return dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 
 class Undrawn(TorchFunctionMode):
@@ -301,7 +342,8 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder and a projector.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3; None = memory as it
+             comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -313,15 +355,18 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = None
+            encoder = projector = cross = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+            if spec.get('fusion') is not None:
+                draw(3)
+                cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], cross=cross)
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy
@@ -460,7 +505,7 @@ def openlm_moments(path):
 def save_openlm(decoder, path):
     """
     Write a Decoder in OpenLM's layout: `path` ending in .pt = {'epoch', 'name', 'state_dict'}, else an HF folder.
-    Each file is whole or not there.
+    Each file is whole or not there. Of a VLM with cross blocks this is the decoder alone, which is all of it for text.
     """
     path, c = os.fspath(path), decoder.config
     state = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items() if k != 'inv_freq'}
