@@ -47,7 +47,7 @@ def autocast(opt):
 
 def prompt_ids(example, task, model, tokenizer, opt):
     """The ids that the model reads before its answer."""
-    n_token = model.encoder.n_token if example.image else 0
+    n_token = model.n_slot if example.image else 0
     if task.layout == 'text':
         return tokenizer.encode(example.prompt.rstrip()) or [tokenizer.eot_id]
     if task.layout == 'caption':

@@ -58,16 +58,16 @@ class Phases:
         self.last = now
 
 
-def synthetic_batch(c, encoder, image_id, device):
+def synthetic_batch(c, model, image_id, device):
     """A micro-batch in pretrain.py's layout: text rows, and image_ratio caption rows of 40 tokens, the rest pads."""
     B, T = c['micro_batch_size'], c['seq_len']
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image = round(B * c['image_ratio']) if encoder is not None else 0
+    n_image = round(B * c['image_ratio']) if model.encoder is not None else 0
     images = None
     if n_image:
-        n, size = encoder.n_token, encoder.image_size
+        n, size = model.n_slot, model.encoder.image_size
         tokens[:n_image, :n] = image_id
         targets[:n_image, :n] = targets[:n_image, n + 41:] = kernels.IGNORE_INDEX
         images = torch.randint(0, 256, (n_image, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
@@ -88,7 +88,7 @@ def step(argv):
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
         with torch.device('meta'):
-            n_token = build_encoder(spec['encoder']).n_token
+            n_token = 1 if spec.get('fusion') else build_encoder(spec['encoder']).n_token
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
@@ -98,11 +98,11 @@ def step(argv):
     if encoder is not None:
         encoder.requires_grad_(c['train_encoder'])
     if c['compile']:
-        for block in model.decoder.layers:
+        for block in (*model.decoder.layers, *(model.cross or ())):
             block.compile(dynamic=None)
-    optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
+    optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder', 'cross'), 1.0),
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
-    tokens, targets, images, kept = synthetic_batch(c, encoder, image_id, device)
+    tokens, targets, images, kept = synthetic_batch(c, model, image_id, device)
 
     def one(phases):
         optimizer.zero_grad(set_to_none=True)
@@ -129,10 +129,11 @@ def step(argv):
     total = sum(median.values())
     n = tokens.numel()
     per_image, _ = costs.image_costs(costs.meta_vlm(spec, c['train_encoder'])) if images is not None else (0, 0)
-    flops = costs.decoder_flops(config, *tokens.shape, len(kept)) + per_image * (0 if images is None else len(images))
+    n_image = 0 if images is None else len(images)
+    flops = costs.decoder_flops(config, *tokens.shape, len(kept)) + per_image * n_image
+    flops += costs.cross_flops(model, n_image * tokens.shape[1], n_image)
     mfu = costs.model_flops_utilisation(flops / total, device)
     print(conditions(device))
-    n_image = 0 if images is None else len(images)
     print(f"{n} positions, {len(kept)} with loss, {n_image} images, one process, one micro-step")
     for name, seconds in median.items():
         print(f"  {name:<10} {seconds * 1e3:9.2f} ms  {seconds / total:6.1%}")
@@ -204,7 +205,7 @@ def peer(argv, shape=None):
     for repeat in tqdm(range(own['repeat'] + 1), unit='round', disable=None):
         for n_image in (0, 1, 2):
             c = dict(micro_batch_size=2, seq_len=T, seed=repeat, image_ratio=n_image / 2)
-            tokens, targets, images, _ = synthetic_batch(c, models['ours'][1].encoder, shape['vocab_size'] - 1,
+            tokens, targets, images, _ = synthetic_batch(c, models['ours'][1], shape['vocab_size'] - 1,
                                                          torch.device('cpu'))
             used = min(T, -(-(n_token + 41) // 8) * 8)                       # the columns that collate leaves in
             cut = (tokens[:, :used], targets[:, :used], images)

@@ -1,7 +1,7 @@
 """
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
-Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
+Inside one: model.safetensors (OpenLM's names under `decoder.`, `projector.`, `cross.`), encoder.safetensors, optim.pt
 (moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is
 unpickled: safetensors, weights_only, JSON.
 """
@@ -40,7 +40,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'fusion': Field(dict, of={'kind': Field(str), 'every': Field(int, 1)}, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -283,7 +284,8 @@ def load_weights(model, folder, meta, may_lack=()):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
-    may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
+    may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base,
+              ('cross.',) of one without cross blocks
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
@@ -386,10 +388,11 @@ def _tuples(value):
 
 def check_spec(meta, spec, folder):
     """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
-    for part in ('decoder', 'encoder', 'projector'):
+    for part in ('decoder', 'encoder', 'projector', 'fusion'):
+        ours = spec.get(part) or (dict(kind='sequence') if part == 'fusion' and spec['encoder'] else None)
         for key, old in (meta['spec'].get(part) or {}).items():
-            new = (spec[part] or {}).get(key)
-            if spec[part] is not None and key != 'seq_len' and new != old:
+            new = (ours or {}).get(key)
+            if ours is not None and key != 'seq_len' and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")
 

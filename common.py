@@ -82,17 +82,17 @@ def top_lr(schedule):
 def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     """
     AdamW over the parts of a VLM that train.
-    shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
-    decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
-             dimensions, so gains and biases do not (Prismatic)
+    shares   dict part ('decoder', 'projector', 'encoder', 'cross') -> its share of the scheduled lr
+    decay    'all' = every parameter decays, gains and embeddings too (OpenLM), but the gates of cross blocks;
+             'matrices' = those of two or more dimensions, so gains and biases do not (Prismatic)
     returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
     for part, share in shares.items():
         module = getattr(model, part)
         named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
-        decayed = [(n, p) for n, p in named if decay == 'all' or p.ndim >= 2]
-        others = [(n, p) for n, p in named if not (decay == 'all' or p.ndim >= 2)]
+        decays = lambda n, p: p.ndim >= 2 or decay == 'all' and not n.endswith('.gates')   # noqa: E731
+        decayed, others = ([(n, p) for n, p in named if decays(n, p) == word] for word in (True, False))
         for pairs, strength in ((decayed, weight_decay), (others, 0.0)):
             if pairs:
                 names, params = zip(*pairs)
@@ -119,7 +119,7 @@ def optimizer_step(optimizer, lr, clip):
 
 def drop_gradients(*modules):
     """Set gradients to None: what a step did not use is neither decayed nor moved by old moments."""
-    for module in modules:
+    for module in filter(None, modules):
         for p in module.parameters():
             p.grad = None
 
@@ -308,7 +308,8 @@ class Run:
         Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
-        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        # untouched without images
+        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.', 'cross.')
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
             raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from "

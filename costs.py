@@ -13,7 +13,7 @@ import torch
 
 import kernels
 from configurator import config_keys
-from model import build_vlm, vlm_spec
+from model import build_vlm, fusion_spec, vlm_spec
 from vision import SigLIP, SigLIPConfig, encoder_files
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
@@ -41,6 +41,15 @@ def decoder_flops(c, n_row, n_position, n_kept):
     positions, pairs = n_row * n_position, n_row * n_position * (n_position + 1) // 2
     products = positions * (c.n_layer * layer - ffn) + n_kept * (ffn + c.n_embd * c.vocab_size)
     return 6 * (products + c.n_layer * 2 * c.n_embd * pairs)
+
+
+def cross_flops(model, n_position, n_image):
+    """The same of a VLM's cross blocks, on rows of n_position positions in all that all see an image of n_image."""
+    if model.cross is None:
+        return 0
+    c, features = model.decoder.config, n_image * model.n_token
+    products = n_position * (2 * c.n_embd ** 2 + 3 * c.n_embd * c.n_ffn) + features * 2 * c.n_embd ** 2
+    return 6 * len(model.cross) * (products + n_position * model.n_token * 2 * c.n_embd)
 
 
 def meta_vlm(spec, train_encoder):
@@ -90,8 +99,8 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     K = N if n_kept is None else n_kept
     size = lambda module, trained=True: sum(p.numel() for p in module.parameters() if p.requires_grad == trained) \
         if module else 0
-    trained, blocks = size(model), size(model.decoder.layers)
-    block, root = blocks // c.n_layer, trained - blocks
+    trained, blocks, cross = size(model), size(model.decoder.layers) + size(model.cross), len(model.cross or ())
+    block, root = size(model.cross[0] if cross else model.decoder.layers[0]), trained - blocks
     if parallel == 'fsdp':
         # the root group is whole; so are the block that runs, the next on its way, what is copied, a block's gradients
         weights, whole = 16 * trained / n_process, 4 * root + block * (3 * width + 4)
@@ -101,9 +110,12 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     # input, the norm's output, gate, up, silu(gate) and their product: 2 C + 4 F
     attention, ffn = 8 * c.n_embd * width, (2 * c.n_embd + 4 * c.n_ffn) * width
     layers = (c.n_layer * attention + (c.n_layer - 1) * ffn) * N + ffn * K
+    if cross:                                                # q's norms and scatter, gates and residual: 12 C + 4 F
+        seen = n_image * (n_position * (12 * c.n_embd + 4 * c.n_ffn) + model.n_token * 5 * c.n_embd) * width
+        layers += cross * (seen + N * c.n_embd * 4)
     block_work = N * (2 * c.n_ffn + c.n_embd) * width        # gradients of gate and up, and of the residual stream
     if checkpointing:
-        layers, block_work = c.n_layer * 4 * c.n_embd * N, block_work + N * (attention + ffn)
+        layers, block_work = (c.n_layer + cross) * 4 * c.n_embd * N, block_work + N * (attention + ffn)
     logits, head = K * c.vocab_size * width, 4 * c.vocab_size * c.n_embd
     if parallel == 'fsdp':
         block_work += head                                   # the output matrix's gradient waits for the root's end
@@ -133,7 +145,7 @@ def described(config, image_id, images):
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
             tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'))
+        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'), **fusion_spec(config))
     return spec
 
 
@@ -149,9 +161,9 @@ def run_flops(config, model, per_image, max_steps):
     """FLOPs of a whole run, in parts; every row at seq_len, and every target kept but those at images."""
     images = config['image_ratio'] if 'image_ratio' in config else 1 - config['text_share']
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
-    n_token = model.encoder.n_token if model.encoder is not None else 0
-    with_image, without = decoder_flops(c, 1, T, max(1, T - n_token)), decoder_flops(c, 1, T, T)
-    return {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
+    with_image, without = decoder_flops(c, 1, T, max(1, T - model.n_slot)), decoder_flops(c, 1, T, T)
+    parts = {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
+    return {**parts, 'cross': G * images * cross_flops(model, T, 1)} if model.cross is not None else parts
 
 
 def memory_of(config, model, per_image, *, n_process=1, **changed):
@@ -159,9 +171,8 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     config = {**config, **changed}
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
-    n_token = model.encoder.n_token if model.encoder is not None else 0
-    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if n_token else 0,
-                  per_image=per_image, n_kept=B * (config['seq_len'] - n_token * (images == 1)), width=width,
+    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_slot else 0,
+                  per_image=per_image, n_kept=B * (config['seq_len'] - model.n_slot * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 
@@ -177,7 +188,7 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     flops, kept = image_costs(model)
     n = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     trained = sum(n.values()) - n.get('encoder', 0) * (not config['train_encoder'])
-    stored = n['decoder'] + n.get('projector', 0)
+    stored = n['decoder'] + n.get('projector', 0) + n.get('cross', 0)
     steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
     states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
     gib = lambda n_byte: f'{n_byte / 2 ** 30:.2f} GiB'

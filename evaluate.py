@@ -229,7 +229,8 @@ def load(opt):
     opt.ckpt = os.path.realpath(opt.ckpt)                      # once: a run that goes on swaps its ckpt_last
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     # autocast keeps its bfloat16 copy of a weight only where the weight requires a gradient
-    model.decoder.requires_grad_(opt.dtype == 'bfloat16')
+    for part in filter(None, (model.decoder, model.cross)):
+        part.requires_grad_(opt.dtype == 'bfloat16')
     torch.backends.cuda.enable_cudnn_sdp(False)                # slow here: it makes a plan for each new length
     scale = meta['config'].get('scale', opt.scale)
     if scale != opt.scale and os.path.exists(os.path.join(os.path.dirname(__file__), 'config', f'{scale}.py')):
@@ -250,7 +251,7 @@ def answer(opt):
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
     n_token, prefix = 0, None
     if opt.image:
-        n_token = model.encoder.n_token
+        n_token = model.n_slot
         pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
         with autocast(opt):
             prefix = model.prefill_images(pixels)                                        # once for all questions

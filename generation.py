@@ -63,8 +63,10 @@ class KVCache:
 
     def sight(self, T):
         """What T further positions of each row see of images; None where there is none."""
+        if not self.last:
+            return None
         rows = slice(None) if self.rows is None else self.rows
-        return Sight.cached(self.cross, self.last['images'][:, :, rows], self.last['shown'][rows], T) if self.last else None
+        return Sight.cached(self.cross, self.last['images'][:, :, rows], self.last['shown'][rows], T)
 
 
 def new_cache(model, batch, length):

@@ -321,13 +321,15 @@ def add_images(spec, config):
     return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'), **fusion_spec(config))
 
 
+FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, before every {}. block of the decoder'
+
+
 def fusion_spec(config):
     """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
     if config['fusion'] == 'sequence':
         return {}
     if config.get('image_mask', 'causal') == 'prefix':
-        raise UserError("image_mask='prefix' with fusion='cross': an image is one position there, so there is nothing to "
-                        "mask: give one of the two")
+        raise UserError("image_mask='prefix' with fusion='cross', where an image is one position: give one of the two")
     return dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 

@@ -21,7 +21,7 @@ from common import lr_at
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, leave, user_error_hook
-from model import build_vlm, load_openlm, openlm_moments, vlm_spec
+from model import FRESH_CROSS, build_vlm, load_openlm, openlm_moments, vlm_spec
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -62,6 +62,9 @@ encoder_norm = False                    # apply its final norm; with encoder_lay
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
+fusion = 'sequence'                     # ['sequence' | 'cross'] an image's features in the row, or one position for it
+                                        # and gated cross-attention to them (Flamingo)
+cross_every = 4                         # [>= 1] of 'cross': before every so many blocks; 6 of 51.4M at 1.4B
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
@@ -83,7 +86,8 @@ start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the che
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # [>= 0] warmup of 'rewarm'; the paper gives none
 moments_warmup_steps = 100              # [>= 0] warmup of 'cooldown' when the checkpoint has no AdamW moments
-projector_lr = 0.0                      # [>= 0] the projector's highest lr, where the decoder has its own; 0 = the same
+projector_lr = 0.0                      # [>= 0] the highest lr of projector and cross blocks, where the decoder has its
+                                        # own; 0 = the same
 encoder_lr = 0.0                        # [>= 0] the same for a trained encoder
 weight_decay = 0.01                     # [>= 0]
 decay = 'all'                           # ['all' | 'matrices'] 'all' = gains and biases too (OpenLM's rule)
@@ -176,7 +180,7 @@ model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resu
 # --- data -------------------------------------------------------------------------------------------------------------
 def caption_mixture(patterns):
     encoder = model.encoder
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, encoder.image_size, resize,
                              pattern, cache_dir, caption_field, syn_share) for pattern, _ in patterns]
     for source in sources:
         if source.note:
@@ -193,7 +197,7 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.encoder.n_token, model.encoder.image_size, resize, cache_dir=cache_dir,
+                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir,
                               boxes=boxes)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
@@ -217,7 +221,10 @@ process.start_device()
 if has_images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
     fill_encoder(model.encoder, towers)
 if run.meta:
-    checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
+    fresh = checkpoint.load_weights(model, run.folder, run.meta,
+                                    () if run.resumed else ('encoder.', 'projector.', 'cross.'))
+    if any(name.startswith('cross.') for name in fresh):
+        process.print(FRESH_CROSS.format(run.folder, cross_every))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
@@ -225,7 +232,7 @@ if has_images:
     model.encoder.requires_grad_(train_encoder)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in model.decoder.layers:
+    for block in (*model.decoder.layers, *(model.cross or ())):
         block.compile(dynamic=None)
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
@@ -265,9 +272,10 @@ if top <= 0:
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or top) / top, 'encoder': (encoder_lr or top) / top}
+lr_factors['cross'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if foreign:
-    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.'),
+    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.', 'cross.'),
                                     f'{foreign_file} (move it away to start with fresh moments)')
     process.print(f"AdamW moments from {foreign_file}; fresh for {len(fresh)} tensors")
 elif run.resumed or moments == 'loaded':
@@ -322,7 +330,8 @@ for step in range(run.first_step, run.last_step):
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss)
     if has_images and counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
+        # AdamW is not to touch them without an image
+        common.drop_gradients(model.projector, model.encoder, model.cross)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)

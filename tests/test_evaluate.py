@@ -59,7 +59,7 @@ class Oracle:
 
     def __init__(self, tokenizer, tasks, wrong=(), written=None):
         self.tokenizer, self.calls, self.encoded = tokenizer, [], 0
-        self.encoder = SimpleNamespace(n_token=3, image_size=28)
+        self.encoder, self.n_slot = SimpleNamespace(image_size=28), 3
         self.gold, self.best = {}, {}
         for task in tasks:
             for e in task.examples:
