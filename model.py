@@ -326,11 +326,7 @@ FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, b
 
 def fusion_spec(config):
     """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
-    if config['fusion'] == 'sequence':
-        return {}
-    if config.get('image_mask', 'causal') == 'prefix':
-        raise UserError("image_mask='prefix' with fusion='cross', where an image is one position: give one of the two")
-    return dict(fusion=dict(kind='cross', every=config['cross_every']))
+    return {} if config['fusion'] == 'sequence' else dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 
 class Undrawn(TorchFunctionMode):
@@ -365,6 +361,9 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
             if spec.get('fusion') is not None:
+                if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
+                    raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
+                                    "image_mask='causal' and aspect='square' only")
                 draw(3)
                 cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)

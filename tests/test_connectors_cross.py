@@ -317,8 +317,9 @@ def test_descriptions_that_do_not_fit_are_refused():
     assert spec['fusion'] == CROSS and 'fusion' not in vlm_spec(config, 299, False)
     sequence = vlm_spec(dict(config, fusion='sequence'), 299, True)
     assert 'fusion' not in sequence
-    with pytest.raises(UserError, match="image_mask='prefix' with fusion='cross'"):
-        vlm_spec(dict(config, image_mask='prefix'), 299, True)
+    for other in (dict(image_mask='prefix'), dict(view=dict(shortest=9))):
+        with pytest.raises(UserError, match="fusion='cross'.* goes with image_mask='causal' and aspect='square' only"):
+            build_vlm(dict(spec, **other))
     check_spec(dict(spec=sequence), spec, 'base')               # its blocks start fresh
     check_spec(dict(spec=spec), vlm_spec(config, 299, False), 'base')                        # text goes on without
     for other, words in ((sequence, "fusion has kind='cross', this run's has 'sequence'"),
