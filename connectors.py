@@ -81,12 +81,12 @@ class CrossBlock(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
-        C, F_ = config.n_embd, config.n_ffn
+        C, hidden = config.n_embd, config.n_ffn
         self.n_head, self.eps = config.n_head, config.norm_eps
         self.norm, self.ffn_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(C)) if config.qk_norm else None for _ in range(2))
         self.q, self.kv, self.out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
-        self.w12, self.w3 = nn.Linear(C, 2 * F_, bias=False), nn.Linear(F_, C, bias=False)
+        self.w12, self.w3 = nn.Linear(C, 2 * hidden, bias=False), nn.Linear(hidden, C, bias=False)
         self.gates = nn.Parameter(torch.zeros(2))               # of attention and SwiGLU; without weight decay
 
     def keys_values(self, features):

@@ -216,15 +216,11 @@ class VLM(nn.Module):
     def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, cross=None):
         super().__init__()
         self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
+        self.n_token = encoder.n_token if encoder is not None else 0                   # features of an image
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
-
-    @property
-    def n_token(self):
-        """The features of an image, 0 for a text-only model."""
-        return 0 if self.encoder is None else self.encoder.n_token
 
     @property
     def n_slot(self):
@@ -326,7 +322,9 @@ FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, b
 
 def fusion_spec(config):
     """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
-    return {} if config['fusion'] == 'sequence' else dict(fusion=dict(kind='cross', every=config['cross_every']))
+    if config.get('fusion', 'sequence') == 'sequence':
+        return {}
+    return dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 
 class Undrawn(TorchFunctionMode):
@@ -360,7 +358,7 @@ def build_vlm(spec, seed=None):
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
-            if spec.get('fusion') is not None:
+            if spec['encoder'] is not None and spec.get('fusion') is not None:
                 if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
                     raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
                                     "image_mask='causal' and aspect='square' only")

@@ -251,6 +251,8 @@ def test_the_cache_changes_no_token(monkeypatch):
     blind = [slow_greedy(model, p, None if i is None else 255 - i, 7) for p, i in zip(PROMPTS, mine)]
     assert sum(a != b for a, b in zip(expected, blind)) >= 4 and expected[1] == blind[1]     # what is seen matters
     assert model.generate(PROMPTS, images, index, max_new_tokens=7) == expected
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert len(model.generate(PROMPTS, images, index, max_new_tokens=2)[0]) == 2
     read, plain = [], CrossBlock.keys_values
     monkeypatch.setattr(CrossBlock, 'keys_values', lambda self, x: (read.append(len(x)), plain(self, x))[1])
     opening = [[IMAGE, *p] for p in ([1, 2, 3], [4], [9, 9], [1, 2, 3], [8])]
