@@ -172,8 +172,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 # --- model ------------------------------------------------------------------------------------------------------------
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
-checkpoint.load_weights(model, run.folder, run.meta, [*(('encoder.', 'projector.') if fresh_projector else ()),
-                                                      *(('cross.',) if fresh_cross else ())])
+checkpoint.load_weights(model, run.folder, run.meta,
+                        ('encoder.', 'projector.') * fresh_projector + ('cross.',) * fresh_cross)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 model.encoder.requires_grad_(train_encoder)
 network = common.distribute(model, process, parallel)
