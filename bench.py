@@ -33,7 +33,7 @@ from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
 from errors import UserError, user_error_hook
 from model import ModelConfig, build_vlm
-from vision import SigLIP, SigLIPConfig, build_encoder
+from vision import SigLIP, SigLIPConfig, sides
 
 
 def stage_config(argv, script='pretrain.py'):
@@ -64,13 +64,13 @@ def synthetic_batch(c, model, image_id, device):
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image = round(B * c['image_ratio']) if model.encoder is not None else 0
+    n_image, n = round(B * c['image_ratio']) * bool(model.n_slot), model.n_slot
     images = None
     if n_image:
-        n, size = model.n_slot, model.encoder.image_size
         tokens[:n_image, :n] = image_id
         targets[:n_image, :n] = targets[:n_image, n + 41:] = kernels.IGNORE_INDEX
-        images = torch.randint(0, 256, (n_image, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
+        size = sides(model.encoder.image_size)
+        images = torch.randint(0, 256, (n_image, 3, *size), generator=generator, dtype=torch.uint8).to(device)
     kept = (targets.flatten() != kernels.IGNORE_INDEX).nonzero().squeeze(1)
     return tokens.to(device), targets.to(device), images, kept.to(device)
 
@@ -87,8 +87,7 @@ def step(argv):
     image_id = c['vocab_size'] - 1
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
-        with torch.device('meta'):
-            n_token = 1 if spec.get('fusion') else build_encoder(spec['encoder']).n_token
+        n_token = costs.meta_vlm(spec, False).n_slot
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
@@ -170,7 +169,7 @@ def peer_models(shape):
                        tie_word_embeddings=False)
     theirs = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=SiglipVisionConfig(**vision), text_config=text, image_token_index=image_id,
-        vision_feature_layer=-2, vision_feature_select_strategy='full', image_seq_length=ours.encoder.n_token)).train()
+        vision_feature_layer=-2, vision_feature_select_strategy='full', image_seq_length=ours.n_token)).train()
     ours.encoder.requires_grad_(False)
     theirs.model.vision_tower.requires_grad_(False)
 
@@ -201,7 +200,7 @@ def peer(argv, shape=None):
     models, times, peaks = peer_models(shape), {}, {}
     optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
                   for name, (_, model) in models.items()}
-    n_token, T = models['ours'][1].encoder.n_token, shape['seq_len']
+    n_token, T = models['ours'][1].n_token, shape['seq_len']
     for repeat in tqdm(range(own['repeat'] + 1), unit='round', disable=None):
         for n_image in (0, 1, 2):
             c = dict(micro_batch_size=2, seq_len=T, seed=repeat, image_ratio=n_image / 2)

@@ -40,7 +40,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
+                            optional=True), 'image_id': COUNT,
         'fusion': Field(dict, of={'kind': Field(str), 'every': Field(int, 1)}, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -390,8 +391,10 @@ def check_spec(meta, spec, folder):
     """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
     for part in ('decoder', 'encoder', 'projector', 'fusion'):
         ours = spec.get(part) or (dict(kind='sequence') if part == 'fusion' and spec['encoder'] else None)
-        for key, old in (meta['spec'].get(part) or {}).items():
-            new = (ours or {}).get(key)
+        there, here = meta['spec'].get(part) or {}, ours or {}
+        keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
+        for key in keys:
+            old, new = there.get(key), here.get(key)
             if ours is not None and key != 'seq_len' and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")

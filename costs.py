@@ -13,8 +13,9 @@ import torch
 
 import kernels
 from configurator import config_keys
+from connectors import projector_spec
 from model import build_vlm, fusion_spec, vlm_spec
-from vision import SigLIP, SigLIPConfig, encoder_files
+from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
@@ -68,15 +69,16 @@ def image_costs(model):
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    size, kept = model.encoder.image_size, {}
+    n, kept = model.n_token, {}
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
-        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
+        if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
             storage = t.untyped_storage()
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(1, 3, size, size, dtype=torch.uint8, device='meta'))
+        features = model.image_features(torch.empty(1, 3, *sides(model.encoder.image_size), dtype=torch.uint8,
+                                                    device='meta'))
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -144,8 +146,9 @@ def described(config, image_id, images):
     if missing:
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
-            tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'), **fusion_spec(config))
+            shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
+            tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
+        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token), **fusion_spec(config))
     return spec
 
 

@@ -28,7 +28,7 @@ BOX = re.compile(r'\[([01]\.\d{1,3}(?:, ?[01]\.\d{1,3}){3})\]')
 
 def check_room(name, seq_len, n_token, resize):
     if seq_len < n_token + 2:
-        raise UserError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
+        raise UserError(f"{name}: seq_len={seq_len} does not hold image_tokens={n_token}, a separator and text; "
                         f"expected at least {n_token + 2}")
     if resize not in RESIZE:
         raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
@@ -116,12 +116,10 @@ class InstructSource:
     def __len__(self):
         return len(self.entries)
 
-    def length(self, index):
-        """Return a cheap estimate of the item's positions: characters / 4, and the image."""
-        return min(int(self.entries[index, 2]) // 4 + self.n_token * int(self.entries[index, 4]), self.seq_len)
-
-    def has_image(self, index):
-        return bool(self.entries[index, 4])
+    def outline(self, index):
+        """Return (has it an image, a cheap estimate of its positions: characters / 4, and the image)."""
+        n_char, has_image = self.entries[index, [2, 4]].tolist()
+        return bool(has_image), min(n_char // 4 + self.n_token * has_image, self.seq_len)
 
     def _name(self, index):
         stamp, r = self.shards.locate(index)

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from connectors import PROJECTORS, CrossBlocks, Sight
+from connectors import CrossBlocks, Sight, build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
+from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from shards import whole, write_file
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, read_pt, tensors
 
@@ -210,13 +210,14 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. With cross (CrossBlocks) an image takes one
-    position, an id like others, and its features are read by these blocks.
+    paper's choice). encoder and projector are None for a text-only model. n_token: tokens of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them. They stand in the row, or, with cross
+    (CrossBlocks), are read by these blocks, and the image takes one position.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, cross=None):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None):
         super().__init__()
         self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
-        self.n_token = encoder.n_token if encoder is not None else 0                   # features of an image
+        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
@@ -304,7 +305,8 @@ class VLM(nn.Module):
 def vlm_spec(config, image_id, images):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
-    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
+    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
+             connectors.projector_spec read
     images   False = text only, without encoder and projector
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
@@ -314,7 +316,10 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'), **fusion_spec(config))
+    encoder = encoder_spec(config)
+    with torch.device('meta'), Undrawn():
+        n_token = build_encoder(encoder).n_token
+    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token), **fusion_spec(config))
 
 
 FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, before every {}. block of the decoder'
@@ -351,21 +356,22 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = cross = None
+            encoder = projector = n_token = cross = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
-                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
-            if spec['encoder'] is not None and spec.get('fusion') is not None:
-                if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
-                    raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
-                                    "image_mask='causal' and aspect='square' only")
-                draw(3)
-                cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
+                projector = build_projector(spec['projector'], encoder.width, config.n_embd)
+                n_token = spec['projector'].get('n_token')
+                if spec.get('fusion') is not None:
+                    if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
+                        raise UserError("fusion='cross', where an image is one position and all are of one size, goes "
+                                        "with image_mask='causal' and aspect='square' only")
+                    draw(3)
+                    cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], cross=cross)
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross)
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

@@ -38,8 +38,7 @@ data_hint = 'README.md, "Your own data", says what goes there'  # [free] what th
 tokenizer = 'tokenizer.json'            # in data_dir: HF tokenizer.json, or sentencepiece .model
 text = (('text', 1.0),)                 # [pairs] (folder or glob of .bin or .tar shards, weight), in data_dir
 captions = (('captions', 1.0),)         # [pairs] (folder or glob of WebDataset tars, weight), in data_dir
-caption_field = 'auto'                  # ['auto' | 'txt' | 'json' | 'syn' | 'mix'] which member of a tar is the caption
-syn_share = 0.5                         # [>= 0, <= 1] share of synthetic captions (.syn.json) of caption_field='mix'
+caption_field = 'auto'                  # ['auto' | 'txt' | 'json' | 'syn'] which member of a tar is the caption
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON for instruct_share, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
 boxes = 'original'                      # ['original' | 'letterbox'] its boxes are shares of the photo, or of its square
@@ -60,6 +59,11 @@ encoder_fusion = 'channel'              # ['channel' | 'interleave'] of 'dinosig
 encoder_layer = -2                      # index into its hidden states; -2 = all blocks but the last, as Prismatic
 encoder_norm = False                    # apply its final norm; with encoder_layer=-1 that is last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] features to the decoder's
+                                        # width; 'mlp2' is appendix B's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] what makes image_tokens: the grid of features
+                                        # pooled, patches at another image_size, or the queries of a perceiver
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
 fusion = 'sequence'                     # ['sequence' | 'cross'] an image's features in the row, or one position for it
@@ -179,9 +183,8 @@ model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resu
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def caption_mixture(patterns):
-    encoder = model.encoder
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, encoder.image_size, resize,
-                             pattern, cache_dir, caption_field, syn_share) for pattern, _ in patterns]
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
+                             pattern, cache_dir, caption_field) for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read
@@ -197,8 +200,7 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir,
-                              boxes=boxes)
+                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))

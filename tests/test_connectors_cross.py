@@ -314,7 +314,8 @@ def test_fresh_blocks_leave_all_other_weights_as_they_were():
 
 def test_descriptions_that_do_not_fit_are_refused():
     config = dict(SHAPE, encoder='patch', image_size=28, encoder_path='', dinov2_path='', encoder_layer=-2,
-                  encoder_norm=False, encoder_fusion='channel', fusion='cross', cross_every=2)
+                  encoder_norm=False, encoder_fusion='channel', fusion='cross', cross_every=2, projector='mlp2',
+                  token_mode='', image_tokens=0)
     spec = vlm_spec(config, 299, True)
     assert spec['fusion'] == CROSS and 'fusion' not in vlm_spec(config, 299, False)
     sequence = vlm_spec(dict(config, fusion='sequence'), 299, True)
