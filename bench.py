@@ -28,6 +28,7 @@ from tqdm import tqdm
 import common
 import costs
 import kernels
+from adapters import adapter_spec, set_trained
 from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
@@ -39,23 +40,6 @@ from vision import SigLIP, SigLIPConfig, sides
 def stage_config(argv, script='pretrain.py'):
     """A stage's config from its script's keys."""
     return configure({'__file__': os.path.join(HERE, script), '__doc__': __doc__}, argv)
-
-
-class Phases:
-    """Wall time of named phases, the GPU waited for at each boundary."""
-    def __init__(self, device):
-        self.device, self.times = device, {}
-        self.last = self._now()
-
-    def _now(self):
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self, name):
-        now = self._now()
-        self.times.setdefault(name, []).append(now - self.last)
-        self.last = now
 
 
 def synthetic_batch(c, model, image_id, device):
@@ -76,7 +60,7 @@ def synthetic_batch(c, model, image_id, device):
 
 
 def step(argv):
-    """Time one optimizer step's phases for a recipe; prints a table and the share of Python in the step."""
+    """Time one optimizer step's phases for a recipe; prints a table."""
     own, argv = options(argv, peer=False)
     if own['peer']:
         return peer(argv)
@@ -87,15 +71,14 @@ def step(argv):
     image_id = c['vocab_size'] - 1
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
-        n_token = costs.meta_vlm(spec, False).n_slot
+        n_token = costs.meta_vlm(spec, c).n_slot
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
-    model = build_vlm(spec, c['seed']).to(device)
+    model = build_vlm(dict(spec, adapters=adapter_spec(c)), c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
-    if encoder is not None:
-        encoder.requires_grad_(c['train_encoder'])
+    set_trained(model, c['freeze'])
     if c['compile']:
         for block in (*model.decoder.layers, *(model.cross or ())):
             block.compile(dynamic=None)
@@ -103,34 +86,40 @@ def step(argv):
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
     tokens, targets, images, kept = synthetic_batch(c, model, image_id, device)
 
-    def one(phases):
+    marks = []                                                     # (name, when that phase of a step was over)
+
+    def mark(name):
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        marks.append((name, time.perf_counter()))
+    for _ in range(23):
+        mark('')
         optimizer.zero_grad(set_to_none=True)
         with process.autocast():
             if images is not None:
                 with torch.no_grad():
                     encoder(images)                                # once more, only to time it
-                phases.mark('encoder')
+                mark('encoder')
             loss, weight, _ = model(tokens, targets, images, kept=kept)
-        phases.mark('forward')
+        mark('forward')
         (loss / weight).backward()
-        phases.mark('backward')
+        mark('backward')
         common.optimizer_step(optimizer, c['lr'], c['grad_clip'])
-        phases.mark('optimizer')
-
-    for _ in range(3):
-        one(Phases(device))
-    phases = Phases(device)
-    for _ in range(20):
-        one(phases)
-    median = {name: statistics.median(times) for name, times in phases.times.items()}
+        mark('optimizer')
+    times = {}
+    for (_, begin), (name, end) in zip(marks, marks[1:]):
+        times.setdefault(name, []).append(end - begin)
+    times.pop('')
+    median = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}           # three warm up
     if 'encoder' in median:
         median['forward'] -= median['encoder']
     total = sum(median.values())
     n = tokens.numel()
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c['train_encoder'])) if images is not None else (0, 0)
     n_image = 0 if images is None else len(images)
-    flops = costs.decoder_flops(config, *tokens.shape, len(kept)) + per_image * n_image
+    flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
     flops += costs.cross_flops(model, n_image * tokens.shape[1], n_image)
+    if n_image:
+        flops += n_image * costs.image_costs(costs.meta_vlm(spec, c))[0]
     mfu = costs.model_flops_utilisation(flops / total, device)
     print(conditions(device))
     print(f"{n} positions, {len(kept)} with loss, {n_image} images, one process, one micro-step")
@@ -138,15 +127,6 @@ def step(argv):
         print(f"  {name:<10} {seconds * 1e3:9.2f} ms  {seconds / total:6.1%}")
     rate = f"{n / total:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else '')
     print(f"  {'sum':<10} {total * 1e3:9.2f} ms          {rate}")
-    if device.type == 'cpu':
-        with profile(activities=[ProfilerActivity.CPU]) as p:
-            begin = time.perf_counter()
-            for _ in range(5):
-                one(phases)
-            wall = time.perf_counter() - begin
-        inside = sum(e.self_cpu_time_total for e in p.key_averages() if '::' in e.key and 'autograd' not in e.key) / 1e6
-        share = 1 - inside / wall
-        print(f"  outside torch's operators (Python, autograd, the profiler itself): {share:.1%} of the step")
 
 
 # --- against transformers ---------------------------------------------------------------------------------------------
@@ -156,7 +136,7 @@ PEER = dict(n_layer=8, n_head=4, n_embd=512, vocab_size=50432, seq_len=1024, tow
 
 
 def peer_models(shape):
-    """{'ours', 'peer'}: a function of a batch that runs forward and backward and returns the loss; and their models."""
+    """{'ours', 'peer'}: a function of a batch that returns the loss, and its model."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
     tower, image_id = SigLIPConfig(*shape['tower']), shape['vocab_size'] - 1
     spec = dict(decoder={k: v for k, v in shape.items() if k != 'tower'}, encoder=SigLIP(tower).spec(),
@@ -173,18 +153,15 @@ def peer_models(shape):
     ours.encoder.requires_grad_(False)
     theirs.model.vision_tower.requires_grad_(False)
 
-    def run_ours(tokens, targets, images):
+    def loss_of_ours(tokens, targets, images):
         loss, weight, _ = ours(tokens, targets, images)
-        (loss / weight).backward()
         return loss / weight
 
-    def run_theirs(tokens, targets, images):
+    def loss_of_theirs(tokens, targets, images):
         pixels = None if images is None else images.float() / 127.5 - 1
         labels = torch.cat((targets.new_full((len(targets), 1), kernels.IGNORE_INDEX), targets[:, :-1]), 1)
-        loss = theirs(input_ids=tokens, pixel_values=pixels, labels=labels, use_cache=False).loss
-        loss.backward()
-        return loss
-    return {'ours': (run_ours, ours), 'peer': (run_theirs, theirs)}
+        return theirs(input_ids=tokens, pixel_values=pixels, labels=labels, use_cache=False).loss
+    return {'ours': (loss_of_ours, ours), 'peer': (loss_of_theirs, theirs)}
 
 
 def peer(argv, shape=None):
@@ -210,18 +187,14 @@ def peer(argv, shape=None):
             cut = (tokens[:, :used], targets[:, :used], images)
             for kind, batch in (('ours', cut if n_image == 2 else (tokens, targets, images)),
                                 ('peer', (tokens, targets, images)), *([('peer, cut', cut)] if n_image == 2 else [])):
-                run, model = models[kind[:4]]
+                loss_of, model = models[kind[:4]]
+                train, update = lambda: loss_of(*batch).backward(), optimizers[kind[:4]].step
                 if repeat == 0:                                              # warms up, and its memory is watched
-                    peaks[kind, n_image] = allocated_at_peak(lambda: run(*batch))
-                phases = Phases(torch.device('cpu'))
-                if repeat:
-                    run(*batch)
-                    phases.mark((kind, n_image))
-                optimizers[kind[:4]].step()
-                phases.mark((kind, 'optimizer'))
+                    peaks[kind, n_image] = allocated_at_peak(train)
+                else:
+                    keep_shortest(times, (kind, n_image), train)
+                keep_shortest(times, (kind, 'optimizer'), update)
                 model.zero_grad(set_to_none=True)
-                for key, (seconds,) in phases.times.items():
-                    times[key] = min(seconds, times.get(key, math.inf))
     held = {name: sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())      # and moments
             for name, (_, model) in models.items()}
     print(conditions(torch.device('cpu')))
@@ -234,6 +207,12 @@ def peer(argv, shape=None):
         print(f"{share:<12}{total['ours']:9.2f}{total['peer']:9.2f}{total['ours'] / total['peer']:8.2f}"
               f"{memory[0] / memory[1]:8.2f}"
               + (f"{total['ours'] / total['peer, cut']:24.2f}" if 'peer, cut' in total else ''))
+
+
+def keep_shortest(times, key, f):
+    begin = time.perf_counter()
+    f()
+    times[key] = min(time.perf_counter() - begin, times.get(key, math.inf))
 
 
 def allocated_at_peak(f):
@@ -263,7 +242,7 @@ def fit(argv):
     if own['n_gpu'] < 1 or c['global_batch_size'] % own['n_gpu']:
         raise UserError(f"n_gpu={own['n_gpu']}: expected a divisor of global_batch_size={c['global_batch_size']}")
     spec = costs.paper_spec(c) if own['script'] == 'finetune.py' else costs.described(c, 0, c['stage'] == 'mix')
-    model = costs.meta_vlm(spec, c['train_encoder'])
+    model = costs.meta_vlm(spec, c)
     _, per_image = costs.image_costs(model)
     per_gpu = c['global_batch_size'] // own['n_gpu']
     sizes = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]

@@ -11,12 +11,11 @@ from test_pretrain import KILL, equal, tensors
 
 import common
 import costs
-import generation
 import model as model_module
 from checkpoint import check_spec, load_vlm
 from connectors import CrossBlock, CrossBlocks, Sight
 from errors import UserError
-from kernels import IGNORE_INDEX, Intervals, attention
+from kernels import IGNORE_INDEX, attention
 from model import VLM, ModelConfig, Norm, build_vlm, vlm_spec
 from vision import SigLIP, SigLIPConfig
 
@@ -350,7 +349,7 @@ def test_flops_and_memory_are_counted(n_image, monkeypatch):
     with monkeypatch.context() as m, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         m.setattr(model_module, 'linear_cross_entropy', eager)
         model(tokens, targets, images)[0].backward()
-    described, n_kept = costs.meta_vlm(spec, False), int((targets != IGNORE_INDEX).sum())
+    described, n_kept = costs.meta_vlm(spec, dict(freeze='encoder')), int((targets != IGNORE_INDEX).sum())
     per_image, kept = costs.image_costs(described)
     ours = costs.decoder_flops(c, 3, 128, n_kept) + n_image * per_image + costs.cross_flops(described, 128 * n_image,
                                                                                            n_image)
