@@ -215,7 +215,8 @@ def load(opt):
     opt.ckpt = os.path.realpath(opt.ckpt)                      # once: a run that goes on swaps its ckpt_last
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     # autocast keeps its bfloat16 copy of a weight only where the weight requires a gradient
-    model.decoder.requires_grad_(opt.dtype == 'bfloat16')
+    for part in filter(None, (model.decoder, model.cross)):
+        part.requires_grad_(opt.dtype == 'bfloat16')
     torch.backends.cuda.enable_cudnn_sdp(False)                # slow here: it makes a plan for each new length
     scale = meta['config'].get('scale', opt.scale)
     if scale != opt.scale and os.path.exists(os.path.join(os.path.dirname(__file__), 'config', f'{scale}.py')):

@@ -12,17 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from connectors import Sight
 from images import each
 from kernels import Intervals, linear_cross_entropy
 
 
 class KVCache:
-    """Keys and values of every layer, written at each row's own positions: rows of different lengths share a batch."""
-    def __init__(self, config, batch, length, device, dtype):
+    """
+    Keys and values of every layer, written at each row's own positions: rows of different lengths share a batch.
+    cross    a model's CrossBlocks, whose keys and values of each row's last image are kept, too; or None
+    """
+    def __init__(self, config, batch, length, device, dtype, cross=None):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = None                                        # (B,) int64, or None = all
+        self.cross, self.last = cross, {}       # from the first image on: 'images' (n_block,2,B,n,C), 'shown' (B,) bool
 
     def at(self, length, rows=None):
         """The same memory, of which only the first positions and the given rows are written and read."""
@@ -44,6 +49,25 @@ class KVCache:
         rows = slice(None) if self.rows is None else self.rows
         self.k[:, rows, :, :n] = prefix.k[:, row, :, :n]
         self.v[:, rows, :, :n] = prefix.v[:, row, :, :n]
+        self.show(prefix.last.get('images'), row)
+
+    def show(self, images, row):
+        """From now on these rows see, of images (n_block,2,N,n,C) or None, the row-th (B,); -1 = none."""
+        rows = slice(None) if self.rows is None else self.rows
+        if images is not None and not self.last:
+            (n_block, _, _, *shape), B = images.shape, self.k.shape[1]
+            self.last.update(images=images.new_zeros(n_block, 2, B, *shape), shown=row.new_zeros(B, dtype=torch.bool))
+        if images is not None:
+            self.last['images'][:, :, rows] = images[:, :, row.clamp(min=0)]
+        if self.last:
+            self.last['shown'][rows] = row >= 0
+
+    def sight(self, T):
+        """What T further positions of each row see of images; None where there is none."""
+        if not self.last:
+            return None
+        rows = slice(None) if self.rows is None else self.rows
+        return Sight.cached(self.cross, self.last['images'][:, :, rows], self.last['shown'][rows], T)
 
 
 def new_cache(model, batch, length):
@@ -51,7 +75,12 @@ def new_cache(model, batch, length):
     weight = model.decoder.output.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(model.decoder.config, batch, length, weight.device, dtype)
+    return KVCache(model.decoder.config, batch, length, weight.device, dtype, model.cross)
+
+
+def cross_cache(model, features):
+    """Keys and values (n_block,2,N,n,C) that the cross blocks make of features (N,n,C)."""
+    return torch.stack([torch.stack(block.keys_values(features)) for block in model.cross])
 
 
 @torch.no_grad()
@@ -67,6 +96,9 @@ def prefill_images(model, images):
     prefix.slots, device = torch.tensor(slots), prefix.k.device
     x = model.image_features(each(lambda t: t.to(device), images))                     # (N,n,C), or a list of (n,C)
     x = pad_sequence(list(x), batch_first=True).to(model.decoder.tok_embeddings.weight.dtype)   # as embed
+    if model.cross is not None:
+        prefix.show(cross_cache(model, x), torch.arange(N, device=device))
+        x = model.decoder.tok_embeddings(torch.full((N, 1), model.image_id, device=device))     # (N,1,C)
     position = torch.arange(n, device=device).expand(N, -1)
     unread = torch.zeros(1, dtype=torch.int64, device=device)          # only the cache is wanted: one row of output
     model.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
@@ -111,16 +143,23 @@ def read(model, prompts, images, image_index, prefix, cache):
         elif prefix is not None:
             raise ValueError("generate: with a prefix, each prompt is one image and then text without images")
         image_index = image_index.to(device)
-    tokens = tokens.to(device)
+    tokens, sight = tokens.to(device), None
     if prefix is None:
-        x = model.embed(tokens, each(lambda t: t.to(device), images), image_index)
+        images = each(lambda t: t.to(device), images)
+        x, sight = model.embed(tokens, images, image_index), model.see(tokens, images, image_index)
+        if sight is not None:
+            sight.images = cross_cache(model, sight.images[0])
+            n_slot = (tokens == model.image_id).sum(1)                                 # (B,)
+            cache.show(sight.images, torch.where(n_slot > 0, image_index[n_slot.cumsum(0) - 1], -1))
+        else:
+            cache.show(None, torch.full((B,), -1, device=device))
     else:
         cache.fill(prefix, image_index, start)
         x = model.decoder.tok_embeddings(tokens[:, start:])
     T = x.shape[1]
     position = start + torch.arange(T, device=device).expand(B, -1)                    # (B,T)
     ends = (torch.arange(B) * T + length - 1 - start).to(device)                       # where each prompt ends in x
-    return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache)
+    return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache, sight)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 import generation
 from adapters import add_adapters
-from connectors import build_projector, projector_spec
+from connectors import CrossBlocks, Sight, build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    def trunk(self, x, kept=None, mask=None, position=None, cache=None):
+    def trunk(self, x, kept=None, mask=None, position=None, cache=None, sight=None):
         """
         The blocks and the final norm.
         x         (B,T,C) embeddings
@@ -182,6 +182,7 @@ class Decoder(nn.Module):
                   projection and the feed-forward for these only; keys and values for all: exact, and less work
         mask      Intervals over the keys; None = causal
         position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
+        sight     what cross blocks see (connectors.Sight); None = what the cache says, without one nothing
         returns   (B,T,C), or (K,C) with kept
         """
         B, T, _ = x.shape
@@ -190,13 +191,18 @@ class Decoder(nn.Module):
             rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
         else:
             rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
-        for i, block in enumerate(self.layers):
-            args = (x, rotary, mask, None if cache is None else (cache, i, position),
-                    kept if i == len(self.layers) - 1 else None)
+        sight = cache.sight(T) if sight is None and cache is not None else sight
+
+        def run(block, *args):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+        for i, block in enumerate(self.layers):
+            if sight is not None and i % sight.blocks.every == 0:
+                j = i // sight.blocks.every
+                x = run(sight.blocks[j], x, sight.images[j], sight)
+            x = run(block, x, rotary, mask, None if cache is None else (cache, i, position),
+                    kept if i == len(self.layers) - 1 else None)
         return self.norm(x)
 
     def forward(self, tokens):
@@ -208,12 +214,13 @@ class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
     paper's choice). encoder and projector are None for a text-only model. n_token: features of an image, 0 for text;
-    None = as many as the encoder gives, else what the projector makes of them. shortest, split: see images.View.
+    None = as many as the encoder gives, else what the projector makes of them. They stand in the row, or, with cross
+    (CrossBlocks), are read by these blocks, and the image takes one position. shortest, split: see images.View.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, shortest=0,
-                 split=False):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None,
+                 shortest=0, split=False):
         super().__init__()
-        self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
         self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
         self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
         self.image_id, self.z_loss = image_id, z_loss
@@ -224,12 +231,12 @@ class VLM(nn.Module):
     @property
     def n_slot(self):
         """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
-        return self.n_token
+        return self.n_token if self.cross is None else 1
 
     def view(self, resize='letterbox'):
         """How photos become this model's images."""
-        e = self.encoder
-        per_patch = 0 if self.fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
+        e, fixed = self.encoder, self.fixed or self.cross is not None
+        per_patch = 0 if fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
         return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
 
     def slots(self, images):
@@ -261,7 +268,7 @@ class VLM(nn.Module):
 
     def embed(self, tokens, images=None, image_index=None, noise=None):
         """
-        Token embeddings with image features in the slots.
+        Token embeddings with image features in the slots, where there are no cross blocks to read them.
         tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
         returns (B,T,C)
         noise  (B,T,C), added to what is no image, or None
@@ -284,6 +291,8 @@ class VLM(nn.Module):
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
+        if self.cross is not None:
+            return x
         features = self.image_features(images)                                         # (N,n_slot,C)
         if isinstance(features, list):
             index = range(len(features)) if image_index is None else image_index.tolist()
@@ -295,6 +304,17 @@ class VLM(nn.Module):
         features = features.flatten(0, 1).to(x.dtype)                                  # (slots,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
+
+    def see(self, tokens, images=None, image_index=None):
+        """The Sight of a batch for the cross blocks, arguments as embed's; None where they have nothing to do."""
+        if self.cross is None or images is None and not torch.is_grad_enabled():
+            return None
+        if images is None:      # ddp and fsdp wait for every block: they run on no row, and their gradients are zeros
+            features = self.decoder.tok_embeddings.weight.new_zeros(0, self.n_token, self.decoder.config.n_embd)
+        else:
+            features = self.image_features(images)                                     # (N,n_token,C)
+        n_image = len(features if image_index is None else image_index)
+        return Sight.of(self.cross, [features] * len(self.cross), tokens == self.image_id, n_image, image_index)
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
@@ -311,7 +331,8 @@ class VLM(nn.Module):
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept=kept)              # (K,C)
+        x = self.embed(tokens, images, image_index, noise)                             # (B,T,C)
+        x = self.decoder.trunk(x, kept=kept, sight=self.see(tokens, images, image_index))        # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -340,7 +361,8 @@ def add_images(spec, config):
     encoder = encoder_spec(config)
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
-    return with_view(dict(spec, encoder=encoder, projector=projector_spec(config, n_token)), config)
+    spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token), **fusion_spec(config))
+    return with_view(spec, config)
 
 
 def with_view(spec, config):
@@ -357,6 +379,16 @@ def with_view(spec, config):
     return dict(spec, view=view) if view else spec
 
 
+FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, before every {}. block of the decoder'
+
+
+def fusion_spec(config):
+    """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
+    if config.get('fusion', 'sequence') == 'sequence':
+        return {}
+    return dict(fusion=dict(kind='cross', every=config['cross_every']))
+
+
 class Undrawn(TorchFunctionMode):
     """On the meta device: nothing is drawn, for which torch would import its compiler first (a second)."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -368,7 +400,8 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3; None = memory as it
+             comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -380,7 +413,7 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = n_token = None
+            encoder = projector = n_token = cross = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
@@ -388,8 +421,14 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = build_projector(spec['projector'], encoder.width, config.n_embd)
                 n_token = spec['projector'].get('n_token')
+                if spec.get('fusion') is not None:
+                    if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
+                        raise UserError("fusion='cross', where an image is one position and all are of one size, goes "
+                                        "with image_mask='causal' and aspect='square' only")
+                    draw(3)
+                    cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token,
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross,
                         **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
@@ -539,7 +578,7 @@ def openlm_moments(path):
 def save_openlm(decoder, path):
     """
     Write a Decoder in OpenLM's layout: `path` ending in .pt = {'epoch', 'name', 'state_dict'}, else an HF folder.
-    Each file is whole or not there.
+    Each file is whole or not there. Of a VLM with cross blocks this is the decoder alone, which is all of it for text.
     """
     path, c = os.fspath(path), decoder.config
     state = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items() if k != 'inv_freq'}

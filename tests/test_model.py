@@ -367,7 +367,7 @@ def test_a_split_image_is_five():
     model, images = tiny_vlm(14), pictures(10)
     tokens = torch.tensor([[IMAGE] * 20 + [1, 2], [3] + [IMAGE] * 20 + [4]])
     expected = model.embed(tokens, images)
-    model.split = True
+    model = VLM(model.decoder, model.encoder, model.projector, image_id=IMAGE, split=True)
     assert model.n_slot == 20
     assert torch.equal(model.embed(tokens, images.unflatten(0, (2, 5))), expected)
 
