@@ -21,6 +21,7 @@ import common
 import costs
 import fused
 import kernels
+import policy
 from errors import UserError
 from model import build_vlm
 
@@ -46,7 +47,7 @@ def options(argv, **defaults):
 def conditions(device):
     """One line: device, versions, commit, date."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    version = kernels.triton.__version__ if kernels.triton else 'absent'
+    version = policy.triton.__version__ if policy.triton else 'absent'
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, triton {version}, python "
             f"{platform.python_version()}, commit {checkpoint.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
 
@@ -222,16 +223,16 @@ TUNE = {                                        # block sizes, num_warps, num_st
 
 
 def tune(argv):
-    """Try TUNE's configs on this GPU, a kernel at a time, and print the entries of kernels.CONFIG that were fastest."""
+    """Try TUNE's configs on this GPU, a kernel at a time, and print the entries of policy.CONFIG that were fastest."""
     if not torch.cuda.is_available():
         print('bench.py tune: torch sees no GPU here, so there is nothing to tune')
         return
     device = torch.device('cuda')
-    obstacle = kernels._why_not('loss', device, torch.bfloat16, 64)
+    obstacle = policy._why_not('loss', device, torch.bfloat16, 64)
     if obstacle:
         print(f"bench.py tune: {obstacle}, so there is nothing to tune")
         return
-    arch = kernels._arch(device)
+    arch = policy._arch(device)
     print(conditions(device))
     for kernel, candidates in TUNE.items():
         for width in (0,) if 'lse' in kernel or 'dz' in kernel else (64, 128):
@@ -252,15 +253,15 @@ def tune(argv):
 
 
 def fastest(key, candidates, f):
-    """The config of kernels.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
-    before, times = kernels.CONFIG[key], {}
+    """The config of policy.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
+    before, times = policy.CONFIG[key], {}
     for config in (before, *candidates):
-        kernels.CONFIG[key] = config
+        policy.CONFIG[key] = config
         try:
             times[config] = timed(f)
         except Exception as e:                                  # too large for this GPU, not compiled, ...
             failure = e
-    kernels.CONFIG[key] = before
+    policy.CONFIG[key] = before
     if not times:
         sys.exit(f"bench.py tune: no config of {key} runs here: {type(failure).__name__} {failure}")
     return min(times, key=times.get)
@@ -274,10 +275,10 @@ def curve(argv, n_step=200, spec=None, n_row=8):
     process.start_device()
     spec = spec or dict(decoder=dict(n_layer=8, n_head=4, n_embd=512, vocab_size=50432, seq_len=1024), encoder=None,
                         projector=None, image_id=None)
-    T, policy, losses = spec['decoder']['seq_len'], dict(kernels.POLICY), {}
+    T, before, losses = spec['decoder']['seq_len'], dict(policy.POLICY), {}
     for impl in ('triton', 'torch'):
-        chosen = {key: 'triton-keep' if impl == 'triton' and key == 'loss, logits fit' else impl for key in policy}
-        kernels.POLICY.update({key: ({8: chosen[key], 9: chosen[key]}, 'bench.py curve') for key in policy})
+        chosen = {key: 'triton-keep' if impl == 'triton' and key == 'loss, logits fit' else impl for key in before}
+        policy.POLICY.update({key: ({8: chosen[key], 9: chosen[key]}, 'bench.py curve') for key in before})
         model = build_vlm(spec, 0).to(process.device)
         optimizer = common.make_optimizer(model, {'decoder': 1.0}, weight_decay=0.01, betas=(0.9, 0.95))
         generator = torch.Generator().manual_seed(0)
@@ -292,7 +293,7 @@ def curve(argv, n_step=200, spec=None, n_row=8):
             common.optimizer_step(optimizer, 3e-3 * min(1, (i + 1) / 20), 1.0)
             losses[impl].append((loss / weight).detach())
         losses[impl] = torch.stack(losses[impl]).tolist()
-    kernels.POLICY.update(policy)
+    policy.POLICY.update(before)
     print(conditions(process.device))
     for i in sorted({0, n_step - 1, *range(9, n_step, 10)}):
         print(f"  step {i + 1:>4}  ours {losses['triton'][i]:.4f}  PyTorch {losses['torch'][i]:.4f}")

@@ -18,7 +18,7 @@ def test_gpu_commands_say_so_without_one(argv, capsys):
 def test_tune_on_a_gpu_without_configs(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (12, 0))
-    monkeypatch.setattr(bench_gpu.kernels, 'triton', bench_gpu.kernels.triton or object())
+    monkeypatch.setattr(bench_gpu.policy, 'triton', bench_gpu.policy.triton or object())
     bench_gpu.tune([])
     assert 'no configs for compute capability 12.0' in capsys.readouterr().out
 
@@ -55,10 +55,10 @@ def test_qk_candidates_agree_with_float64():
 def test_the_loss_curve_of_a_small_model(capsys):
     spec = dict(decoder=dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, seq_len=64), encoder=None, projector=None,
                 image_id=None)
-    policy = dict(bench_gpu.kernels.POLICY)
+    before = dict(bench_gpu.policy.POLICY)
     bench_gpu.curve([], n_step=12, spec=spec, n_row=2)
     out = capsys.readouterr().out
-    assert 'step    1' in out and 'step   12' in out and bench_gpu.kernels.POLICY == policy
+    assert 'step    1' in out and 'step   12' in out and bench_gpu.policy.POLICY == before
     if not torch.cuda.is_available():
         assert 'largest difference of a step\'s loss: 0.0000' in out   # both are the reference here
 

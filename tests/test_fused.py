@@ -7,12 +7,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused
-import kernels
+import policy
 from fused import qk_norm_rotary
 from model import Decoder, ModelConfig
-from test_kernels import CAN_TRITON, DEVICE, DTYPE, TRITON_DTYPES, leaf, needs_triton, no_worse
+from kernel_judge import (CAN_TRITON, DEVICE, DTYPE, IMPLS, TRITON_DTYPES, fresh_notices, leaf,  # noqa: F401
+                          needs_triton, no_worse)
 
-IMPLS = ['torch', pytest.param('triton', marks=needs_triton)]
+pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')          # numpy's, in the interpreter
 EPS = 0.1                       # large, so that it shows
 
 
@@ -199,23 +200,23 @@ def test_the_decoder_gives_the_same_with_the_kernel(checkpointing, monkeypatch):
         for y, z in zip(ours, plain):
             assert (y - z).norm() <= tolerance * z.norm()
             assert dtype != torch.float32 or y.dtype == z.dtype
-    assert chosen.count('triton') == chosen.count('torch') == len(TRITON_DTYPES) * 2 * (1 + checkpointing)
+    assert chosen.count('triton') == chosen.count('torch') == 3 * len(TRITON_DTYPES) * 2 * (1 + checkpointing)
 
 
 def test_auto_takes_no_kernel_that_was_not_measured(monkeypatch, capsys):
     for capability in ((8, 0), (9, 0)):
-        kernels._say.cache_clear()
+        policy._say.cache_clear()
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None, c=capability: c)
-        assert kernels._choose('qk-norm', 'rotary', 'auto', torch.device('cuda', 0), torch.bfloat16, 128) == 'torch'
+        assert policy._choose('qk-norm', 'rotary', 'auto', torch.device('cuda', 0), torch.bfloat16, 128) == 'torch'
         assert 'not measured' in capsys.readouterr().out
 
 
 @needs_triton
 def test_self_check_passes_and_catches_a_wrong_kernel(monkeypatch):
-    kernels._self_check.cache_clear()
-    assert kernels._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64) == ''
-    kernels._self_check.cache_clear()
+    policy._self_check.cache_clear()
+    assert policy._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64) == ''
+    policy._self_check.cache_clear()
     backward = fused._qk_norm_rotary_backward
     monkeypatch.setattr(fused, '_qk_norm_rotary_backward', lambda *a: (*backward(*a)[:2], 2 * backward(*a)[2]))
-    assert 'gradient 3 is off by' in kernels._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64)
-    kernels._self_check.cache_clear()
+    assert 'gradient 3 is off by' in policy._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64)
+    policy._self_check.cache_clear()
