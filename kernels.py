@@ -7,6 +7,7 @@ The two operations that decide the cost of a step, each told as a lesson: the ma
 Smaller ones, between the products: fused.py. Which implementation runs: policy.py.
 """
 import functools
+import importlib.util
 import operator
 from dataclasses import dataclass
 from typing import Optional, Tuple
@@ -20,6 +21,8 @@ from policy import _aligned, _choose, _config, _launch_on, _strides, triton
 
 if triton is not None:
     import triton.language as tl
+
+HAS_VARLEN = importlib.util.find_spec('torch.nn.attention.varlen') is not None
 
 
 # === attention under an interval mask =======================================================================
@@ -40,6 +43,7 @@ class Intervals:
     qlo, qhi  (B, Tk) int32 or None: key j is seen by the queries [qlo, qhi); the same relation, for the backward kernel
     kind      'causal', 'prefix', 'documents', 'cached' or '' (anything else)
     n_prefix  'prefix' only: the prefix length if it is one number, known on the host, for all rows; else None
+    ends      None, or of 'documents' without prefixes, on a GPU: what _ends returns
     """
     lo: Tensor
     hi: Tensor
@@ -47,6 +51,7 @@ class Intervals:
     qhi: Optional[Tensor] = None
     kind: str = ''
     n_prefix: Optional[int] = None
+    ends: Optional[Tensor] = None
 
     @staticmethod
     def causal(B, T, device=None):
@@ -69,7 +74,7 @@ class Intervals:
     def documents(segment_ids, prefix_len=None):
         """Causal inside each document. segment_ids (B, T) int: a run of equal ids is a document, a negative id padding
         (sees nothing, is seen by nothing). prefix_len None, (B,) or (B, T) int: the first so many positions of the
-        document all see each other."""
+        document all see each other; None on a GPU waits for it once, to learn where the documents end."""
         B, T = segment_ids.shape
         i = torch.arange(T, device=segment_ids.device).expand(B, T)
         first = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -81,7 +86,8 @@ class Intervals:
         p = start if prefix_len is None else torch.minimum(start + prefix_len.reshape(B, -1).clamp(min=0), end)
         hi, qlo = torch.maximum(i + 1, p), torch.where(i < p, start, i)
         lo, hi, qlo, qhi = (torch.where(segment_ids >= 0, y, 0).int() for y in (start, hi, qlo, end))
-        return Intervals(lo, hi, qlo, qhi, 'documents')
+        varlen = prefix_len is None and HAS_VARLEN and first.is_cuda and not torch.compiler.is_compiling()
+        return Intervals(lo, hi, qlo, qhi, 'documents', ends=_ends(last) if varlen else None)
 
     @staticmethod
     def cached(position, Tk):
@@ -94,6 +100,11 @@ class Intervals:
         """Every query sees every key."""
         q, k = (torch.zeros(B, T, dtype=torch.int32, device=device) for T in (Tq, Tk))
         return Intervals(q, torch.full_like(q, Tk), k, torch.full_like(k, Tq))
+
+
+def _ends(last):
+    """last (B, T) bool, where a document or padding ends -> 0 and these ends in the rows laid end to end, int32."""
+    return F.pad(last.flatten().nonzero()[:, 0] + 1, (1, 0)).int()
 
 
 # --- reference
@@ -122,6 +133,16 @@ def _attention_split(q, k, v, n_prefix, scale):
     from torch.nn.attention.bias import causal_lower_right                   # here: it imports torch._dynamo
     rest = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=causal_lower_right(T - P, T), scale=scale)
     return torch.cat([head, rest], 2)
+
+
+def _attention_varlen(q, k, v, mask, scale):
+    """Causal inside each document, by torch's flash attention: rows end to end, padding as documents, then erased."""
+    from torch.nn.attention.varlen import varlen_attn                        # here: it imports torch._dynamo
+    T = q.shape[2]
+    flat = [y.transpose(1, 2).flatten(0, 1) for y in (q, k, v)]              # (B*T, H, D)
+    o = varlen_attn(*flat, mask.ends, mask.ends, T, T, scale=scale, window_size=(-1, 0))
+    empty = (mask.hi <= mask.lo)[:, None, :, None]                           # (B, 1, T, 1)
+    return o.unflatten(0, (-1, T)).transpose(1, 2).masked_fill(empty, 0)
 
 
 # --- kernels
@@ -328,7 +349,8 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
     q        (B, H, Tq, D) float; k, v (B, H, Tk, D) in the same dtype; any strides, so views of one projection are fine
     mask     Intervals or None (every query sees every key)
     scale    float, None = D ** -0.5
-    impl     'auto', 'torch', 'torch-split' (one prefix length only), 'triton' (D 64 or 128, 16-bit)
+    impl     'auto', 'torch', 'torch-split' (one prefix length only), 'torch-varlen' (documents without prefixes, on a
+             GPU, 16-bit), 'triton' (D 64 or 128, 16-bit)
     returns  o (B, H, Tq, D) in q's dtype; 0 where a query sees nothing, with gradient 0
     Raises ValueError for shapes that do not fit. FlashAttention-2 (arXiv 2307.08691) with intervals for a mask.
     """
@@ -339,18 +361,19 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
     if mask is not None and mask.lo.shape != (B, Tq):
         raise ValueError(f'attention: mask for {tuple(mask.lo.shape)} (B, Tq) queries, q has {(B, Tq)}')
     square = Tq == k.shape[2]
+    autocast = q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type)
+    dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
     situation, obstacle = 'no mask', ''
     if mask is not None:
         situation = ('cache' if mask.kind == 'cached' else 'causal' if mask.kind == 'causal' and square else
-                     'one prefix' if mask.n_prefix is not None and square else 'intervals')
+                     'one prefix' if mask.n_prefix is not None and square else
+                     'documents' if mask.ends is not None and square and dtype.itemsize == 2 else 'intervals')
         if mask.qlo is None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             obstacle = 'the mask has no qlo, qhi for the backward'
         elif mask.qlo is not None and mask.qlo.shape != (B, k.shape[2]):
             raise ValueError(f'attention: mask for {tuple(mask.qlo.shape)} (B, Tk) keys, k has {(B, k.shape[2])}')
     if 0 in (B, H, Tq, k.shape[2]) or B * H > 65535:
         obstacle = f'shapes {tuple(q.shape)}, {tuple(k.shape)}'
-    autocast = q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type)
-    dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
     impl = _choose('attention', situation, impl, q.device, dtype, operator.index(D), obstacle)
     scale = D ** -0.5 if scale is None else scale
     if impl == 'torch-split':
@@ -359,6 +382,10 @@ def attention(q, k, v, mask=None, *, scale=None, impl='auto'):
         return _attention_split(q, k, v, mask.n_prefix, scale)
     if impl == 'torch':
         return _attention_torch(q, k, v, mask, scale)
+    if impl == 'torch-varlen':
+        if mask is None or mask.ends is None or not square:
+            raise ValueError("attention: impl='torch-varlen' needs Intervals.documents without prefixes, on a GPU")
+        return _attention_varlen(q.to(dtype), k.to(dtype), v.to(dtype), mask, scale)
     mask = Intervals.full(B, Tq, k.shape[2], q.device) if mask is None else mask
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return _interval_attention(q, k, v, mask.lo, mask.hi, mask.qlo, mask.qhi, scale)[0]

@@ -37,6 +37,7 @@ POLICY = {
     'attention, causal': ({8: 'torch', 9: 'torch'},
                           'flash/cuDNN SDPA: published 198 against 173 TFLOP/s (A100), 518 against 353 (H100)'),
     'attention, one prefix': ({8: 'torch-split', 9: 'torch-split'}, 'two dense SDPA calls, exact'),
+    'attention, documents': ({8: 'torch-varlen', 9: 'torch-varlen'}, 'without prefixes torch has its own kernel'),
     'attention, intervals': ({8: 'triton', 9: 'triton'}, 'SDPA would read a mask of T x T and skip no tile'),
     'attention, cache': ({8: 'torch', 9: 'torch'}, 'generation has no backward and short queries'),
     'loss, logits fit': ({8: 'triton-keep', 9: 'triton-keep'}, '3 cuBLAS products, 16-bit logits, one pass over them'),
@@ -69,7 +70,7 @@ BLOCKS = {
 }
 CONFIG = {
     ('forward', 80, 64): (128, 64, 4, 2), ('forward', 80, 128): (128, 64, 8, 2),
-    ('dkdv', 80, 64): (32, 128, 8, 2), ('dkdv', 80, 128): (64, 64, 8, 2),
+    ('dkdv', 80, 64): (32, 128, 8, 2), ('dkdv', 80, 128): (32, 64, 4, 2),
     ('dq', 80, 64): (64, 64, 4, 2), ('dq', 80, 128): (64, 64, 4, 2),
     ('delta', 80, 64): (64, 4, 1), ('delta', 80, 128): (64, 4, 1),
     ('lse', 80, 0): (128, 128, 32, 8, 4, 4), ('dz', 80, 0): (128, 128, 32, 8, 4, 4),
@@ -142,11 +143,17 @@ def _choose(op, situation, impl, device, dtype, width, obstacle=''):
         impl = table.get(major, 'torch')
         if SWITCH == 'off' or major not in table:
             impl, why = 'torch', 'CKPT80_KERNELS=off' if SWITCH == 'off' else NO_TABLE
-        if impl.startswith('triton'):
+        if impl == 'torch-varlen':
+            obstacle = _self_check('varlen', device, dtype, width)
+        elif impl.startswith('triton'):
             obstacle = obstacle or _self_check(op, device, dtype, width)
-        if not (impl.startswith('triton') and obstacle):
+        else:
+            obstacle = ''
+        if not obstacle:
             _say(f'{op}, {situation}: {impl} ({why})')
-    if impl.startswith('triton') and obstacle:
+    elif not impl.startswith('triton'):
+        obstacle = ''
+    if obstacle:
         _say(f'{op}, {situation}: torch instead of {impl} ({obstacle})')
         return 'torch'
     return impl
@@ -213,7 +220,8 @@ def _self_check(op, device, dtype, width):
     else:
         leaves = [rand(2, 2, 200, width) for _ in range(3)]
         segments, prefix = torch.arange(400, device=device).reshape(2, 200) // 77, torch.tensor([9, 50], device=device)
-        mask = kernels.Intervals.documents(segments, prefix)
+        mask = kernels.Intervals.documents(segments, None if op == 'varlen' else prefix)
+        impls = ('torch-varlen' if op == 'varlen' else 'triton',)
         run = lambda impl, x: kernels.attention(*x, mask, impl=impl)                         # noqa: E731
 
     def with_gradients(impl, leaves):

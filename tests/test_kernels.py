@@ -1,4 +1,7 @@
 """Attention under interval masks against float64 truth."""
+import dataclasses
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +150,39 @@ def test_attention_and_gradients_are_no_worse_than_torch(impl, dtype, D, name):
     if mask is not None:                                  # a query that sees nothing: exactly 0, value and gradient
         empty = (mask.hi <= mask.lo)[:, None, :, None].expand_as(ours[0])
         assert (ours[0][empty] == 0).all() and (ours[1][empty] == 0).all()
+
+
+def test_documents_in_torchs_kernel_for_sequences(monkeypatch):
+    """varlen_attn needs a GPU; a loop over the documents in its place shows what it is given, padding and all."""
+    varlen = pytest.importorskip('torch.nn.attention.varlen')
+
+    def loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert window_size == (-1, 0) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        ends = cu_seq_q.tolist()
+        assert ends[0] == 0 and ends[-1] == len(q) and cu_seq_k.tolist() == ends
+        assert all(0 < stop - start <= min(max_q, max_k) for start, stop in zip(ends, ends[1:]))
+        parts = [[y[start:stop].transpose(0, 1) for y in (q, k, v)] for start, stop in zip(ends, ends[1:])]
+        out = [F.scaled_dot_product_attention(*p, is_causal=True, scale=scale) for p in parts]
+        return torch.cat([o.transpose(0, 1) for o in out])
+
+    inspect.signature(varlen.varlen_attn).bind(*'qkvabmn', scale=1, window_size=(-1, 0))     # of this torch
+    ids = torch.stack([torch.arange(40) // 9, torch.where(torch.arange(40) < 21, 3, -1), torch.full((40,), 2)])
+    mask = Intervals.documents(ids)
+    last = torch.cat((ids[:, 1:] != ids[:, :-1], torch.ones(3, 1, dtype=torch.bool)), 1)
+    problem = attention_problem(40, 40, 64, H=2)
+    if DEVICE == 'cpu':
+        monkeypatch.setattr(varlen, 'varlen_attn', loop)
+        mask = dataclasses.replace(mask, ends=kernels._ends(last))
+    else:
+        mask = Intervals.documents(ids.to(DEVICE))
+    ours = attention_results(lambda *p: attention(*p, mask, scale=0.2, impl='torch-varlen'), DTYPE, *problem)
+    torchs, truth = (attention_results(lambda *p: truth_attention(*p, mask, 0.2), d, *problem)
+                     for d in (DTYPE, torch.float64))
+    for what, *values in zip(('o', 'dq', 'dk', 'dv'), ours, torchs, truth):
+        no_worse(what, *values, DTYPE, floor=4e-6)
+    assert not ours[0][1, :, 21:].any()
+    with pytest.raises(ValueError, match='without prefixes'):
+        attention(*(t.to(DEVICE, DTYPE) for t in problem[:3]), to_device(Intervals.causal(3, 40)), impl='torch-varlen')
 
 
 @pytest.mark.parametrize('impl', IMPLS)

@@ -72,6 +72,7 @@ def test_what_the_kernels_cannot_do_runs_the_reference_and_says_why(arguments, r
 def test_kill_switch_self_check_and_ranks(monkeypatch, capsys):
     choose = on_gpu(monkeypatch, (9, 0), check='self-check failed: dq is off by 0.3')
     assert choose('attention, intervals') == 'torch' and 'dq is off by 0.3' in capsys.readouterr().out
+    assert choose('attention, documents') == 'torch' and 'instead of torch-varlen' in capsys.readouterr().out
     monkeypatch.setattr(policy, 'SWITCH', 'off')
     assert choose('loss, logits fit') == 'torch' and 'CKPT80_KERNELS=off' in capsys.readouterr().out
     monkeypatch.setenv('RANK', '1')
