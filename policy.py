@@ -28,7 +28,7 @@ if triton is not None and not INTERPRET:
 # === which implementation runs ==============================================================================
 #
 # All measured knowledge sits in these two tables; `bench.py kernels` on a GPU says what to change.
-# No line of this file has run on a GPU yet: 'torch' stands wherever published numbers say that PyTorch's own kernel
+# No kernel has run on a GPU yet: 'torch' stands wherever published numbers say that PyTorch's own kernel
 # wins, a Triton kernel only where PyTorch has nothing but a mask or float32 logits in memory.
 
 POLICY = {
@@ -61,12 +61,8 @@ BLOCKS = {
     'dz': ('BLOCK_M', 'BLOCK_V', 'BLOCK_C', 'GROUP'),
     'kept_lse': ('BLOCK_V',),
     'kept_dz': ('BLOCK_V',),
-    'qk_forward': (),
-    'qk_backward': (),
-    'swiglu': ('BLOCK',),
-    'swiglu_backward': ('BLOCK',),
-    'add_norm': (),
-    'add_norm_backward': (),
+    'qk_forward': (), 'qk_backward': (), 'add_norm': (), 'add_norm_backward': (),
+    'swiglu': ('BLOCK',), 'swiglu_backward': ('BLOCK',),
 }
 CONFIG = {
     ('forward', 80, 64): (128, 64, 4, 2), ('forward', 80, 128): (128, 64, 8, 2),
