@@ -263,6 +263,15 @@ def test_free_memory_is_what_the_system_says():
     assert 0 <= share <= os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
+def test_a_gpus_free_memory_is_asked_once_and_rounded_down(monkeypatch):
+    """What a run and its resume find differs by little, so that both keep or both recompute."""
+    loss._free_at_start.cache_clear()
+    for free in ((37 << 30) + 5, 1 << 20):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device, free=free: (free, 80 << 30))
+        assert loss._free_memory(torch.device('cuda', 0)) == 32 << 30
+    loss._free_at_start.cache_clear()
+
+
 @pytest.mark.parametrize('impl', LOSS_IMPLS)
 def test_tied_weight_and_nan_rows(impl):
     x, weight, targets, _, _ = loss_problem(30, 70, 64, kept=1.0)
