@@ -68,7 +68,7 @@ def _room(x, n, V):
 
 
 def _product(a, b, out, add=False):
-    """a @ b of equal dtypes, accumulated in the float32 (float64) of `out`: written there, or added to what is there."""
+    """a @ b of equal dtypes, accumulated in the float32 (float64) of `out`: written there or added to what is there."""
     if not (a.is_cuda or a.dtype == out.dtype):
         a, b = a.float(), b.float()
     dtype = () if a.dtype == out.dtype else (out.dtype,)

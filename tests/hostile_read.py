@@ -34,7 +34,7 @@ def every_item(source):
     mixture = Mixture([source], [1], seed=1, max_bad_samples=1 << 30)
     bad = list(source.damaged)
     for n in range(len(source)):
-        source.length(n)
+        source.outline(n)
         try:
             sample = mixture[n]
         except BadSample as e:                   # a hundred in a row
@@ -98,7 +98,7 @@ def benchmarks(folder):
     for task in find_tasks(default_options(eval_dir=str(folder), tasks=','.join(list_tasks(str(folder))))):
         for example in task.examples:
             if example.image:
-                load_image(example.image, 28, 'letterbox', task.upright)
+                load_image(example.image, 28, 'letterbox', not task.boxes)
         if task.examples[0].choices is None:
             summarise(task, ['a red wall'] * len(task.examples))
         else:
