@@ -15,7 +15,7 @@ import loss
 from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
 from connectors import projector_spec
-from model import build_vlm, vlm_spec
+from model import build_vlm, vlm_spec, with_view
 from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
@@ -64,13 +64,14 @@ def meta_vlm(spec, config):
 
 def image_costs(model):
     """
-    What one image costs in encoder and projector, counted on a meta_vlm: (FLOPs of forward and backward, bytes that the
-    backward keeps in float32); (0, 0) for text.
+    What one image, the largest where aspects are kept, costs in encoder and projector, counted on a meta_vlm: (FLOPs of
+    forward and backward, bytes that the backward keeps in float32); (0, 0) for text.
     """
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    n, kept = model.n_token, {}
+    n, kept = model.n_token // (5 if model.split else 1), {}
+    shape = (1, *(5,) * model.split, 3, *sides(model.encoder.image_size))
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
         if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
@@ -78,8 +79,7 @@ def image_costs(model):
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(1, 3, *sides(model.encoder.image_size), dtype=torch.uint8,
-                                                    device='meta'))
+        features = model.image_features(torch.empty(shape, dtype=torch.uint8, device='meta'))
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -154,7 +154,7 @@ def described(config, image_id, images):
         with torch.device('meta'):
             shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
             tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token))
+        spec = with_view(dict(spec, encoder=tower.spec(), projector=projector_spec(config, tower.n_token)), config)
     return spec
 
 
@@ -171,7 +171,7 @@ def run_flops(config, model, per_image, max_steps):
     images = config['image_ratio'] if 'image_ratio' in config else 1 - config['text_share']
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
     how = what_trains(model.decoder)
-    with_image = decoder_flops(c, 1, T, max(1, T - model.n_token), **how)
+    with_image = decoder_flops(c, 1, T, max(1, T - model.n_slot), **how)
     without = decoder_flops(c, 1, T, T, **how)
     return {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
 
@@ -181,8 +181,8 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     config = {**config, **changed}
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
-    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_token else 0,
-                  per_image=per_image, n_kept=B * (config['seq_len'] - model.n_token * (images == 1)), width=width,
+    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_slot else 0,
+                  per_image=per_image, n_kept=B * (config['seq_len'] - model.n_slot * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 

@@ -44,6 +44,7 @@ from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
 from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
+from images import batched
 from instruct import caption_prompt, instruct_prompt
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
@@ -232,10 +233,9 @@ def answer(opt):
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
     n_token, prefix = 0, None
     if opt.image:
-        n_token = model.n_token
-        pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
+        pixels, n_token = load_image(opt.image, model.view(opt.resize))
         with autocast(opt):
-            prefix = model.prefill_images(pixels)                                        # once for all questions
+            prefix = model.prefill_images(batched([pixels]))                             # once for all questions
 
     def write(ids):
         with autocast(opt):

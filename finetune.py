@@ -20,7 +20,7 @@ from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
 from errors import UserError, leave, user_error_hook
-from model import add_images
+from model import add_images, with_view
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -51,6 +51,8 @@ token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] as pre
 image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
+aspect = 'square'                       # ['square' | 'keep'] as in pretrain.py; what the base has on stays on
+split = False                           # as in pretrain.py; Idefics2 splits in this stage only
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
@@ -143,15 +145,16 @@ elif not run.resumed:
                 'projector', 'token_mode', 'image_tokens', 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder, projector")
+spec = with_view(spec, config)
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
 model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_token,
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_slot,
                       model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
-                      boxes=boxes, shuffle_turns=shuffle_turns)
+                      boxes=boxes, shuffle_turns=shuffle_turns, view=model.view(resize))
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut

@@ -9,6 +9,7 @@ Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCL
 """
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import add_norm, layer_norm, qk_norm_rotary, swiglu
+from images import View, sides
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, read_pt, tensors
@@ -205,20 +207,53 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. n_token: positions of an image, 0 for text;
-    None = as many as the encoder gives, else what the projector makes of them.
+    paper's choice). encoder and projector are None for a text-only model. n_token: features of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them. shortest, split: see images.View.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, shortest=0,
+                 split=False):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
-        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
+        self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
+        self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
 
+    @property
+    def n_slot(self):
+        """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
+        return self.n_token
+
+    def view(self, resize='letterbox'):
+        """How photos become this model's images."""
+        e = self.encoder
+        per_patch = 0 if self.fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
+        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
+
+    def slots(self, images):
+        """Positions in a row that each of N images takes: a list of int."""
+        view = self.view()
+        return [view.positions(image) for image in images]
+
     def image_features(self, images):
-        """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
+        """
+        Images encoded, those of one size together, and projected; a frozen encoder builds no graph.
+        images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
+        returns  (N,n_slot,C), or where images take different numbers of positions a list of (n,C)
+        """
+        if isinstance(images, list):
+            parts = [part for image in images for part in image]
+            features = {}                                      # of the i-th part (n,C)
+            for shape in dict.fromkeys(part.shape for part in parts):
+                at = [i for i, part in enumerate(parts) if part.shape == shape]
+                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]))))
+            k = len(images[0])
+            features = [torch.cat([features[k * i + j] for j in range(k)]) for i in range(len(images))]
+            return torch.stack(features) if len({len(x) for x in features}) == 1 else features
+        if images.ndim == 5:
+            return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         trained = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.encoder(images)
@@ -227,7 +262,8 @@ class VLM(nn.Module):
     def embed(self, tokens, images=None, image_index=None, noise=None):
         """
         Token embeddings with image features in the slots.
-        tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
+        returns (B,T,C)
         noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
@@ -237,19 +273,26 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
+            n_slot = self.n_slot
+            if n_image and isinstance(images, list):
+                n_slot = self.slots(images)
+                n_slot = n_slot if image_index is None else [n_slot[i] for i in image_index.tolist()]
+            check_slots(tokens, self.image_id, n_image, n_slot)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        features = self.image_features(images)                                         # (N,n_token,C)
-        if image_index is not None:
-            # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
+        features = self.image_features(images)                                         # (N,n_slot,C)
+        if isinstance(features, list):
+            index = range(len(features)) if image_index is None else image_index.tolist()
+            features = torch.cat([features[i] for i in index])[None]                   # (1,slots,C)
+        elif image_index is not None:
+            # (M,n_slot,C); the backward of features[image_index] would add in an order that threads decide
             features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
         # a stable sort puts the slots first; their number is known, so that a GPU is not waited for
-        features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
+        features = features.flatten(0, 1).to(x.dtype)                                  # (slots,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
@@ -257,7 +300,7 @@ class VLM(nn.Module):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
-        images           (N,3,S,S) uint8, or None
+        images           as image_features takes them, or None
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
@@ -297,7 +340,21 @@ def add_images(spec, config):
     encoder = encoder_spec(config)
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
-    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token))
+    return with_view(dict(spec, encoder=encoder, projector=projector_spec(config, n_token)), config)
+
+
+def with_view(spec, config):
+    """A description with a 'view', where aspect or split of a config turn it on; what is on stays on."""
+    view, tower = dict(spec.get('view') or {}), spec['encoder'].get('siglip', spec['encoder'])
+    if config.get('aspect') == 'keep':
+        size, projector = tower.get('config', tower)['image_size'], spec['projector']
+        if not isinstance(size, int) or projector['kind'] != 'perceiver' and projector.get('n_token'):
+            raise UserError("aspect='keep' with image_tokens that are pooled, or of an image that is no square: give "
+                            "token_mode='query', or aspect='square'")
+        view['shortest'] = max(1, size * 27 // 70)                                            # Idefics2: 378 of 980
+    if config.get('split'):
+        view['split'] = True
+    return dict(spec, view=view) if view else spec
 
 
 class Undrawn(TorchFunctionMode):
@@ -332,7 +389,8 @@ def build_vlm(spec, seed=None):
                 projector = build_projector(spec['projector'], encoder.width, config.n_embd)
                 n_token = spec['projector'].get('n_token')
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token)
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token,
+                        **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
@@ -342,8 +400,16 @@ def build_vlm(spec, seed=None):
 
 
 def check_slots(tokens, image_id, n_image, n_token):
-    """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
+    """
+    ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots, or
+    images of so many slots as the list n_token says, in its order.
+    """
     in_row = (tokens == image_id).sum(1)                                               # (B,)
+    if isinstance(n_token, list):
+        ends = {0, *itertools.accumulate(n_token)}
+        if in_row.sum() != sum(n_token) or not ends.issuperset(in_row.cumsum(0).tolist()):
+            raise ValueError(f"rows hold {in_row.tolist()} image slots: expected whole images of {n_token} in turn")
+        return
     torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows
     if len(torn):
         row = int(torn[0])

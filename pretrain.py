@@ -68,6 +68,9 @@ image_tokens = 0                        # [>= 0, <= 65536] positions of an image
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
+aspect = 'square'                       # ['square' | 'keep'] 'keep' = Idefics2's: a grid for each image, whose longer
+                                        # edge is at most image_size, the other 27/70 of it at least; `resize` rests
+split = False                           # each image becomes five, its quarters and the whole: 5 times the positions
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
 loss_weight = 'source'                  # ['source' | 'token'] each source's mean loss by its share of rows, or one mean
@@ -187,9 +190,12 @@ elif init_from and os.path.exists(os.path.join(init_from, 'tokenizer.json')):   
 model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resumed run's weights are all in its file
 
 # --- data -------------------------------------------------------------------------------------------------------------
+view = model.view(resize) if has_images else None
+
+
 def caption_mixture(patterns):
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
-                             pattern, cache_dir, caption_field) for pattern, _ in patterns]
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
+                             pattern, cache_dir, caption_field, view) for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read
@@ -205,7 +211,8 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.n_token, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes)
+                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes,
+                              view=view)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))
@@ -228,7 +235,8 @@ process.start_device()
 if has_images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
     fill_encoder(model.encoder, towers)
 if run.meta:
-    checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
+    checkpoint.load_weights(model, run.folder, run.meta, *((), None) if run.resumed else
+                            (('encoder.', 'projector.'), process.print))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
 fresh_adapters = run.add_adapters(model, spec)
