@@ -11,7 +11,7 @@ import os
 
 import torch
 
-import kernels
+import loss
 from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
 from connectors import projector_spec
@@ -141,9 +141,9 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     gradient = head * (not how['frozen'])
     if parallel == 'fsdp':
         block_work += gradient                               # the output matrix's gradient waits for the root's end
-    kept = logits <= kernels.KEEP_LOGITS_BYTES['cuda' if width == 2 else 'cpu']
-    columns = kernels.CHUNK_COLUMNS if width == 2 else 0
-    chunk = min(logits, max(kernels.CHUNK_BYTES, columns * K * width))
+    kept = logits <= loss.KEEP_LOGITS_BYTES                  # and a quarter of what is free, which is not known here
+    columns = loss.CHUNK_COLUMNS if width == 2 else 0
+    chunk = min(logits, max(loss.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
     loss_work = logits * kept + max(chunk * (1 if kept else 2), gradient + head / 2 * (width == 2))
     return {'weights': weights, 'frozen': 4 * frozen, 'whole': whole,

@@ -26,7 +26,7 @@ from adapters import add_adapters
 from connectors import CrossBlocks, Sight, build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
-from fused import layer_norm, qk_norm_rotary
+from fused import add_norm, layer_norm, qk_norm_rotary, swiglu
 from images import View, sides
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from vision import build_encoder, encoder_spec
@@ -114,8 +114,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.n_ffn, config.n_embd)
 
     def forward(self, x):
-        gate, up = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * up)
+        return self.w3(swiglu(self.w12(x)))
 
 
 class Block(nn.Module):
@@ -128,10 +127,11 @@ class Block(nn.Module):
 
     def forward(self, x, rotary, mask, cache=None, kept=None):
         """x (B,T,C) -> (B,T,C), or (K,C): with kept (K,) flat indices into B*T the feed-forward runs for these only."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        y = self.attention(self.attention_norm(x), rotary, mask, cache)
         if kept is not None:
-            x = x.flatten(0, 1)[kept]                           # (K,C)
-        return x + self.feed_forward(self.ffn_norm(x))
+            x, y = x.flatten(0, 1)[kept], y.flatten(0, 1)[kept]            # (K,C)
+        x, normed = add_norm(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
+        return x + self.feed_forward(normed)
 
 
 class Decoder(nn.Module):
