@@ -92,14 +92,14 @@ def step(argv):
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
+    spec['document_end'] = 0 if c['document_mask'] else None             # GPT-NeoX-20B's end-of-text
     model = build_vlm(spec, c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
     if encoder is not None:
         encoder.requires_grad_(c['train_encoder'])
     if c['compile']:
-        for block in model.decoder.layers:
-            block.compile(dynamic=None)
+        model.compile_blocks()
     optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
     tokens, targets, images, kept = synthetic_batch(c, encoder, image_id, device)

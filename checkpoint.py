@@ -40,7 +40,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'image_mask': Field(str, optional=True), 'document_end': Field(int, 0, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -386,6 +387,9 @@ def _tuples(value):
 
 def check_spec(meta, spec, folder):
     """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
+    masks = [one.get('image_mask') or 'causal' for one in (meta['spec'], spec) if one['encoder'] is not None]
+    if len({*masks}) > 1:
+        raise UserError(f"{folder} was trained with image_mask={masks[0]!r}, this run has {masks[1]!r}: give the same")
     for part in ('decoder', 'encoder', 'projector'):
         for key, old in (meta['spec'].get(part) or {}).items():
             new = (spec[part] or {}).get(key)

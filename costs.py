@@ -2,9 +2,9 @@
 What a run costs, from its config and its model's description alone: FLOPs, GPU hours, memory, disk, passes over data.
 
 FLOPs are two for each multiply-add of a matrix product that the loss needs, forward and backward: attention at the
-pairs that the causal mask lets through, the last feed-forward and the output matrix at kept targets only, a frozen
-encoder once. What activation checkpointing computes again does not count: the share of a peak is PaLM's MFU (arXiv
-2204.02311).
+pairs that the causal mask lets through (also where document_mask hides some of them, or image_mask='prefix' adds those
+inside an image), the last feed-forward and the output matrix at kept targets only, a frozen encoder once. What
+activation checkpointing computes again does not count: the share of a peak is PaLM's MFU (arXiv 2204.02311).
 """
 import math
 import os
@@ -83,8 +83,9 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     n_row, n_position, n_kept, n_image  of a micro-batch; n_kept None = all; per_image bytes: what image_costs says
     width      bytes of an activation: 2 under bfloat16 autocast, 4 in float32
     parallel   'ddp' or 'fsdp' over n_process
-    returns    dict: 'weights' (with gradients and AdamW moments), 'frozen', 'whole' (what fsdp gathers, or autocast's
-               copies of the weights), 'activations', 'work' (the largest of what the loss and one block need on top)
+    returns    dict: 'weights' (with gradients and AdamW moments), 'frozen' (an encoder's also in 16 bits, if used),
+               'whole' (what fsdp gathers, or autocast's copies of the weights), 'activations', 'work' (the largest of
+               what the loss and one block need on top)
     """
     c, N = model.decoder.config, n_row * n_position
     K = N if n_kept is None else n_kept
@@ -112,7 +113,8 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     chunk = min(logits, max(kernels.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
     loss_work = logits * kept + max(chunk * (1 if kept else 2), head * (1.5 if width == 2 else 1))
-    return {'weights': weights, 'frozen': 4 * size(model, False), 'whole': whole,
+    frozen = 4 * size(model, False) + 2 * (width == 2) * size(model.encoder, False)
+    return {'weights': weights, 'frozen': frozen, 'whole': whole,
             'activations': layers + 2 * K * c.n_embd * width + n_image * per_image * width / 4,
             'work': max(loss_work, block_work)}
 
@@ -133,7 +135,7 @@ def described(config, image_id, images):
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
             tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'))
+        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'), image_mask=config.get('image_mask', 'causal'))
     return spec
 
 

@@ -38,7 +38,7 @@ boxes = 'original'                      # ['original' | 'letterbox'] its boxes a
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
 text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
-encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next six are for a
+encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next 7 are for a
                                         # base without an encoder, and as in pretrain.py
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir
@@ -46,6 +46,7 @@ encoder_fusion = 'channel'              # ['channel' | 'interleave']
 encoder_layer = -2                      # as in pretrain.py
 encoder_norm = False                    # as in pretrain.py
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
+image_mask = 'causal'                   # ['causal' | 'prefix'] as in pretrain.py
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
@@ -129,7 +130,7 @@ if fresh_projector:
 elif not run.resumed:
     default = {key: rule.default for key, rule in config_keys(__file__).items()}
     for key in ('encoder', 'encoder_path', 'dinov2_path', 'encoder_fusion', 'encoder_layer', 'encoder_norm',
-                'image_size'):
+                'image_size', 'image_mask'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
 if dry_run:
@@ -168,8 +169,7 @@ model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkp
 model.encoder.requires_grad_(train_encoder)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in model.decoder.layers:
-        block.compile(dynamic=None)
+    model.compile_blocks()
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,

@@ -26,7 +26,7 @@ from errors import NUMBER, Field, UserError, check, reading
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from shards import whole, write_file
-from vision import build_encoder, encoder_spec
+from vision import EncoderBlock, build_encoder, encoder_spec, lowered
 from weights import fill, read_json, read_pt, tensors
 
 ROPE_BASE = 10000.0             # OpenLM's rotary base
@@ -203,23 +203,69 @@ class Decoder(nn.Module):
 
 class VLM(nn.Module):
     """
-    A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model.
+    A decoder that reads image features at the positions that hold image_id. encoder and projector are None for a
+    text-only model.
+    image_mask    'causal' over images too (the paper's choice), or 'prefix': the positions of an image see each other
+    document_end  None, or the id after which attention starts anew. Rotary positions go on: scores depend on distances
+                  alone, so that a document inside a row gives what it gives by itself
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, image_mask='causal',
+                 document_end=None):
         super().__init__()
+        if image_mask not in ('causal', 'prefix'):
+            raise UserError(f"image_mask={image_mask!r}: expected 'causal' or 'prefix'")
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
-        self.image_id, self.z_loss = image_id, z_loss
+        self.image_id, self.z_loss, self.image_mask, self.document_end = image_id, z_loss, image_mask, document_end
+        self.compiled, self.low = False, (None, None)           # low: see _low_encoder
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
 
+    def compile_blocks(self):
+        """Have torch.compile compile the blocks of decoder and encoder one by one, each when it first runs."""
+        self.compiled = True
+        for module in self.modules():
+            if isinstance(module, (Block, EncoderBlock)):
+                module.compile(dynamic=None)
+
     def image_features(self, images):
         """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
         trained = any(p.requires_grad for p in self.encoder.parameters())
+        autocast = images.device.type != 'meta' and torch.is_autocast_enabled(images.device.type)
+        encoder = self.encoder
+        if autocast and not trained:
+            encoder = self._low_encoder(torch.get_autocast_dtype(images.device.type))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = self.encoder(images)
+            features = encoder(images)
         return self.projector(features)
+
+    def _low_encoder(self, dtype):
+        """
+        The frozen encoder with weights that autocast finds in its dtype: cast once, and again only where they changed.
+        self.low is a tuple, so what it holds is no submodule: nothing saves, moves or trains it.
+        """
+        state = dtype, [(p.data_ptr(), p._version) for p in self.encoder.parameters()]
+        if self.low[0] != state:
+            self.low = state, lowered(self.encoder, dtype)
+            for block in self.low[1].modules() if self.compiled else ():
+                if isinstance(block, EncoderBlock):
+                    block.compile(dynamic=None)
+        return self.low[1]
+
+    def intervals(self, tokens, images):
+        """
+        Who sees whom in rows of tokens (B,T), found where they are: Intervals, None where all of it is causal.
+        images  do the rows hold any?
+        """
+        together = images and self.image_mask == 'prefix'
+        if self.document_end is not None:
+            ends = (tokens == self.document_end).int()
+            mask = Intervals.documents(ends.cumsum(1) - ends)       # the id belongs to the document that it ends
+        elif together:
+            mask = Intervals.causal(*tokens.shape, tokens.device)
+        else:
+            return None
+        return mask.joined(tokens == self.image_id, self.encoder.n_token) if together else mask
 
     def embed(self, tokens, images=None, image_index=None):
         """
@@ -262,7 +308,8 @@ class VLM(nn.Module):
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept=kept)     # (K,C)
+        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept,
+                               self.intervals(tokens, images is not None))             # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -274,20 +321,23 @@ class VLM(nn.Module):
 
 # --- a model from its description -----------------------------------------------------------------------------------
 
-def vlm_spec(config, image_id, images):
+def vlm_spec(config, image_id, images, document_end=None):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
     config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
     images   False = text only, without encoder and projector
+    document_end  see VLM
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
-    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
+    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id,
+                document_end=document_end)
     return add_images(spec, config) if images else spec
 
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'))
+    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'),
+                image_mask=config.get('image_mask', 'causal'))
 
 
 class Undrawn(TorchFunctionMode):
@@ -321,7 +371,8 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'],
+                        image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'))
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy
