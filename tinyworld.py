@@ -533,13 +533,14 @@ def write_benchmarks(folder, split, n, seed, study=False):
     write_text_choices(f'{folder}/text', split, n, draw, study)
 
 
-def write_data(out, *, study=False, n_row=45_000, row_len=96, n_caption=7000, n_instruct=4000, n_test=400, n_topic=100,
+def write_data(out, *, study=False, n_row=45_000, row_len=96, n_caption=7000, n_instruct=0, n_test=400, n_topic=100,
                vocab_size=768, seed=7):
     """
     Write the world into the folder `out`, built beside it and renamed when complete; does nothing when it is there.
     Raises UserError when `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
+    n_instruct = n_instruct or (1000 if study else 4000)                    # the study's were fixed on calibration seeds
     settings = dict(version=VERSION, n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct,
                     n_test=n_test, n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0],
                     **({'study': True} if study else {}))

@@ -2,10 +2,11 @@
 if stage == 'study':
     reference_ratio = '30 %'
     n_job = 2
-    vision_tasks = (('vqav2', 0.28), ('pope', 0.5), ('refcoco', 0.009), ('vqav2_facts/new', 0.125))
+    vision_tasks = (('vqav2/at', 0.067), ('pope', 0.5), ('refcoco', 0.009), ('vqav2_facts/new', 0.125))
     text_tasks = (('reading', 0.25), ('facts', 0.25))
     vision_example, text_example = 'vqav2_facts/new', 'reading'
-    apart_tasks = ('textvqa', 'vqav2_facts/known')
+    apart_tasks = ('vqav2', 'textvqa', 'vqav2_facts/known')
+    along = (80, 160)
     blind_caption_loss = 1.30           # tinyworld.blind_caption_loss()
 else:
     n_thread = 1
@@ -19,5 +20,5 @@ if stage in ('mix', 'finetune'):
 if stage == 'mix':
     max_steps = 1300                    # 6,240 images at 30 %: enough to learn what a caption says
 if stage == 'finetune':
-    n_epoch = 4
+    n_epoch = 4                         # of 1,000 conversations: 250 steps
     lr = 5e-4                           # a third of stage 1's peak
