@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+from bisect import bisect_left
 from collections import Counter
 
 import numpy as np
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 import data
 import files
-from data import json_member
+from data import caption_of, image_suffix, json_member
 from errors import BadSample, UserError
+from files import whole, write_whole
 from images import open_image
-from shards import about_files, in_order, new_folder, whole, write_file, write_tar
+from shards import about_files, in_order, new_folder, write_tar
 from weights import read_json
 
 
@@ -31,7 +33,7 @@ def merge(images, captions, out, synthetic=1.0, n_process=1):
                'caption' or 'text' of the .json). Both choices follow from the uid's hash alone.
     An image without the caption chosen for it, or that cannot be decoded, is left out and named in report.jsonl, whose
     last line has the totals. When stopped, the same call goes on behind the last whole tar. Memory: 20 bytes a caption
-    in files that all processes map (44 while they are sorted).
+    in a file that all processes map (48 while they are sorted).
     Returns the totals, a dict. Raises UserError for a share beyond 0..1 and when no image finds its caption.
     """
     if not 0 <= synthetic <= 1 or synthetic and not captions:
@@ -72,16 +74,19 @@ def _report(path, sides, found):
 
 
 # --- which caption --------------------------------------------------------------------------------
+# a .syn.json: the number of its uid, the tar that holds it, where there (in blocks of 512 bytes), its size
+PLACE = np.dtype([('number', '<u8'), ('tar', '<u4'), ('block', '<u4'), ('size', '<u4')])
+
+
 def number_of(uid):
     """64 bits of a uid's hash: of 10^9 captions and 10^9 images, 0.05 would be paired wrongly in all."""
     return int.from_bytes(hashlib.blake2b(uid.encode('utf-8', 'surrogateescape'), digest_size=8).digest(), 'little')
 
 
 def _load(partial, sources, share):
-    global _numbers, _places, _stamps, _share
+    global _captions, _stamps, _share
     _stamps, _share = [files.stamp_of(path) for path in sources], share
-    if sources:
-        _numbers, _places = (np.load(os.path.join(partial, f'.{x}.npy'), mmap_mode='r') for x in ('uids', 'places'))
+    _captions = np.load(os.path.join(partial, '.captions.npy'), mmap_mode='r') if sources else None
 
 
 def _samples(path):
@@ -98,40 +103,30 @@ def _uid(about, key):
 
 def _index(partial, sources, n_process):
     """
-    Write .uids.npy, sorted (n,) uint64 numbers, and .places.npy (n, 3) uint32 of tar, block of 512 bytes and size of a
-    .syn.json, unless they are there; return how many, and what was left out.
+    Write .captions.npy, (n,) PLACE sorted by number, unless it is there; return how many, and what was left out.
     """
     noted = os.path.join(partial, '.captions.json')
     if not os.path.exists(noted):
-        numbers, places, left_out = [], [], []
+        places, left_out = [], []
         jobs = tqdm(list(enumerate(sources)), desc='captions', unit=' tars', disable=None)
         with files.processes(n_process) as pool:
-            for _, (number, place, bad) in in_order(pool, _captions_of, jobs, 2 * n_process):
-                numbers.append(number)
+            for _, (place, bad) in in_order(pool, _captions_of, jobs, 2 * n_process):
                 places.append(place)
                 left_out += bad
-        numbers = np.concatenate(numbers)
-        if not len(numbers):
+        places = np.concatenate(places)
+        if not len(places):
             raise UserError(f"{sources[0]}: no .syn.json in {len(sources)} tars")
-        order = np.argsort(numbers, kind='stable')                       # of a uid that comes again the first counts
-        numbers = numbers[order]
-        _save(partial, 'uids', numbers)
-        totals = dict(captions=len(order), repeated_captions=int((numbers[1:] == numbers[:-1]).sum()))
-        del numbers
-        _save(partial, 'places', np.concatenate(places)[order])
-        with whole(noted) as temporary:
-            write_file(temporary, dict(totals=totals, left_out=left_out))
+        places = places[np.argsort(places['number'], kind='stable')]     # of a uid that comes again the first counts
+        with whole(os.path.join(partial, '.captions.npy')) as temporary, open(temporary, 'wb') as f:
+            np.save(f, places)
+        n_repeated = int((places['number'][1:] == places['number'][:-1]).sum())
+        write_whole(noted, dict(totals=dict(captions=len(places), repeated_captions=n_repeated), left_out=left_out))
     return read_json(noted)
 
 
-def _save(partial, name, array):
-    with whole(os.path.join(partial, f'.{name}.npy')) as temporary, open(temporary, 'wb') as f:
-        np.save(f, array)
-
-
 def _captions_of(i, path):
-    """Return (numbers of the uids, their places, what was left out) of one tar of captions."""
-    stamp, numbers, places, (samples, left_out) = files.stamp_of(path), [], [], _samples(path)
+    """Return ((n,) PLACE, what was left out) of one tar of captions."""
+    stamp, places, (samples, left_out) = files.stamp_of(path), [], _samples(path)
     for key, members in samples:
         if 'syn.json' in members:
             try:
@@ -139,23 +134,19 @@ def _captions_of(i, path):
                     (offset, size), uid = members['syn.json'], _uid(json_member(stamp, members, 'json'), key)
                     if offset < 0:
                         raise UserError("its .syn.json is a link")
-                    places.append((i, offset // 512, files.bounded(size, data.MAX_TEXT_BYTES)))
-                    numbers.append(number_of(uid))
+                    places.append((number_of(uid), i, offset // 512, files.bounded(size, data.MAX_TEXT_BYTES)))
             except BadSample as e:
                 left_out.append(dict(why='damaged', what=str(e)))
-    return np.array(numbers, np.uint64), np.array(places, np.uint32).reshape(-1, 3), left_out
+    return np.array(places, PLACE), left_out
 
 
 def _synthetic(uid):
-    number = np.uint64(number_of(uid))
-    at = np.searchsorted(_numbers, number)
-    if at == len(_numbers) or _numbers[at] != number:
+    number, numbers = number_of(uid), _captions['number']
+    at = bisect_left(numbers, number)                                    # searchsorted would copy all of them
+    if at == len(numbers) or numbers[at] != number:
         raise UserError(f"no synthetic caption of uid {uid}")
-    tar, block, size = _places[at].tolist()
-    options = json.loads(files.read_at(_stamps[tar], 512 * block, size, data.MAX_TEXT_BYTES)).get('syn_text')
-    if not isinstance(options, list) or not options:
-        raise UserError(f"no 'syn_text' in the .syn.json of uid {uid}")
-    return options[int(number) % len(options)]
+    _, tar, block, size = _captions[at].tolist()
+    return caption_of(_stamps[tar], {'syn.json': (512 * block, size)}, 'syn', number)
 
 
 # --- one tar --------------------------------------------------------------------------------------
@@ -166,8 +157,7 @@ def _merge_tar(path, side):
     if first:
         with whole(os.path.splitext(side)[0] + '.tar') as temporary:
             write_tar(temporary, itertools.chain([first], members))
-    with whole(side) as temporary:                                       # last: with it the tar is whole
-        write_file(temporary, about)
+    write_whole(side, about)                                             # last: with it the tar is whole
 
 
 def _members(path, about):
@@ -178,20 +168,11 @@ def _members(path, about):
         why = 'no image'
         try:
             with files.reading_item(f"{path}: {key}"):
-                suffix = next((s for s in data.IMAGE_SUFFIXES if s in members), None)
-                if suffix is None:
-                    raise UserError(f"none of {', '.join(data.IMAGE_SUFFIXES)} among its members: {', '.join(members)}")
-                why, own = 'no caption', json_member(stamp, members, 'json')
-                uid = _uid(own, key)
+                suffix = image_suffix(members)
+                why, uid = 'no caption', _uid(json_member(stamp, members, 'json'), key)
                 synthetic = number_of(uid) / 2**64 < _share              # the high bits; _synthetic takes the low ones
-                if synthetic:
-                    caption = _synthetic(uid)
-                elif 'txt' in members:
-                    caption = files.read_at(stamp, *members['txt'], data.MAX_TEXT_BYTES).decode('utf-8')
-                else:
-                    caption = own.get('caption') or own.get('text')
-                if not isinstance(caption, str) or not caption.strip():
-                    raise UserError(f"its {'synthetic' if synthetic else 'own'} caption is missing or empty")
+                field = 'txt' if 'txt' in members else 'json'
+                caption = _synthetic(uid) if synthetic else caption_of(stamp, members, field)
                 why, image = 'bad image', files.read_at(stamp, *members[suffix], data.MAX_IMAGE_BYTES)
                 open_image(image)                                        # decoded as in training: no surprise there
         except BadSample as e:
@@ -200,4 +181,4 @@ def _members(path, about):
         about['totals']['samples'] += 1
         about['totals']['synthetic'] += synthetic
         yield f'{key}.{suffix}', image
-        yield f'{key}.txt', caption.strip().encode('utf-8', 'replace')
+        yield f'{key}.txt', caption.encode('utf-8', 'replace')

@@ -10,7 +10,7 @@ where a resumed run may have another value. Bounds of a tuple are those of its i
 
 A config file is Python that assigns some of the script's keys (names that start with `_` are free). It sees the values
 so far and `stage` ('text', 'mix', 'finetune', 'evaluate'), so that one file can hold a scale for every stage. Files
-that read `stage` come after the others, wherever they stand on the command line.
+that read `stage` come after the others, wherever they stand on the command line, whose --stage= holds for all of them.
 Config files are code, like the scripts: run only those you would run as a script.
 """
 import ast
@@ -226,9 +226,9 @@ def configure(namespace, argv=None):
         sys.exit(0)
     compiled = {arg: _compiled(arg) for arg in argv if arg.endswith('.py') and not arg.startswith('-')}
     given_stage = [arg.partition('=')[2] for arg in argv if arg.startswith('--stage=')]
-    if given_stage and 'stage' in keys:                  # files see it wherever it stands
+    if given_stage and 'stage' in keys:                  # files see it, and do not change it, wherever it stands
         values['stage'] = convert('stage', given_stage[-1], keys['stage'], 'command line')
-    read_for, given_before = {}, set()                   # file: the stage it was read for; keys of the command line
+    given_before = set()                                 # keys of the command line
     for arg in _stage_last(argv, compiled):
         match = re.match(r'--([A-Za-z_][A-Za-z0-9_]*)=(.*)$', arg, re.S)
         if match:
@@ -242,18 +242,12 @@ def configure(namespace, argv=None):
         elif arg not in compiled:
             raise UserError(f"command line: {arg}: expected a config file that ends in .py, or --key=value")
         else:
-            stage = values.get('stage', script)
-            code, reads_stage = compiled[arg]
-            changed = _run_file(arg, code, keys, values, stage, namespace['__file__'])
+            changed = _run_file(arg, compiled[arg][0], keys, values, values.get('stage', script), namespace['__file__'])
+            if given_stage:
+                changed.pop('stage', None)
             values.update(changed)
             for key in sorted(given_before & changed.keys()):
                 say(f"!!! {arg} sets {key}={changed[key]!r} over the --{key}= before it: later wins, so give keys last")
-            if reads_stage:
-                read_for[arg] = stage
-    for path, stage in read_for.items():
-        if stage != values.get('stage', script):
-            raise UserError(f"{path} was read for stage {stage!r}, but what comes after it makes this stage "
-                            f"{values['stage']!r}: give {path} last")
     changed = [f'{key}={value!r}' for key, value in values.items() if value != keys[key].default]
     if changed:
         say('config: ' + ', '.join(changed))

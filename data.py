@@ -27,10 +27,10 @@ from instruct import (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, InstructSource, caption_p
                       check_room, instruct_prompt, safe_join)
 from kernels import IGNORE_INDEX
 from mixture import Batch, Loader, Mixture, Sample, collate  # noqa: F401 (names of this module, too)
-from weights import MAX_JSON_BYTES
+from weights import MAX_JSON_BYTES, read_json
 
 IMAGE_SUFFIXES = ('jpg', 'jpeg', 'png', 'webp')
-CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn', 'mix')
+CAPTION_FIELDS = ('auto', 'txt', 'json', 'syn')
 ROW_LEN = 2048                       # positions of a row, as in OpenLM's shards
 ROWS_PER_SHARD = 8192                # a .bin file is shuffled as if cut into shards of so many rows (OpenLM's tars)
 # What is larger is refused before it is read or unpacked. Beside each bound: what real data needs.
@@ -144,8 +144,8 @@ def load_tokenizer(path):
 
 # --- sources --------------------------------------------------------------------------------------
 # A source has len(source) and source[i] -> Sample. It tells Mixture its name, items_per_row (windows of a stored row),
-# group_sizes (rows of each shard), damaged (a line for each damaged file), length(i), an estimate of positions, and
-# has_image(i).
+# group_sizes (rows of each shard), damaged (a line for each damaged file), and outline(i): whether item i shows an
+# image, and an estimate of its positions.
 class TextSource:
     """
     Windows of seq_len positions from `.bin` files of little-endian uint16 ids, or from OpenLM/DCLM tars of rows of
@@ -194,77 +194,61 @@ class TextSource:
     def __len__(self):
         return sum(self.group_sizes) * self.items_per_row
 
-    def length(self, index):
-        return self.seq_len
-
-    def has_image(self, index):
-        return False
+    def outline(self, index):
+        return False, self.seq_len
 
     def __getitem__(self, index):
         row, w = divmod(index, self.items_per_row)
-        stamp, r = self.shards.locate(row)
-        if self.binary:
-            start = r * self.row_len
-            lo, hi = self._span(min(self.row_len, stamp[1] // 2 - 1 - start), w)
-            n_byte = 2 * (hi - lo + 1)
-            with reading_item(stamp[0]):
-                ids = np.frombuffer(read_at(stamp, 2 * (start + lo), n_byte, n_byte), '<u2').astype(np.int64)
-            self._check_ids(ids, f"{stamp[0]}: position {start + lo + int(ids.argmax())}")
-        else:
-            ids = self._row(row)
-            if len(ids) - 1 > self.row_len:
-                raise BadSample(f"{stamp[0]}: row {r} has {len(ids)} ids, the first rows {self.row_len + 1}")
-            lo, hi = self._span(len(ids) - 1, w)
-            ids = ids[lo:hi + 1]
-        return Sample(ids[:-1], ids[1:], source=self.name, id=f"{os.path.basename(stamp[0])}:{r}:{w}")
-
-    def _span(self, n_position, w):
-        if n_position == self.row_len:
-            return w * self.seq_len, min((w + 1) * self.seq_len, n_position)
-        hi = max(n_position * (w + 1) // self.items_per_row, 1)
-        return min(n_position * w // self.items_per_row, hi - 1), hi
+        (path, *_), r = self.shards.locate(row)
+        ids, n_window = self._row(row), self.items_per_row
+        n = len(ids) - 1                                                 # positions of the row
+        if n > self.row_len:
+            raise BadSample(f"{path}: row {r} has {len(ids)} ids, the first rows {self.row_len + 1}")
+        lo, hi = w * self.seq_len, min((w + 1) * self.seq_len, n)
+        if n < self.row_len:                                             # divided evenly, no window empty
+            hi = max(n * (w + 1) // n_window, 1)
+            lo = min(n * w // n_window, hi - 1)
+        return Sample(ids[lo:hi], ids[lo + 1:hi + 1], source=self.name, id=f"{os.path.basename(path)}:{r}:{w}")
 
     def _longest_row(self):
         """Return the number of ids in the longest of the first rows, or in a shard's first row that can be read."""
-        for rows in (range(min(8, self.shards.ends[-1])), *([row] for row in self.shards.ends[1:-1])):
-            lengths = []
-            for row in rows:
-                try:
+        lengths, n_first = [], min(8, self.shards.ends[-1])
+        for i, row in enumerate([*range(n_first), *self.shards.ends[1:-1]]):
+            if i < n_first or not lengths:
+                with suppress(BadSample):
                     lengths.append(len(self._row(row)))
-                except BadSample as e:
-                    error = e
-            if lengths:
-                return max(lengths)
-        raise BadSample(str(error))
+        return max(lengths, default=0) or len(self._row(0))              # none can be read: the first one says why
 
     def _row(self, row):
         if self.last[0] == row:  # the windows of a row are drawn one after another
             return self.last[1]
         stamp, r = self.shards.locate(row)
-        index = tar_index(stamp, self.cache_dir)
-        if r >= len(index):
-            raise BadSample(f"{stamp[0]}: {index.damage or 'its index has changed: start again'}")
-        name, (offset, size) = index.name(r), index.place(r)
-        where = f"{stamp[0]}: {name}"
-        with reading_item(f"{where}: not a row of token ids"):
-            data = read_at(stamp, offset, size, MAX_ROW_BYTES)
-            if name.endswith('.gz'):
-                unpack = zlib.decompressobj(31)                          # 31 = gzip
-                data = unpack.decompress(data, MAX_ROW_BYTES)
-                if not unpack.eof:
-                    raise UserError(f"gzip data cut short or beyond {MAX_ROW_BYTES} bytes")
-            ids = np.array(json.loads(data))
-            if ids.dtype.kind != 'i' or ids.ndim != 1 or len(ids) < 2:
-                raise UserError(f"{len(ids) if ids.ndim else 0} items of type {ids.dtype}")
-        self._check_ids(ids, where)
-        self.last = (row, ids)
-        return ids
-
-    def _check_ids(self, ids, where):
+        if self.binary:
+            first, where = r * self.row_len, f"{stamp[0]}: row {r}"
+            with reading_item(where):
+                n_byte = 2 * min(self.row_len + 1, stamp[1] // 2 - first)
+                ids = np.frombuffer(read_at(stamp, 2 * first, n_byte, n_byte), '<u2').astype(np.int64)
+        else:
+            index = tar_index(stamp, self.cache_dir)
+            if r >= len(index):
+                raise BadSample(f"{stamp[0]}: {index.damage or 'its index has changed: start again'}")
+            where = f"{stamp[0]}: {index.name(r)}"
+            with reading_item(f"{where}: not a row of token ids"):
+                data = read_at(stamp, *index.place(r), MAX_ROW_BYTES)
+                if where.endswith('.gz'):
+                    unpack = zlib.decompressobj(31)                      # 31 = gzip
+                    data = unpack.decompress(data, MAX_ROW_BYTES)
+                    if not unpack.eof:
+                        raise UserError(f"gzip data cut short or beyond {MAX_ROW_BYTES} bytes")
+                ids = np.array(json.loads(data))
+                if ids.dtype.kind != 'i' or ids.ndim != 1 or len(ids) < 2:
+                    raise UserError(f"{len(ids) if ids.ndim else 0} items of type {ids.dtype}")
         low, high, limit = int(ids.min()), int(ids.max()), self.tokenizer.image_id
         if low < 0 or high >= limit:
             raise BadSample(f"{where}: id {low if low < 0 else high} is beyond the tokenizer's {limit} ids; was this "
                             f"text tokenised with {self.tokenizer.path}?")
+        self.last = (row, ids)
+        return ids
 
 
 def _check_sidecar(stamp, tokenizer):
@@ -272,10 +256,7 @@ def _check_sidecar(stamp, tokenizer):
     path, side = stamp[0], os.path.splitext(stamp[0])[0] + '.json'
     if not os.path.lexists(side):
         return
-    with reading(side, 'JSON'):
-        info = json.loads(read_whole(side, MAX_TEXT_BYTES))
-    if not isinstance(info, dict):
-        return
+    info = read_json(side)
     check(info, Field(dict, of=SIDECAR), side)
     sha, n_token = info.get('tokenizer_sha256'), info.get('n_token')
     if sha and sha != tokenizer.sha256:
@@ -320,6 +301,37 @@ def json_member(stamp, members, suffix):
     return value if isinstance(value, dict) else {}
 
 
+def image_suffix(members):
+    """Return the suffix of a sample's image; raises UserError where it has none."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members:
+            return suffix
+    raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
+
+
+def caption_of(stamp, members, field, pick=0):
+    """
+    Return the caption of a sample, stripped; pick: a number that chooses among synthetic ones. `field` as in
+    CaptionSource. Raises UserError where it is not there, or empty.
+    """
+    text = None
+    if field == 'txt' or field == 'auto' and 'txt' in members:
+        field = 'txt'
+        text = read_at(stamp, *members['txt'], MAX_TEXT_BYTES).decode('utf-8') if 'txt' in members else None
+    if field in ('json', 'auto'):
+        about = json_member(stamp, members, 'json' if 'json' in members or field == 'json' else 'syn.json')
+        text = about.get('caption') or about.get('text')
+    if field == 'syn' or field == 'auto' and text is None:
+        options = json_member(stamp, members, 'syn.json').get('syn_text')
+        if isinstance(options, list) and options:
+            text = options[pick % len(options)]
+    if not isinstance(text, str) or not text.strip():
+        expected = {'txt': ".txt", 'json': ".json 'caption' or 'text'", 'syn': ".syn.json 'syn_text'"}
+        wanted = ', '.join(expected.values()) if field == 'auto' else expected[field]
+        raise UserError(f"no caption ({wanted}), or an empty one, among its members: {', '.join(members)}")
+    return text.strip()
+
+
 class CaptionSource:
     """
     Image-caption samples from WebDataset tars: [image x N] [sep] caption [eot], loss on the caption and the eot.
@@ -327,8 +339,8 @@ class CaptionSource:
     image (.jpg .jpeg .png .webp) and a caption. A caption that does not fit is cut and its eot left out
     (Sample.n_truncated).
     caption_field  'txt' = the .txt; 'json' = 'caption' or 'text' of the .json; 'syn' = one entry of 'syn_text' of the
-                   .syn.json (DataCompDR; a checksum of the key picks it); 'auto' = the first of these that is there;
-                   'mix' = 'syn' for syn_share of the samples, which a checksum of the key picks, else .txt or .json
+                   .syn.json (DataCompDR; a checksum of the key picks it); 'auto' = the first of these that is there.
+                   A mix of original and synthetic captions is made by `prepare.py merge`
     .note          what 'auto' means here, a line for the user, where a sample has other captions too; else ''
     Raises UserError when seq_len < encoder_n_token + 2 and for tars without any image or any caption of that kind,
     BadSample for an item without a readable image or caption.
@@ -336,10 +348,10 @@ class CaptionSource:
     items_per_row = 1
 
     def __init__(self, paths, tokenizer, seq_len, encoder_n_token, image_size, resize='letterbox', name='caption',
-                 cache_dir='', caption_field='auto', syn_share=0.5):
+                 cache_dir='', caption_field='auto'):
         self.name, self.tokenizer, self.seq_len, self.cache_dir = name, tokenizer, seq_len, cache_dir
         self.n_token, self.image_size, self.resize = encoder_n_token, image_size, resize
-        self.caption_field, self.syn_share = caption_field, syn_share
+        self.caption_field = caption_field
         check_room(name, seq_len, encoder_n_token, resize)
         if caption_field not in CAPTION_FIELDS:
             raise UserError(f"{name}: caption_field={caption_field!r}: expected one of {', '.join(CAPTION_FIELDS)}")
@@ -356,7 +368,7 @@ class CaptionSource:
         index = tar_index(self.shards.stamps[0], self.cache_dir)
         there = {sample_key(index.name(i))[1] for i in range(len(index))}
         wanted = [('image', set(IMAGE_SUFFIXES))]
-        wanted += [('synthetic caption', {'syn.json'})] if self.caption_field in ('syn', 'mix') else []
+        wanted += [('synthetic caption', {'syn.json'})] if self.caption_field == 'syn' else []
         for what, suffixes in wanted if there else []:
             if not there & suffixes:
                 raise UserError(f"{self.shards.stamps[0][0]}: no {what} (.{', .'.join(sorted(suffixes))}) in this tar, "
@@ -366,16 +378,13 @@ class CaptionSource:
             return ''
         taken = '.txt of each sample' if 'txt' in there else "'caption' or 'text' of the .json that have one"
         return (f"{self.name}: captions: {taken} (.syn.json is there too: --caption_field=syn reads the synthetic "
-                "captions, --caption_field=mix both)")
+                "captions)")
 
     def __len__(self):
         return sum(self.group_sizes)
 
-    def length(self, index):
-        return self.seq_len
-
-    def has_image(self, index):
-        return True
+    def outline(self, index):
+        return True, self.seq_len
 
     def __getitem__(self, index):
         stamp, r = self.shards.locate(index)
@@ -384,10 +393,9 @@ class CaptionSource:
             raise BadSample(f"{stamp[0]}: {index.damage or 'its index has changed: start again'}")
         key, members = index.sample(r)
         with reading_item(f"{stamp[0]}: {key}"):
-            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-            if image is None:
-                raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) among its members: {', '.join(members)}")
-            caption = self._caption(stamp, key, members)
+            image = members[image_suffix(members)]
+            pick = zlib.crc32(key.encode('utf-8', 'surrogateescape'))
+            caption = caption_of(stamp, members, self.caption_field, pick)
             image = open_image(read_at(stamp, *image, MAX_IMAGE_BYTES), size=self.image_size)
             image = RESIZE[self.resize](image, self.image_size)
         ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
@@ -398,23 +406,3 @@ class CaptionSource:
         return Sample(ids[:-1], targets, None, [image], self.name, f"{os.path.basename(stamp[0])}:{key}", self.n_token,
                       self.tokenizer.image_id, [f"{stamp[0]}:{r}"], int(cut))
 
-    def _caption(self, stamp, key, members):
-        field, text, name = self.caption_field, None, key.encode('utf-8', 'surrogateescape')
-        if field == 'mix':
-            synthetic = zlib.crc32(b'mix ' + name) < self.syn_share * 2 ** 32
-            field = 'syn' if synthetic else 'txt' if 'txt' in members else 'json'
-        if field == 'txt' or field == 'auto' and 'txt' in members:
-            field = 'txt'
-            text = read_at(stamp, *members['txt'], MAX_TEXT_BYTES).decode('utf-8') if 'txt' in members else None
-        if field in ('json', 'auto'):
-            about = json_member(stamp, members, 'json' if 'json' in members or field == 'json' else 'syn.json')
-            text = about.get('caption') or about.get('text')
-        if field == 'syn' or field == 'auto' and text is None:
-            options = json_member(stamp, members, 'syn.json').get('syn_text')
-            if isinstance(options, list) and options:
-                text = options[zlib.crc32(name) % len(options)]
-        if not isinstance(text, str) or not text.strip():
-            expected = {'txt': ".txt", 'json': ".json 'caption' or 'text'", 'syn': ".syn.json 'syn_text'"}
-            wanted = ', '.join(expected.values()) if field == 'auto' else expected[field]
-            raise UserError(f"no caption ({wanted}), or an empty one, among its members: {', '.join(members)}")
-        return text.strip()

@@ -23,7 +23,7 @@ import zlib
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from glob import escape, glob
 
@@ -110,18 +110,46 @@ def read_whole(path, limit):
         return f.read(bounded(os.fstat(f.fileno()).st_size, limit, f"{path}: "))
 
 
-def write_whole(path, text):
-    """Write a file under a temporary name, then rename: whole or not there. Raises UserError when it cannot."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+def write_file(path, content):
+    """Write bytes, a str, a dict as JSON, or a list as one JSON object a line; makes the folder."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    if isinstance(content, list):
+        content = ''.join(json.dumps(row) + '\n' for row in content)
+    elif isinstance(content, dict):
+        content = json.dumps(content)
+    with open(path, 'wb') as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole(path):
+    """Yield a temporary name; what is written there becomes `path`, on the disk, or vanishes with an error."""
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'w', encoding='utf-8') as f:
-            f.write(text)
-            f.flush()
+        yield temporary
+        with open(temporary, 'rb') as f:
             os.fsync(f.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.remove(temporary)
+
+
+@contextmanager
+def writing(path):
+    """Around everything that writes into path; what is read inside raises UserErrors of its own."""
+    try:
+        yield
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+        raise UserError(f"{path}: cannot be written ({first_line(e)})") from e
+
+
+def write_whole(path, content):
+    """write_file, but the file is whole or not there; raises UserError when it cannot be written."""
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with whole(path) as temporary:
+            write_file(temporary, content)
 
 
 def bounded(size, limit, where=''):
@@ -130,22 +158,13 @@ def bounded(size, limit, where=''):
     return size
 
 
-class _File:
-    def __init__(self, path):
-        self.fd = regular(path)
-
-    def __del__(self):
-        if hasattr(self, 'fd'):
-            os.close(self.fd)
-
-
 # opened when first needed, in each process; the least recently used is closed, and most of `ulimit -n` left to others
 _MAY_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @lru_cache(maxsize=64 if _MAY_OPEN == resource.RLIM_INFINITY else min(64, _MAY_OPEN // 4))
 def _open_file(stamp):
-    return _File(stamp[0])
+    return open(stamp[0], 'rb', buffering=0, opener=regular)
 
 
 def stamp_of(path):
@@ -158,7 +177,7 @@ def read_at(stamp, offset, size, limit):
     if offset < 0:
         raise UserError("a link or a sparse member of the tar: it has no bytes of its own there")
     file = _open_file(stamp)                                             # named: it is open as long as someone has it
-    data = os.pread(file.fd, bounded(size, limit), offset)              # no shared file position: safe after a fork
+    data = os.pread(file.fileno(), bounded(size, limit), offset)        # no shared file position: safe after a fork
     if len(data) != size:
         raise UserError(f"{size} bytes expected at offset {offset}, found {len(data)}: a truncated file")
     return data
@@ -204,8 +223,8 @@ def _places(stamp, cache_dir):
     return [stamp[0] + '.idx'] + [os.path.join(cache_dir, place)] * bool(cache_dir)
 
 
-def _open_index(stamp, cache_dir, columns, load):
-    """Return load(open index, its head) of the first index that is one of this file, None where there is none."""
+def _open_index(stamp, cache_dir, columns, head_only=False):
+    """Return the first index that is one of this file, or its head alone, a dict; None where there is none."""
     for file in _places(stamp, cache_dir):
         try:
             with reading(file, 'an index'), open(file, 'rb', opener=regular) as f:
@@ -217,16 +236,15 @@ def _open_index(stamp, cache_dir, columns, load):
                 bounded(body, 20 * stamp[1] + 65536)
                 if known != (VERSION, *stamp[1:], list(columns)) or os.fstat(f.fileno()).st_size != f.tell() + body:
                     raise UserError("of another file, or cut short")
-                return load(f, head)
+                return head if head_only else _load_index(stamp, f.read(), head)
         except UserError:                                                # absent or damaged: made anew
             continue
 
 
-def _load_index(stamp, f, head):
-    content, n = f.read(), head['n']
+def _load_index(stamp, content, head):
     if zlib.crc32(content) != head['crc']:
         raise UserError("its checksum is another")
-    count = len(head['columns'])
+    count, n = len(head['columns']), head['n']
     numbers = np.frombuffer(content, '<i8', count * n).reshape(count, n)
     index = Index(dict(zip(head['columns'], numbers)), np.frombuffer(content, np.uint8, offset=8 * count * n),
                   head['damage'])
@@ -240,11 +258,15 @@ def _load_index(stamp, f, head):
 
 def cached_index(stamp, cache_dir, build, columns):
     """Return build(path), an Index, kept in `<path>.idx` or cache_dir while size and time of the file agree."""
-    index = _open_index(stamp, cache_dir, columns, lambda f, head: _load_index(stamp, f, head))
-    return _write_index(stamp, cache_dir, build(stamp[0])) if index is None else index
+    index = _open_index(stamp, cache_dir, columns)
+    if index is None:
+        index = build(stamp[0])
+        _write_index(stamp, cache_dir, index)
+    return index
 
 
 def _write_index(stamp, cache_dir, index):
+    """Write an index where it can be written, and return its head."""
     body = b''.join(column.astype('<i8').tobytes() for column in index.columns.values()) + index.names.tobytes()
     head = dict(version=VERSION, size=stamp[1], time=stamp[2], columns=list(index.columns), n=len(index),
                 n_group=index.n_group, n_byte=len(index.names), crc=zlib.crc32(body), damage=index.damage)
@@ -259,7 +281,7 @@ def _write_index(stamp, cache_dir, index):
         except OSError:                                                  # read-only data: try the next place
             if os.path.exists(temporary):
                 os.remove(temporary)
-    return index
+    return head
 
 
 class _Headers(io.BufferedReader):
@@ -318,12 +340,6 @@ def tar_index(stamp, cache_dir):
     return cached_index(stamp, cache_dir, _build_tar_index, TAR_COLUMNS)
 
 
-def tar_members(path, cache_dir=''):
-    """Index a tar, unless that has been done, and return ([(name, offset, size)], what is wrong with it or '')."""
-    index = tar_index(stamp_of(path), cache_dir)
-    return [(index.name(i), *index.place(i)) for i in range(len(index))], index.damage and f"{path}: {index.damage}"
-
-
 def open_tars(paths, cache_dir='', n_process=0):
     """
     Return [(stamp, members, samples, what is wrong with it or '')] of tars; those without an index get one, once, by
@@ -331,41 +347,33 @@ def open_tars(paths, cache_dir='', n_process=0):
     takes the indexes that others have made. Raises UserError for a file that cannot be read.
     """
     stamps = [stamp_of(path) for path in paths]
-    done = {stamp: _tar_head(stamp, cache_dir) for stamp in stamps}
-    todo = [stamp for stamp in done if done[stamp] is None]
+    heads = {stamp: _open_index(stamp, cache_dir, TAR_COLUMNS, head_only=True) for stamp in stamps}
+    todo = [stamp for stamp, head in heads.items() if head is None]
     rank, n_rank, n_local = (int(text) if text.isdecimal() else 1 for text in map(
         os.environ.get, ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'), '011'))
     first = len(todo) * rank // max(n_rank, 1)
     todo = todo[first:] + todo[:first]
     n_process = n_process or max(1, (os.cpu_count() or 1) // max(n_local, 1))
-    bar = functools.partial(tqdm, total=len(todo), desc='indexing tars, once', unit=' tars', delay=2,
-                            disable=None if rank == 0 else True)
     work = functools.partial(_index_tar, cache_dir=cache_dir)
-    if n_process == 1 or len(todo) < 100 and sum(stamp[1] for stamp in todo) < 1 << 28:
-        done.update(zip(todo, bar(map(work, todo)), strict=True))            # strict: to the bar's end
-    else:
-        with processes(n_process) as pool:
-            done.update(zip(todo, bar(pool.map(work, todo, chunksize=4)), strict=True))
-    return [(stamp, *done[stamp]) for stamp in stamps]
-
-
-def _tar_head(stamp, cache_dir):
-    head = _open_index(stamp, cache_dir, TAR_COLUMNS, lambda f, head: head)
-    return head and (head['n'], head['n_group'], head['damage'] and f"{stamp[0]}: {head['damage']}")
+    alone = n_process == 1 or len(todo) < 100 and sum(stamp[1] for stamp in todo) < 1 << 28
+    with nullcontext() if alone else processes(n_process) as pool:
+        made = map(work, todo) if alone else pool.map(work, todo, chunksize=4)
+        bar = tqdm(made, total=len(todo), desc='indexing tars, once', unit=' tars', delay=2,
+                   disable=None if rank == 0 else True)
+        heads.update(zip(todo, bar, strict=True))                            # strict: to the bar's end
+    return [(stamp, head['n'], head['n_group'], head['damage'] and f"{stamp[0]}: {head['damage']}")
+            for stamp, head in ((stamp, heads[stamp]) for stamp in stamps)]
 
 
 def _index_tar(stamp, cache_dir):
-    head = _tar_head(stamp, cache_dir)
-    if head is None:
-        index = _write_index(stamp, cache_dir, _build_tar_index(stamp[0]))
-        head = len(index), index.n_group, index.damage and f"{stamp[0]}: {index.damage}"
-    return head
+    head = _open_index(stamp, cache_dir, TAR_COLUMNS, head_only=True)        # another rank's, by now
+    return _write_index(stamp, cache_dir, _build_tar_index(stamp[0])) if head is None else head
 
 
 @contextmanager
 def processes(n_process, setup=None, *given):
     """Yield an executor of n_process processes, each of which has called setup(*given); they end with this one."""
-    pool = ProcessPoolExecutor(n_process, multiprocessing.get_context('fork'), _start, (setup, given))
+    pool = ProcessPoolExecutor(n_process, multiprocessing.get_context('fork'), start_worker, (setup, given))
     try:
         yield pool
     except BrokenProcessPool:
@@ -375,7 +383,8 @@ def processes(n_process, setup=None, *given):
         pool.shutdown(cancel_futures=True)
 
 
-def _start(setup, given):
+def start_worker(setup=None, given=()):
+    """In a new process: it ends with its parent, however that ends, and not by Ctrl-C; then setup(*given)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is for the main process
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     if setup:

@@ -116,12 +116,10 @@ class InstructSource:
     def __len__(self):
         return len(self.entries)
 
-    def length(self, index):
-        """Return a cheap estimate of the item's positions: characters / 4, and the image."""
-        return min(int(self.entries[index, 2]) // 4 + self.n_token * int(self.entries[index, 4]), self.seq_len)
-
-    def has_image(self, index):
-        return bool(self.entries[index, 4])
+    def outline(self, index):
+        """Return (has it an image, a cheap estimate of its positions: characters / 4, and the image)."""
+        n_char, has_image = self.entries[index, [2, 4]].tolist()
+        return bool(has_image), min(n_char // 4 + self.n_token * has_image, self.seq_len)
 
     def _name(self, index):
         stamp, r = self.shards.locate(index)

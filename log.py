@@ -2,6 +2,7 @@
 A training step's numbers on their way to log.jsonl, the terminal and the trackers: read from the device one step late,
 so that no step waits for them.
 """
+import contextlib
 import json
 import math
 import os
@@ -34,22 +35,21 @@ class StepReader:
         source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
         finite = row_loss.isfinite().all(0)                                              # (R,)
         world = self.process.world_size
-        summed = {'nll': row_loss.new_zeros(len(self.names)).index_add_(0, source, row_loss[0]),
-                  'z_loss': row_loss[1].sum(), 'flags': row_loss.new_zeros(world)}       # a flag per rank
-        summed['flags'][self.process.rank] = (~finite).any()
-        sums = torch.cat([part.reshape(-1) for part in summed.values()])
+        nll = row_loss.new_zeros(len(self.names)).index_add_(0, source, row_loss[0])
+        flags = row_loss.new_zeros(world)                                                # one of each rank
+        flags[self.process.rank] = (~finite).any()
+        sums = torch.cat([nll, row_loss[1].sum()[None], flags])
         if world > 1:
             dist.all_reduce(sums)
-        parts = {**dict(zip(summed, sums.split([part.numel() for part in summed.values()]))),
-                 'norm': norm.detach().float(), 'skipped': skipped, 'finite': finite.float()}
-        device = torch.cat([part.reshape(-1) for part in parts.values()])                # one copy to the host
+        norm = norm.detach().float()
+        device = torch.cat([sums, norm[None], skipped[None], finite.float()])            # one copy to the host
         if device.device.type == 'cuda':
             host, event = torch.empty(device.shape, pin_memory=True), torch.cuda.Event()
             host.copy_(device, non_blocking=True)
             event.record()
         else:
             host, event = device, None
-        sizes = {name: part.numel() for name, part in parts.items()}
+        sizes = [len(nll), 1, world, 1, 1, len(finite)]
         previous, self.pending = self.pending, (line, host, sizes, event, [i for batch in micro for i in batch.ids])
         self._read(previous)
 
@@ -64,22 +64,22 @@ class StepReader:
         line, host, sizes, event, ids = pending
         if event is not None:
             event.synchronize()
-        part = dict(zip(sizes, host.split(list(sizes.values()))))
-        if part['skipped'] or part['flags'].any():
-            self._stop(line['step'], part, ids)
-        for name, nats in zip(self.names, part['nll'].tolist()):
+        nll, z_loss, flags, norm, skipped, finite = host.split(sizes)
+        if skipped or flags.any():
+            self._stop(line['step'], flags, norm, finite, ids)
+        for name, nats in zip(self.names, nll.tolist()):
             about = line['sources'][name]
             about['loss'] = nats / about['n_kept_now'] if about['n_kept_now'] else None
         n_kept = max(1, line['n_kept'])
-        self.logger.log(dict(line, loss=float(part['nll'].sum()) / n_kept, z_loss=float(part['z_loss']) / n_kept,
-                             grad_norm=float(part['norm'])))
+        self.logger.log(dict(line, loss=float(nll.sum()) / n_kept, z_loss=float(z_loss) / n_kept,
+                             grad_norm=float(norm)))
 
-    def _stop(self, step, part, ids):
+    def _stop(self, step, flags, norm, finite, ids):
         """End the run at a step that was not finite; the ranks that know the samples name them."""
-        bad = [i for i, ok in zip(ids, part['finite']) if not ok]
-        ranks = part['flags'].nonzero().flatten().tolist()
+        bad = [i for i, ok in zip(ids, finite) if not ok]
+        ranks = flags.nonzero().flatten().tolist()
         named = printable(', '.join([*dict.fromkeys(bad or ids)][:8]))     # a conversation may have several rows
-        where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(part['norm'])}"
+        where = f"loss on ranks {ranks}" if ranks else f"gradient norm {float(norm)}"
         if not ranks or bad:                             # each rank with a bad row, or all when only the norm is bad
             print(f"step {step}: not finite: {where}; rank {self.process.rank}, samples {named}; "
                   "the step changed nothing and the run stops", file=sys.stderr)
@@ -96,6 +96,7 @@ class Logger:
         self.process, self.on, self.every = process, process.master, every
         self.start, self.begin, self.max_steps = step, time.perf_counter(), max_steps
         self.tracker = self.writer = self.bar = None
+        self.opened = contextlib.ExitStack()                               # what close() ends
         self.mark = None                                                   # (time, tokens) of the line printed before
         if not self.on:
             return
@@ -108,18 +109,19 @@ class Logger:
             with open(path + '.tmp', 'w', encoding='utf-8') as f:
                 f.writelines(lines)
             os.replace(path + '.tmp', path)
-            self.file = open(path, 'a', encoding='utf-8', buffering=1)
+            self.file = self.opened.enter_context(open(path, 'a', encoding='utf-8', buffering=1))
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e}); nothing is lost") from e
         if sys.stderr.isatty():
-            self.bar = tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True)
+            self.bar = self.opened.enter_context(tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True))
         try:
             if wandb:
                 import wandb as tracker
                 self.tracker = tracker.init(project='ckpt80', name=config['name'], config=config, dir=out_dir)
+                self.opened.callback(self.tracker.finish)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(out_dir)
+                self.writer = self.opened.enter_context(SummaryWriter(out_dir))
         except ImportError as e:
             raise UserError(f"{e}: a package that is installed by hand (pip install wandb or tensorboard)") from e
 
@@ -160,14 +162,7 @@ class Logger:
                                f"lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s")
 
     def close(self):
-        if self.on:
-            self.file.close()
-            if self.bar is not None:
-                self.bar.close()
-            if self.writer is not None:
-                self.writer.close()
-            if self.tracker is not None:
-                self.tracker.finish()
+        self.opened.close()
 
 
 def _step_of(line):

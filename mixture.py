@@ -7,22 +7,25 @@ So a run resumes exactly, with any number of processes, micro-batches and worker
 import atexit
 import hashlib
 import multiprocessing
-import multiprocessing.connection
 import signal
 import sys
-import threading
+import traceback
 from bisect import bisect_right
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from errors import BadSample, UserError
+from files import start_worker
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16    # shards whose rows are shuffled with each other: few, so that reads stay local (16 x 8192 rows)
+N_AHEAD = 4             # batches that each worker makes before they are needed
 COUNTS = ('n_sample', 'n_kept', 'n_text', 'n_image_position', 'n_image', 'n_pad', 'n_truncated')  # per source
 
 
@@ -48,8 +51,7 @@ class Sample:
     bad: list = field(default_factory=list)              # messages of the bad items that this one replaces
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
     slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
@@ -68,8 +70,7 @@ class Batch:
     stats: dict
 
     def _map(self, f):
-        values = [getattr(self, k.name) for k in fields(self)]
-        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in values])
+        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in self])
 
     def to(self, device, non_blocking=False):
         """Return the batch with its tensors on `device`."""
@@ -263,15 +264,10 @@ class Mixture:
         branch = self.branches[i]
         return branch.locate(taken[i]) if isinstance(branch, Mixture) else (branch, taken[i])
 
-    def length(self, n):
-        """Return a cheap estimate of the positions of sample n."""
+    def outline(self, n):
+        """Return (does sample n show an image, a cheap estimate of its positions)."""
         shuffled, k = self.locate(n)
-        return shuffled.source.length(shuffled.item(k))
-
-    def has_image(self, n):
-        """Does sample n show an image?"""
-        shuffled, k = self.locate(n)
-        return shuffled.source.has_image(shuffled.item(k))
+        return shuffled.source.outline(shuffled.item(k))
 
     def __getitem__(self, n):
         shuffled, k = self.locate(n)
@@ -335,36 +331,50 @@ class Loader:
         if n_worker and 'fork' not in multiprocessing.get_all_start_methods():
             print(f"!!! data: no fork on {sys.platform}: n_worker={n_worker} becomes 0, batches are made between steps")
             n_worker = 0
-        order = range(start * self.n_micro, stop * self.n_micro)
-        generator = torch.Generator().manual_seed(seed)  # else DataLoader draws from the global generator
-        options = {'multiprocessing_context': 'fork', 'worker_init_fn': _init_worker, 'prefetch_factor': 4}
-        self.batches = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=n_worker,
-                                                        generator=generator, **(options if n_worker else {})))
-        self.workers, self.exit_code = [], 0                             # exit_code: of the first worker that died
+        self.next, self.end = start * self.n_micro, stop * self.n_micro
+        context, self.workers, self.pipes = multiprocessing.get_context('fork' if n_worker else None), [], []
+        for _ in range(n_worker):
+            pipe, theirs = context.Pipe()
+            self.workers.append(context.Process(target=_work, args=(self, theirs), daemon=True))
+            self.workers[-1].start()
+            theirs.close()                                               # so that recv() ends when the worker does
+            self.pipes.append(pipe)
         if n_worker:
-            self._watch_workers()
+            # runs before multiprocessing's own exit handler, which would wait for workers that ignore SIGTERM
+            atexit.register(self.close)
+        for i in range(self.next, min(self.next + N_AHEAD * n_worker, self.end)):
+            with suppress(OSError):                                      # has died: _receive tells
+                self.pipes[i % n_worker].send(i)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        self.check_workers()
-        try:
-            batch = next(self.batches)
-        except StopIteration:
+        if self.next >= self.end:
             self.close()
-            raise
-        except Exception:                                                # torch raises many kinds when a worker is gone
-            sentinels = [w.sentinel for w in self.workers]
-            gone = multiprocessing.connection.wait(sentinels, timeout=3) if sentinels else []
-            for worker in self.workers:
-                if worker.sentinel in gone:
-                    worker.join()                                        # it is ending: its exit code comes last
-            self.check_workers()
-            raise
+            raise StopIteration
+        batch = self._receive(self.next) if self.workers else self[self.next]
+        self.next += 1
         if isinstance(batch, str):                                       # a worker's traceback would bury the message
             raise BadSample(batch)
-        return batch.pin_memory() if self.pin_memory else batch          # DataLoader's thread would start CUDA on GPU 0
+        if isinstance(batch, Exception):
+            raise batch
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def _receive(self, i):
+        """Return batch i from its worker, and ask that one for another. Raises UserError when it has died."""
+        w, n_worker = i % len(self.workers), len(self.workers)
+        try:
+            batch = self.pipes[w].recv()
+            if i + N_AHEAD * n_worker < self.end:
+                self.pipes[w].send(i + N_AHEAD * n_worker)
+            return batch
+        except Exception:                                                # many kinds, for it may die at any moment
+            self.workers[w].join(3)                                      # it is ending: its exit code comes last
+            if self.workers[w].exitcode is None:
+                raise
+            raise UserError(f"a loader worker died (exit code {self.workers[w].exitcode}): killed, or out of memory or "
+                            "of /dev/shm; --n_worker=0 makes the batches in the training process") from None
 
     def __getitem__(self, i):
         step, m = divmod(i, self.n_micro)
@@ -385,55 +395,29 @@ class Loader:
     def _sorted_window(self, window):
         first = window * self.group_window
         end = min(first + self.group_window, self.total)
-        order = sorted(range(first * self.G, end * self.G),
-                       key=lambda n: (self.mixture.has_image(n), self.mixture.length(n)))
+        order = sorted(range(first * self.G, end * self.G), key=self.mixture.outline)
         steps = [order[i:i + self.G] for i in range(0, len(order), self.G)]
         return sorted(steps, key=lambda s: _hash(self.seed, 'window', window, s[0]))
 
-    def _watch_workers(self):
-        """
-        Let only __next__ tell that a worker has died. torch's own handler of SIGCHLD raises wherever the main thread
-        is, even inside a save. Ours raises nothing and kills the other workers: with the last of them the writing end
-        of the pipe of batches is closed, so a read that waits for the rest of a batch ends with an error.
-        """
-        self.workers = self.batches._workers
-        self.batches._worker_result_queue._writer.close()                # our own copy of the writing end
-        if threading.current_thread() is threading.main_thread():        # Python sets handlers nowhere else
-            self.old_handler = signal.signal(signal.SIGCHLD, self._on_child_exit)
-        # runs before multiprocessing's own exit handler, which would wait for workers that ignore SIGTERM
-        atexit.register(self.close)
-
-    def _on_child_exit(self, *_):
-        code = next((w.exitcode for w in self.workers if w.exitcode), 0)
-        if code and not self.exit_code:
-            self.exit_code = code
-            for worker in self.workers:
-                worker.kill()
-
-    def check_workers(self):
-        """Raise UserError when a worker has died."""
-        self._on_child_exit()
-        if self.exit_code:
-            raise UserError(f"a loader worker died (exit code {self.exit_code}): killed, or out of memory or of "
-                            "/dev/shm; --n_worker=0 makes the batches in the training process") from None
-
     def close(self):
-        """Stop the workers; done at exit too."""
-        if self.workers:
-            atexit.unregister(self.close)
-            self._on_child_exit()
-            workers, self.workers = self.workers, []
-            if self.exit_code:                   # the dead may hold the lock of this event: a set() would wait forever
-                self.batches._workers_done_event = threading.Event()
-            self.batches._shutdown_workers()     # explicitly: its __del__ waits while a traceback refers to it
-            for worker in workers:
-                worker.kill()                    # one that did not end in torch's 5 s
-            if signal.getsignal(signal.SIGCHLD) == self._on_child_exit:
-                signal.signal(signal.SIGCHLD, self.old_handler)
-        self.batches = iter(())
+        """End the workers; done at exit too."""
+        atexit.unregister(self.close)
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        self.workers, self.pipes, self.next = [], [], self.end
 
 
-def _init_worker(_):
-    # signals are for the main process; a worker whose main process is gone ends by itself within 5 s
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+def _work(loader, pipe):
+    """What a worker does: batches of the numbers that it is sent, on one thread, until it is killed."""
+    start_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)                        # for the main process, which saves
+    torch.set_num_threads(1)
+    while True:
+        i = pipe.recv()
+        try:
+            batch = loader[i]
+        except Exception as e:                                           # a bug, for the main process to raise
+            e.add_note(traceback.format_exc())
+            batch = e
+        pipe.send(batch)

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 import generation
 from connectors import PROJECTORS
 from errors import NUMBER, Field, UserError, check, reading
+from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from shards import whole, write_file
 from vision import EncoderBlock, build_encoder, encoder_spec, lowered
 from weights import fill, read_json, read_pt, tensors
 

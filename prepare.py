@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 from tqdm import tqdm
@@ -27,8 +27,9 @@ import captions
 import data
 import files
 from errors import UserError, first_line, reading, user_error_hook
+from files import whole, write_whole, writing
 from kernels import IGNORE_INDEX
-from shards import about_files, in_order, new_folder, whole, write_file, write_tar, writing
+from shards import about_files, check_free, in_order, new_folder, write_tar
 from weights import read_json
 
 OTHER_IMAGES = ('.gif', '.bmp', '.tif', '.tiff', '.ppm', '.jp2', '.heic', '.avif')
@@ -143,8 +144,7 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     `out` exists, or what the trainer says.
     """
     import sentencepiece
-    if os.path.exists(out):
-        raise UserError(f"{out}: is there already; remove it or choose another --out")
+    check_free(out)
     lines = (line[i:i + 1000] for text in texts for line in text.split('\n') for i in range(0, len(line), 1000))
     lines = list(itertools.islice(lines, max_lines))                     # the trainer hides what reading raises
     model = io.BytesIO()
@@ -156,8 +156,7 @@ def train_tokenizer(texts, out, vocab_size=8192, model_type='bpe', max_lines=1_0
     except (RuntimeError, OSError) as e:
         raise UserError(f"train_tokenizer: --vocab_size={vocab_size}: "
                         f"{first_line(str(e).strip().splitlines()[-1].split('] ')[-1])}") from None
-    with whole(out) as temporary:
-        write_file(temporary, model.getvalue())
+    write_whole(out, model.getvalue())
 
 
 def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048, rows_per_shard=8192, n_process=1):
@@ -179,7 +178,8 @@ def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048,
     settings = dict(inputs=about_files(found), tokenizer=tokenizer.sha256, key=key, layout=layout, row_len=row_len,
                     rows_per_shard=rows_per_shard)
     with new_folder(out, settings) as partial, files.processes(n_process, _load_tokenizer, tokenizer_path) as pool:
-        done = _whole_shards(partial)                                    # of each shard what its .json says
+        sides = (os.path.join(partial, f'{i:08d}.json') for i in itertools.count())
+        done = [read_json(side) for side in itertools.takewhile(os.path.exists, sides)]     # of each whole shard
         file, line, n_id = done[-1]['next'] if done else (0, 0, 0)       # files, then lines of one, then ids of one
         if done:
             print(f"{out}: goes on behind {len(done):,} whole shards")
@@ -213,9 +213,9 @@ def tokenize(paths, tokenizer_path, out, key='text', layout='bin', row_len=2048,
         if not done:
             raise UserError("tokenize: no text in the input")
         if layout == 'tar':                                              # OpenLM's --dataset-manifest
-            with whole(os.path.join(partial, 'manifest.jsonl')) as temporary:
-                write_file(temporary, [{'shard': f'{i:08d}', 'num_sequences': _n_row(shard['n_token'], row_len)}
-                                       for i, shard in enumerate(done)])
+            write_whole(os.path.join(partial, 'manifest.jsonl'), [
+                {'shard': f'{i:08d}', 'num_sequences': _n_row(shard['n_token'], row_len)}
+                for i, shard in enumerate(done)])
     return sum(shard['n_document'] for shard in done), sum(shard['n_token'] for shard in done)
 
 
@@ -242,16 +242,6 @@ def _encode(chunk):
     return [array('I', _tokenizer.encode(text) + [_tokenizer.eot_id]).tobytes() for *_, text in chunk]
 
 
-def _whole_shards(partial):
-    """Return what the .json of shard 0, 1, ... say, up to the first shard that has none."""
-    shards = []
-    for i in itertools.count():
-        side = os.path.join(partial, f'{i:08d}.json')
-        if not os.path.exists(side):
-            return shards
-        shards.append(read_json(side))
-
-
 def _n_row(n_token, row_len):
     return -(-n_token // (row_len + 1)) - (n_token % (row_len + 1) == 1)
 
@@ -265,8 +255,7 @@ def _write_shard(folder, i, ids, layout, row_len, about):
             rows = (ids[j:j + row_len + 1].tolist() for j in range(0, len(ids) - 1, row_len + 1))
             packed = (gzip.compress(json.dumps(row).encode(), 6, mtime=0) for row in rows)       # no time stamp
             write_tar(temporary, ((f'{i:08d}_{j:08d}.json.gz', content) for j, content in enumerate(packed)))
-    with whole(f'{name}.json') as temporary:                             # last: with it the shard is whole
-        write_file(temporary, about)
+    write_whole(f'{name}.json', about)                                   # last: with it the shard is whole
 
 
 # --- images and captions --------------------------------------------------------------------------
@@ -333,39 +322,30 @@ def _members(i, folder, image, caption):
 
 
 # --- a look at a data set -------------------------------------------------------------------------
-def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, kind='auto',
-                caption_field='auto', **instruct):
-    """Return the source that reads `paths`: 'text', 'caption' or 'instruct', by their contents when kind is 'auto'."""
-    if kind == 'auto':
-        found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')      # text shards have a .json beside them
-        tars = [f for f in found if f.endswith('.tar')]
-        kind = 'text' if tars or any(f.endswith('.bin') for f in found) else 'instruct'
-        if tars:
-            suffixes = [name.rsplit('.', 1)[-1].lower() for name, *_ in files.tar_members(tars[0])[0][:8]]
-            kind = 'caption' if set(suffixes) & set(data.IMAGE_SUFFIXES) else 'text'
-    if kind not in ('text', 'caption', 'instruct'):
-        raise UserError(f"kind={kind!r}: expected 'auto', 'text', 'caption' or 'instruct'")
-    if kind == 'text':
+def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, caption_field='auto',
+                **instruct):
+    """Return the source that reads `paths`: of text, of captions or of conversations, by what is there."""
+    found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')          # text shards have a .json beside them
+    tars = [f for f in found if f.endswith('.tar')]
+    if tars:
+        index = files.tar_index(files.stamp_of(tars[0]), '')
+        suffixes = {index.name(i).rsplit('.', 1)[-1].lower() for i in range(min(8, len(index)))}
+        if suffixes & set(data.IMAGE_SUFFIXES):
+            return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
+    if tars or any(f.endswith('.bin') for f in found):
         return data.TextSource(paths, tokenizer, seq_len)
-    if kind == 'caption':
-        return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
-    image_root = image_root or os.path.dirname(files.find(paths, '.json', '.jsonl')[0])
+    image_root = image_root or os.path.dirname(found[0])
     return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
 
 
 def check(source):
-    """Read every item of a source; return (bad messages, {'samples', 'positions', 'kept', 'images', 'truncated'})."""
-    bad, total = [], dict.fromkeys(('samples', 'positions', 'kept', 'images', 'truncated'), 0)
+    """Read every item of a source, a batch each; return (bad messages, the sum of the batches' stats)."""
+    bad, total = [], Counter()
     for i in tqdm(range(len(source)), unit=' items', disable=None):
         try:
-            sample = source[i]
+            total.update(data.collate([source[i]], source.tokenizer.pad_id).stats[source.name])
         except data.BadSample as e:
             bad.append(str(e))
-            continue
-        for name, n in (('samples', 1), ('positions', sample.tokens.size),
-                        ('kept', (sample.targets != IGNORE_INDEX).sum()),
-                        ('images', len(sample.images)), ('truncated', sample.n_truncated)):
-            total[name] += int(n)
     return list(dict.fromkeys(bad)), total
 
 
@@ -425,7 +405,7 @@ def parse(argv=None):
     key = ('key', 'text', 'field of .jsonl lines that holds the text')
     n_process = ('n_process', 1, 'processes')
     look = [('tokenizer', None, '.model, tokenizer.json or a folder with one'),
-            ('kind', 'auto', 'auto, text, caption, instruct'), ('seq_len', 2048, 'positions'),
+            ('seq_len', 2048, 'positions'),
             ('image_root', '', "folder of LLaVA JSON's images; empty = the JSON's own"),
             ('n_token', 729, 'image positions'), ('image_size', 384, 'pixels'),
             ('caption_field', 'auto', ', '.join(data.CAPTION_FIELDS)), ('system_prompt', '', 'in front of questions')]
@@ -470,7 +450,7 @@ def run(a):
         return 1 if damaged else 0
     else:
         tokenizer = data.load_tokenizer(a.tokenizer)
-        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size, a.kind,
+        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size,
                              a.caption_field, system_prompt=a.system_prompt)
         if getattr(source, 'note', ''):
             print(source.note)

@@ -38,8 +38,7 @@ data_hint = 'README.md, "Your own data", says what goes there'  # [free] what th
 tokenizer = 'tokenizer.json'            # in data_dir: HF tokenizer.json, or sentencepiece .model
 text = (('text', 1.0),)                 # [pairs] (folder or glob of .bin or .tar shards, weight), in data_dir
 captions = (('captions', 1.0),)         # [pairs] (folder or glob of WebDataset tars, weight), in data_dir
-caption_field = 'auto'                  # ['auto' | 'txt' | 'json' | 'syn' | 'mix'] which member of a tar is the caption
-syn_share = 0.5                         # [>= 0, <= 1] share of synthetic captions (.syn.json) of caption_field='mix'
+caption_field = 'auto'                  # ['auto' | 'txt' | 'json' | 'syn'] which member of a tar is the caption
 instruct = 'instruct/llava_v1_5_mix665k.json'  # LLaVA JSON for instruct_share, in data_dir
 instruct_images = 'instruct/images'     # its image root, in data_dir
 boxes = 'original'                      # ['original' | 'letterbox'] its boxes are shares of the photo, or of its square
@@ -179,7 +178,7 @@ model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resu
 def caption_mixture(patterns):
     encoder = model.encoder
     sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
-                             pattern, cache_dir, caption_field, syn_share) for pattern, _ in patterns]
+                             pattern, cache_dir, caption_field) for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read

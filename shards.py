@@ -1,36 +1,24 @@
 """
-Writing shards: files whole or absent, folders that a second start goes on with, work in order for several processes.
+Writing shards: tars, folders that a second start goes on with, work in order for several processes.
 
     with new_folder(out, settings) as partial:           # `<out>.partial`, which becomes `out` at the end
-        with files.processes(n) as pool, whole(f'{partial}/00000000.bin') as temporary: ...
+        with files.processes(n) as pool, files.whole(f'{partial}/00000000.bin') as temporary: ...
 
 files.find refuses what lies in an unfinished folder, so nothing trains on half a data set.
 """
 import fcntl
 import hashlib
 import io
-import json
 import os
 import shutil
 import tarfile
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import files
-from errors import UserError, first_line
+from errors import UserError
+from files import write_whole
 from weights import read_json
-
-
-# --- files ----------------------------------------------------------------------------------------
-def write_file(path, content):
-    """Write bytes, a str, a dict as JSON, or a list as one JSON object a line; makes the folder."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    if isinstance(content, list):
-        content = ''.join(json.dumps(row) + '\n' for row in content)
-    elif isinstance(content, dict):
-        content = json.dumps(content)
-    with open(path, 'wb') as f:
-        f.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_tar(path, members):
@@ -44,30 +32,6 @@ def write_tar(path, members):
 
 
 @contextmanager
-def whole(path):
-    """Yield a temporary name; what is written there becomes `path`, on the disk, or vanishes with an error."""
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        yield temporary
-        with open(temporary, 'rb') as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            os.remove(temporary)
-
-
-@contextmanager
-def writing(path):
-    """Around everything that writes into path; what is read inside raises UserErrors of its own."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({first_line(e)})") from e
-
-
-# --- folders --------------------------------------------------------------------------------------
-@contextmanager
 def new_folder(out, settings=None):
     """
     Yield `<out>.partial`, for this process alone; it becomes `out` at the end.
@@ -78,7 +42,7 @@ def new_folder(out, settings=None):
     out = out.rstrip('/')
     partial = out + '.partial'
     lock, noted = os.path.join(partial, '.lock'), os.path.join(partial, '.settings.json')
-    _check_free(out)
+    check_free(out)
     os.makedirs(partial, exist_ok=True)
     with open(lock, 'ab') as f:
         try:
@@ -88,17 +52,17 @@ def new_folder(out, settings=None):
             others = True
         if others:                                                       # it has the lock, or had it until now
             raise UserError(f"{out}: another process is writing it")
-        _check_free(out)
+        check_free(out)
         goes_on = os.path.exists(noted)
         if goes_on:
             _check_settings(partial, noted, settings or {})
         try:
             for name in set(os.listdir(partial)) - {'.lock'}:            # of a run that was killed
                 if not goes_on or name.endswith('.tmp'):
-                    os.remove(os.path.join(partial, name))
+                    path = os.path.join(partial, name)
+                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
             if settings is not None and not goes_on:
-                with whole(noted) as temporary:
-                    write_file(temporary, settings)
+                write_whole(noted, settings)
             yield partial
             os.replace(partial, out)
         except BaseException:
@@ -110,7 +74,7 @@ def new_folder(out, settings=None):
                 os.remove(os.path.join(out, name))
 
 
-def _check_free(out):
+def check_free(out):
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise UserError(f"{out}: is there already; remove it or choose another --out")
 

@@ -18,11 +18,9 @@ import json
 import math
 import os
 import pickle
-import shutil
 import sys
 import time
 import zlib
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
@@ -33,9 +31,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import main_lr
-from errors import UserError, reading, user_error_hook
-from shards import write_file, write_tar, writing
+from errors import user_error_hook
+from files import write_file, writing
+from shards import new_folder, write_tar
 from vision import SigLIP, SigLIPConfig, siglip_loss
+from weights import read_json
 
 VERSION = 2                                 # of the files; captions/ came with 2
 COLOURS = dict(red=(220, 30, 30), green=(30, 160, 50), blue=(40, 70, 220), yellow=(235, 200, 20))
@@ -417,22 +417,20 @@ def write_instruct(folder, n, seed, study=False, n_question=6):
 def ask_all(scenes, draw, about=None, per_scene=3):
     """Questions about scenes, as many of each kind: [(id, kind, what ask() gave)]; id // 1000 is the scene's number."""
     pairs = PAIRS if about else SEEN
-    asked = [(i * 1000 + k, kind, ask(kind, scene, draw, pairs=pairs, about=about)) for i, scene in enumerate(scenes)
-             for k, kind in enumerate(KINDS[(i + 2 * k) % len(KINDS)] for k in range(per_scene))]
-    return [(i, kind, got) for i, kind, got in asked if got]
+    return [(i * 1000 + k, kind, ask(kind, scene, draw, pairs=pairs, about=about)) for i, scene in enumerate(scenes)
+            for k, kind in enumerate(KINDS[(i + 2 * k) % len(KINDS)] for k in range(per_scene))]
 
 
 def ask_facts(scenes, draw):
     """What only the text says of what the image shows: about KNOWN pairs, as in instructions, and about NEW ones."""
-    asked = [(i * 1000 + k, kind, ask('fact', scene, draw, about=about)) for i, scene in enumerate(scenes)
-             for k, (kind, about) in enumerate((('known', KNOWN), ('new', NEW)))]
-    return [(i, kind, got) for i, kind, got in asked if got]
+    return [(i * 1000 + k, kind, ask('fact', scene, draw, about=about)) for i, scene in enumerate(scenes)
+            for k, (kind, about) in enumerate((('known', KNOWN), ('new', NEW)))]
 
 
 def write_vqa(folder, asked):
-    """VQAv2's two files of [(id, kind, (question, answer, blind answers))]; ten annotators agree on an answer."""
+    """VQAv2's two files of [(id, kind, what ask() gave)]; ten annotators agree on an answer."""
     questions, annotations = [], []
-    for i, kind, (question, answer, blind) in asked:
+    for i, kind, (question, answer, blind) in (row for row in asked if row[2]):
         ids = dict(image_id=i // 1000, question_id=i)
         questions.append(dict(ids, question=question))
         annotations.append(dict(
@@ -536,41 +534,34 @@ def write_benchmarks(folder, split, n, seed, study=False):
 def write_data(out, *, study=False, n_row=45_000, row_len=96, n_caption=7000, n_instruct=0, n_test=400, n_topic=100,
                vocab_size=768, seed=7):
     """
-    Write the world into the folder `out`, built beside it and renamed when complete; does nothing when it is there.
-    Raises UserError when `out` holds anything else than the world of these settings.
+    Write the world into the folder `out`, whole or not at all; does nothing when it is there. Raises UserError when
+    `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
     n_instruct = n_instruct or (1000 if study else 4000)                    # the study's were fixed on calibration seeds
     settings = dict(version=VERSION, n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct,
                     n_test=n_test, n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0],
                     **({'study': True} if study else {}))
-    if os.path.exists(out):
-        found = 'no tiny world'
-        if os.path.isfile(f'{out}/world.json'):
-            with reading(f'{out}/world.json', 'text'):
-                found = Path(out, 'world.json').read_text()
-        if found != json.dumps(settings):
-            raise UserError(f"{out}: holds {found}, expected {settings}; remove it or give another --out")
+    if os.path.exists(f'{out}/world.json') and read_json(f'{out}/world.json') == settings:
         return print(f'{out}: already there')
-    start, part = time.time(), os.path.normpath(out) + '.part'
-    shutil.rmtree(part, ignore_errors=True)
+    start = time.time()
     texts, draw = [topics[name] for name in sorted(topics)][:n_topic], Draws(seed, 0)     # English about Python
     sample = [scene_document(draw, study=study) for _ in range(3000)]
     sample += 60 * [f'{text} {answer} .' for text, answer, _ in facts(study)]
     sample += [line for text in texts for line in text[:2000].split('\n')][:5000]
-    train_tokenizer(f'{part}/tokenizer.model', sample, vocab_size)
-    tokenizer = load_tokenizer(f'{part}/tokenizer.model')
-    write_text(f'{part}/text', tokenizer, n_row, row_len, seed=(seed, 1), study=study)
-    write_text(f'{part}/text_val', tokenizer, 256, row_len, seed=(seed, 2), split='choice', study=study)
-    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
-    write_file(f'{part}/english/00000.bin', np.array(ids, '<u2').tobytes())
-    write_captions(f'{part}/captions', n_caption, 'train', seed=(seed, 3), study=study)
-    write_captions(f'{part}/captions_val', 256, 'choice', seed=(seed, 4), study=study)
-    write_instruct(f'{part}/instruct', n_instruct, seed=(seed, 5), study=study)
-    write_benchmarks(f'{part}/eval', 'test', n_test, seed=(seed, 6), study=study)
-    write_benchmarks(f'{part}/eval_choice', 'choice', n_test // 2, seed=(seed, 7), study=study)
-    write_file(f'{part}/world.json', settings)
-    os.rename(part, out)
+    with new_folder(out) as part:
+        train_tokenizer(f'{part}/tokenizer.model', sample, vocab_size)
+        tokenizer = load_tokenizer(f'{part}/tokenizer.model')
+        write_text(f'{part}/text', tokenizer, n_row, row_len, seed=(seed, 1), study=study)
+        write_text(f'{part}/text_val', tokenizer, 256, row_len, seed=(seed, 2), split='choice', study=study)
+        ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+        write_file(f'{part}/english/00000.bin', np.array(ids, '<u2').tobytes())
+        write_captions(f'{part}/captions', n_caption, 'train', seed=(seed, 3), study=study)
+        write_captions(f'{part}/captions_val', 256, 'choice', seed=(seed, 4), study=study)
+        write_instruct(f'{part}/instruct', n_instruct, seed=(seed, 5), study=study)
+        write_benchmarks(f'{part}/eval', 'test', n_test, seed=(seed, 6), study=study)
+        write_benchmarks(f'{part}/eval_choice', 'choice', n_test // 2, seed=(seed, 7), study=study)
+        write_file(f'{part}/world.json', settings)
     print(f'{out}: {n_row} rows of text, {n_caption} captions, {n_instruct} conversations, {time.time() - start:.0f} s')
 
 
@@ -584,50 +575,24 @@ def phrases():
     return torch.tensor([[[words.index(word) for word in (*name, cell)] for name in NAMES] for cell in CELLS])
 
 
-def encoder_batch(draw, n, split='train', held_out=0, word=None, jpeg=False):
-    """Images (n, 3, SIZE, SIZE) uint8, and which of NAMES each cell shows, (n, cells) int64."""
-    scenes = [make_scene(draw, split, held_out=held_out, word=word) for _ in range(n)]
+def encoder_batch(draw, n, split='train', held_out=0):
+    """Images (n, 3, SIZE, SIZE) uint8, a word in each, and which of NAMES each cell shows, (n, cells) int64."""
+    scenes = [make_scene(draw, split, held_out=held_out, word=True) for _ in range(n)]
     shown = torch.full((n, len(CELLS)), len(NAMES) - 1)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
             shown[i, thing.cell] = NAMES.index((thing.colour, thing.shape))
-    images = render(scenes)
-    if jpeg:
-        images = np.stack([np.asarray(Image.open(io.BytesIO(encode_image(pixels, 'jpg')))) for pixels in images])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), shown
-
-
-@torch.no_grad()
-def score_encoder(encoder, table, n=500, seed=0):
-    """
-    Retrieval on JPEG images of the split 'choice', a held-out pair in each: which of all phrases is nearest to a patch?
-    Returns {what: share of right answers}, and as 'norm' the mean length of a feature divided by sqrt(width).
-    """
-    images, shown = encoder_batch(Draws(seed, 9), n, 'choice', held_out=1, jpeg=True)
-    x, vectors = encoder(images), F.normalize(table(ids := phrases()).sum(2), dim=-1)    # by cell and name
-    best = (F.normalize(x, dim=-1) @ vectors.flatten(0, 1).T).argmax(-1)    # (n, cells) into cells x names
-    cell, best = best // len(NAMES), best % len(NAMES)
-    same = ids[0, best, :2] == ids[0, shown, :2]                            # (n, cells, 2): colour and shape
-    pair, word = shown < len(PAIRS), (shown >= len(PAIRS)) & (shown < len(NAMES) - 1)
-    unseen = torch.isin(shown, torch.tensor([PAIRS.index(name) for name in HELD_OUT]))
-    scores = dict(colour=same[pair][:, 0], shape=same[pair][:, 1], held_out_pair=same[unseen].all(-1),
-                  word=same[word].all(-1), nothing=same[~pair & ~word].all(-1),
-                  position=cell == torch.arange(len(CELLS)))
-    return {**{what: right.float().mean().item() for what, right in scores.items()},
-            'norm': x.norm(dim=-1).mean().item() / x.shape[-1] ** 0.5}
+    return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).contiguous(), shown
 
 
 def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96, seed=7, n_thread=2):
     """
-    Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`, whole or not at all.
+    Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`.
     Two sigmoid losses are added. The first compares each patch after block 2, which is what a VLM uses, with the phrase
     of what it shows and where ('a red star at b2', 'nothing at c3'): n_cell cells in a step, each with all its phrases.
-    The second is SigLIP's own: the mean patch after block 3 and the final norm, with the image's caption. Every image
-    has a word.
-    Returns score_encoder's numbers. Raises UserError when `out` exists.
+    The second is SigLIP's own: the mean patch after block 3 and the final norm, with the image's caption. Returns the
+    SigLIP and the table of the words' vectors.
     """
-    if os.path.exists(out):
-        raise UserError(f"{out}: already exists; remove it or give another --out")
     torch.set_num_threads(n_thread)
     torch.manual_seed(seed)
     start, draw = time.time(), Draws(seed, 8)
@@ -642,7 +607,7 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
     column = torch.full((len(NAMES),), -1).scatter(0, seen, torch.arange(len(seen)))
     for step in range(n_step):
         optimizer.param_groups[0]['lr'] = main_lr(step, peak=lr, final=0.0, warmup=n_step // 20, total=n_step)
-        images, shown = encoder_batch(draw, batch_size, word=True)
+        images, shown = encoder_batch(draw, batch_size)
         x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, cells, C), (cells, K, C)
         cells = torch.tensor(draw.sample(range(len(CELLS)), n_cell))
         target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
@@ -660,13 +625,8 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f'step {step + 1}/{n_step} loss {loss.item():.3f} ({time.time() - start:.0f} s)', flush=True)
-    scores = score_encoder(encoder.eval(), table)
-    part = os.path.normpath(out) + '.part'
-    shutil.rmtree(part, ignore_errors=True)
-    encoder.save_pretrained(part)
-    os.rename(part, out)
-    print(f'{out}: ' + ', '.join(f'{what} {value:.3f}' for what, value in scores.items()))
-    return scores
+    encoder.save_pretrained(out)
+    return encoder.eval(), table
 
 
 if __name__ == '__main__':
@@ -683,4 +643,5 @@ if __name__ == '__main__':
         if args.command == 'data':
             write_data(out, study=args.study, seed=args.seed)
         else:
-            train_encoder(out, seed=args.seed)
+            with new_folder(out) as part:
+                train_encoder(part, seed=args.seed)

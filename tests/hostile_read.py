@@ -34,7 +34,7 @@ def every_item(source):
     mixture = Mixture([source], [1], seed=1, max_bad_samples=1 << 30)
     bad = list(source.damaged)
     for n in range(len(source)):
-        source.length(n)
+        source.outline(n)
         try:
             sample = mixture[n]
         except BadSample as e:                   # a hundred in a row

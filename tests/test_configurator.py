@@ -171,8 +171,9 @@ def test_scale_files_see_the_stage_wherever_they_stand(run):
     assert run('--image_ratio=0.2', 'scale.py')['name'] == 'text'             # no guess from other values
     assert run('--stage=mix', 'scale.py')['name'] == 'mix'
     assert run('scale.py', '--stage=mix')['name'] == 'mix'                    # it is known wherever it stands
-    message = run.fails('recipe.py', 'scale.py', '--stage=text')             # it would scale another stage
-    assert "scale.py was read for stage 'mix', but what comes after it makes this stage 'text'" in message
+    for argv in (['recipe.py', 'scale.py', '--stage=text'], ['--stage=text', 'recipe.py', 'scale.py']):
+        config = run(*argv)                                                   # the command line's stage is every file's
+        assert config['stage'] == config['name'] == 'text' and config['steps'] == 5
 
 
 def test_a_script_without_a_stage_key_is_its_own_stage(tmp_path, run):

@@ -43,6 +43,12 @@ def test_braces_mean_files_that_all_must_be_there(tmp_path):
 
 
 # --- tars and their index ---
+def members_of(path):
+    """([(name, offset, size)], what is wrong with the tar), from its index."""
+    index = files.tar_index(files.stamp_of(path), '')
+    return [(index.name(i), *index.place(i)) for i in range(len(index))], index.damage
+
+
 @pytest.mark.parametrize('cut', ['member', 'header', 'boundary', 'noise'])
 def test_a_damaged_tar_is_named_and_its_whole_rows_survive(tmp_path, tok, cut):
     rows = np.arange(6)[:, None] + np.arange(3, 36)[None]
@@ -166,14 +172,14 @@ def lies(size):
 
 def test_an_index_is_believed_only_where_it_can_be_true(tmp_path):
     path = write_rows(tmp_path / 'a.tar', [[5] * 9, [6] * 9], '.json')
-    want = files.tar_members(path)
+    want = members_of(path)
     whole = open(path + '.idx', 'rb').read()
     for content in [forged(path + '.idx', change) for change in lies(os.path.getsize(path))]:
         assert content != whole
         open(path + '.idx', 'wb').write(content)
         files.tar_index.cache_clear()
         tracemalloc.start()
-        assert files.tar_members(path) == want and files.open_tars([path])[0][1:] == (2, 2, '')
+        assert members_of(path) == want and files.open_tars([path])[0][1:] == (2, 2, '')
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
         assert open(path + '.idx', 'rb').read() == whole                 # made anew
@@ -181,7 +187,7 @@ def test_an_index_is_believed_only_where_it_can_be_true(tmp_path):
 
 def test_an_index_that_shrinks_while_a_run_goes_on_is_one_bad_row(tmp_path, tok):
     path = write_rows(tmp_path / 'a.tar', [[5] * 9, [6] * 9], '.json')
-    files.tar_members(path)
+    members_of(path)
 
     with open(path + '.idx', 'rb') as f:
         head = json.loads(f.readline())
@@ -222,7 +228,7 @@ def test_tars_of_another_writer(tmp_path, style):
         (tmp_path / 'in' / name).write_bytes(data_)
     subprocess.run(['tar', f'--format={style}', '-cf', tmp_path / 'a.tar', '-C', tmp_path / 'in', '.'], check=True)
     stamp = files.stamp_of(str(tmp_path / 'a.tar'))
-    members, damage = files.tar_members(stamp[0])
+    members, damage = members_of(stamp[0])
     assert not damage and {name.removeprefix('./'): files.read_at(stamp, offset, size, 1 << 20)
                            for name, offset, size in members} == content
     index = files.tar_index(stamp, '')
@@ -280,7 +286,7 @@ print(hashlib.sha256(repr(found).encode()).hexdigest(), len(made))"""
     for path in paths:
         os.remove(path + '.idx')
     first = []
-    monkeypatch.setattr(files, '_index_tar', lambda stamp, cache_dir: first.append(stamp[0]) or (1, 1, ''))
+    monkeypatch.setattr(files, '_index_tar', lambda stamp, cache_dir: first.append(stamp[0]) or dict(n=1, n_group=1, damage=''))
     for rank in '012':
         monkeypatch.setenv('RANK', rank)
         monkeypatch.setenv('WORLD_SIZE', '3')

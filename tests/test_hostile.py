@@ -32,7 +32,7 @@ from test_pretrain import KILL, SLOW, text, wait_for_lines
 from checkpoint import load_vlm
 from data import load_tokenizer
 from model import Decoder, ModelConfig, save_openlm
-from shards import write_file
+from files import write_file
 
 TIMES = int(os.environ.get('CKPT80_HOSTILE', 1))
 LIMIT_S = 60                                             # a case that takes longer hangs; most take 0.1 s
