@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from connectors import PROJECTORS
+from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
@@ -205,16 +205,18 @@ class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. encoder and projector are None for a
     text-only model.
+    n_token       positions of an image, 0 for text; None = as many as the encoder gives, else what the projector makes
     image_mask    'causal' over images too (the paper's choice), or 'prefix': the positions of an image see each other
     document_end  None, or the id after which attention starts anew. Rotary positions go on: scores depend on distances
                   alone, so that a document inside a row gives what it gives by itself
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, image_mask='causal',
-                 document_end=None):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None,
+                 image_mask='causal', document_end=None):
         super().__init__()
         if image_mask not in ('causal', 'prefix'):
             raise UserError(f"image_mask={image_mask!r}: expected 'causal' or 'prefix'")
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
         self.image_id, self.z_loss, self.image_mask, self.document_end = image_id, z_loss, image_mask, document_end
         self.compiled, self.low = False, (None, None)           # low: see _low_encoder
 
@@ -265,7 +267,7 @@ class VLM(nn.Module):
             mask = Intervals.causal(*tokens.shape, tokens.device)
         else:
             return None
-        return mask.joined(tokens == self.image_id, self.encoder.n_token) if together else mask
+        return mask.joined(tokens == self.image_id, self.n_token) if together else mask
 
     def embed(self, tokens, images=None, image_index=None):
         """
@@ -278,7 +280,7 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
@@ -324,7 +326,8 @@ class VLM(nn.Module):
 def vlm_spec(config, image_id, images, document_end=None):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
-    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
+    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
+             connectors.projector_spec read
     images   False = text only, without encoder and projector
     document_end  see VLM
     """
@@ -336,7 +339,10 @@ def vlm_spec(config, image_id, images, document_end=None):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'),
+    encoder = encoder_spec(config)
+    with torch.device('meta'), Undrawn():
+        n_token = build_encoder(encoder).n_token
+    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token),
                 image_mask=config.get('image_mask', 'causal'))
 
 
@@ -363,15 +369,16 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = None
+            encoder = projector = n_token = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
-                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+                projector = build_projector(spec['projector'], encoder.width, config.n_embd)
+                n_token = spec['projector'].get('n_token')
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'],
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token,
                         image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'))
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e

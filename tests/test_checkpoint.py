@@ -406,3 +406,8 @@ def test_a_base_of_another_shape_is_named():
     one_line(caught, "out/x was trained with image_mask='causal', this run has 'prefix': give the same")
     text = {**spec, 'encoder': None, 'projector': None}
     checkpoint.check_spec({'spec': text}, {**spec, 'image_mask': 'prefix'}, 'out/x')
+    pooled = {**spec, 'projector': {'kind': 'mlp2', 'n_token': 2}}               # an old mlp2 says no n_token
+    for there, here, old in ((spec, pooled, 'None'), (pooled, spec, '2')):
+        with pytest.raises(UserError) as caught:
+            checkpoint.check_spec(dict(meta, spec=there), here, 'out/x')
+        one_line(caught, f'out/x has a model whose projector has n_token={old}')

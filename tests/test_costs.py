@@ -24,16 +24,16 @@ from vision import SigLIP, SigLIPConfig
 TOWER = SigLIPConfig(96, 384, 3, 3, 14, 112)                             # 64 tokens; two of its three blocks run
 
 
-def spec_of(n_layer, n_embd, vocab_size, tower=None):
+def spec_of(n_layer, n_embd, vocab_size, tower=None, **projector):
     decoder = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, seq_len=512)
-    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(), projector=tower and dict(kind='mlp2'),
-                image_id=vocab_size - 1)
+    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(),
+                projector=tower and {'kind': 'mlp2', **projector}, image_id=vocab_size - 1)
 
 
 def batch_of(spec, n_row, n_position, n_image):
     """Random tokens, targets and images; image rows open with an image and keep 20 targets."""
     g = torch.Generator().manual_seed(n_row)
-    V, n_token = spec['decoder']['vocab_size'], 64
+    V, n_token = spec['decoder']['vocab_size'], (spec['projector'] or {}).get('n_token', 64)
     tokens, targets = (torch.randint(0, V - 1, (n_row, n_position), generator=g) for _ in range(2))
     tokens[:n_image, :n_token] = V - 1
     targets[:n_image, :n_token] = targets[:n_image, n_token + 20:] = IGNORE_INDEX
@@ -43,8 +43,8 @@ def batch_of(spec, n_row, n_position, n_image):
 # --- FLOPs ---
 
 @pytest.mark.parametrize('n_image, train_encoder', [(0, False), (1, False), (2, True)])
-def test_flops_are_those_of_torchs_counter(n_image, train_encoder, monkeypatch):
-    spec = spec_of(3, 64, 300, TOWER if n_image else None)
+def test_flops_are_those_of_torchs_counter(n_image, train_encoder, monkeypatch, **projector):
+    spec = spec_of(3, 64, 300, TOWER if n_image else None, **projector)
     model = build_vlm(spec, 0)
     if n_image:
         model.encoder.requires_grad_(train_encoder)
@@ -64,6 +64,16 @@ def test_flops_are_those_of_torchs_counter(n_image, train_encoder, monkeypatch):
     # the one difference: the counter's attention computes all pairs, hidden ones too
     hidden = 128 * 128 - 128 * 129 // 2
     assert ours + 6 * c.n_layer * 2 * c.n_embd * 3 * hidden == counted
+
+
+PROJECTORS = [dict(kind='linear'), dict(kind='mlp4'), dict(kind='attn'), dict(kind='perceiver', n_token=50),
+              dict(n_token=16), dict(kind='attn', n_token=100)]
+
+
+@pytest.mark.parametrize('train_encoder', [False, True])
+@pytest.mark.parametrize('projector', PROJECTORS)
+def test_flops_of_every_projector_are_those_of_torchs_counter(projector, train_encoder, monkeypatch):
+    test_flops_are_those_of_torchs_counter(2, train_encoder, monkeypatch, **projector)
 
 
 def test_flops_of_an_image_by_hand():
@@ -158,8 +168,8 @@ def test_memory_of_a_sharded_model_is_what_two_processes_allocate():
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('shape, n_image, train_encoder', [
     ((4, 128, 512), 0, False), ((2, 128, 12000), 0, False), ((5, 192, 1000), 1, False), ((5, 192, 1000), 3, True)])
-def test_memory_is_what_the_allocator_gives_out(shape, n_image, train_encoder, checkpointing):
-    spec = spec_of(*shape, TOWER if n_image else None)
+def test_memory_is_what_the_allocator_gives_out(shape, n_image, train_encoder, checkpointing, **projector):
+    spec = spec_of(*shape, TOWER if n_image else None, **projector)
     model = build_vlm(spec, 0)
     if n_image:
         model.encoder.requires_grad_(train_encoder)
@@ -181,3 +191,8 @@ def test_memory_is_what_the_allocator_gives_out(shape, n_image, train_encoder, c
     parts = costs.memory(described, n_row=3, n_position=200, n_image=n_image, per_image=per_image, width=4,
                          n_kept=int((targets != IGNORE_INDEX).sum()), checkpointing=checkpointing)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1), parts
+
+
+@pytest.mark.parametrize('projector', PROJECTORS[1:5])
+def test_memory_with_every_projector_is_what_the_allocator_gives_out(projector):
+    test_memory_is_what_the_allocator_gives_out((5, 192, 1000), 3, True, False, **projector)
