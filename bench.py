@@ -28,6 +28,7 @@ from tqdm import tqdm
 import common
 import costs
 import kernels
+from adapters import adapter_spec, set_trained
 from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
@@ -70,16 +71,15 @@ def step(argv):
     image_id = c['vocab_size'] - 1
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
-        n_token = costs.meta_vlm(spec, False).n_token
+        n_token = costs.meta_vlm(spec, c).n_token
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
     spec['document_end'] = 0 if c['document_mask'] else None             # GPT-NeoX-20B's end-of-text
-    model = build_vlm(spec, c['seed']).to(device)
+    model = build_vlm(dict(spec, adapters=adapter_spec(c)), c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
-    if encoder is not None:
-        encoder.requires_grad_(c['train_encoder'])
+    set_trained(model, c['freeze'])
     if c['compile']:
         model.compile_blocks()
     optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
@@ -116,9 +116,9 @@ def step(argv):
     total = sum(median.values())
     n = tokens.numel()
     n_image = 0 if images is None else len(images)
-    flops = costs.decoder_flops(config, *tokens.shape, len(kept))
+    flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
     if n_image:
-        flops += n_image * costs.image_costs(costs.meta_vlm(spec, c['train_encoder']))[0]
+        flops += n_image * costs.image_costs(costs.meta_vlm(spec, c))[0]
     mfu = costs.model_flops_utilisation(flops / total, device)
     print(conditions(device))
     print(f"{n} positions, {len(kept)} with loss, {n_image} images, one process, one micro-step")
@@ -241,7 +241,7 @@ def fit(argv):
     if own['n_gpu'] < 1 or c['global_batch_size'] % own['n_gpu']:
         raise UserError(f"n_gpu={own['n_gpu']}: expected a divisor of global_batch_size={c['global_batch_size']}")
     spec = costs.paper_spec(c) if own['script'] == 'finetune.py' else costs.described(c, 0, c['stage'] == 'mix')
-    model = costs.meta_vlm(spec, c['train_encoder'])
+    model = costs.meta_vlm(spec, c)
     _, per_image = costs.image_costs(model)
     per_gpu = c['global_batch_size'] // own['n_gpu']
     sizes = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]

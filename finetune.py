@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import common
 import costs
+from adapters import set_trained
 from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
@@ -54,7 +55,14 @@ resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'lett
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
-train_encoder = False                   # frozen is the paper's choice (appendix D)
+neftune = 0.0                           # [>= 0] noise on text, within neftune / sqrt(positions x width) (2310.05914)
+shuffle_turns = False                   # True = the questions of a conversation in another order each epoch
+freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is (appendix D)
+lora_rank = 0                           # [>= 0, <= 65536] of adapters, which train in their part's stead; 0 = none
+lora_alpha = 0.0                        # [>= 0] their scale is alpha / rank; 0 = 2 x rank, as LLaVA-1.5 (128 and 256)
+rslora = False                          # True = alpha / sqrt(rank) (arXiv 2312.03732)
+dora = False                            # True = DoRA, a magnitude and a direction (arXiv 2402.09353)
+lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both'] every linear layer of its blocks
 seq_len = 2048                          # [>= 1] longest row with its image; longer conversations are cut
 n_epoch = 4                             # [>= 0] passes, under one cosine; the paper: 1, 2, 3, 4 (figure 8: up to 6)
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from n_epoch
@@ -124,7 +132,7 @@ run = common.Run(process, __file__, config, out_dir, init_from, stages=('finetun
 if not run.meta:
     raise UserError(f"{init_from} is not a checkpoint of these scripts: stage 3 needs one, of stage 2 or of stage 1")
 tokenizer = checkpoint.read_tokenizer(run.folder, run.meta)
-spec = run.meta['spec']
+spec = dict(run.meta['spec'])
 fresh_projector = spec['encoder'] is None                        # a base of stage 1: Prismatic's way
 if fresh_projector:
     common.require(dict.fromkeys(encoder_files(config).values(), data_hint), dry_run)
@@ -144,7 +152,7 @@ model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_r
 # --- data -------------------------------------------------------------------------------------------------------------
 chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_token,
                       model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
-                      boxes=boxes)
+                      boxes=boxes, shuffle_turns=shuffle_turns)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut
@@ -168,8 +176,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
 checkpoint.load_weights(model, run.folder, run.meta, ('encoder.', 'projector.') if fresh_projector else ())
+run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
-model.encoder.requires_grad_(train_encoder)
+set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
     model.compile_blocks()
@@ -199,9 +208,10 @@ for step in range(run.first_step, run.last_step):
         batch = batch.to(process.device, non_blocking=True)
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         weights = weights if batch.weights is None else weights * batch.weights
+        noise = batch.noise(neftune, model.decoder.config.n_embd) if neftune else None                   # (B,T,C)
         with process.autocast():
             loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.kept)
+                                        batch.kept, noise)
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss)
     if counts['n_image'].sum() == 0:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
+from adapters import add_adapters
 from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
@@ -269,13 +270,15 @@ class VLM(nn.Module):
             return None
         return mask.joined(tokens == self.image_id, self.n_token) if together else mask
 
-    def embed(self, tokens, images=None, image_index=None):
+    def embed(self, tokens, images=None, image_index=None, noise=None):
         """
         Token embeddings with image features in the slots.
         tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
+        x = x if noise is None else x + noise
         n_image = 0 if images is None else len(images) if image_index is None else len(image_index)
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
@@ -296,7 +299,7 @@ class VLM(nn.Module):
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
-    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None):
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
@@ -304,13 +307,14 @@ class VLM(nn.Module):
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
+        noise            as in embed
         returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
                          (2,B) float32, nats and z-loss per row, unweighted and detached, for the log
         """
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept,
+        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept,
                                self.intervals(tokens, images is not None))             # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
@@ -354,7 +358,7 @@ class Undrawn(TorchFunctionMode):
 
 def build_vlm(spec, seed=None):
     """
-    The one place that assembles a decoder, an encoder and a projector.
+    The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
              on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
@@ -380,6 +384,8 @@ def build_vlm(spec, seed=None):
             draw(0)
             model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token,
                         image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'))
+            if spec.get('adapters'):
+                add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

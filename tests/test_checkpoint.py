@@ -387,6 +387,10 @@ def test_check_resume_names_the_difference():
         with pytest.raises(UserError) as caught:
             checkpoint.check_resume(meta, {**now, key: value}, 'out/x', ('text',), keys)
         one_line(caught, f'out/x was made with {key}=', old, f'now it is {value!r}')
+    old, keys = dict(stage='mix', config=dict(train_encoder=True)), {'freeze': Key('encoder', '', '')}     # its old name
+    checkpoint.check_resume(old, {'freeze': 'none'}, 'out/x', ('mix',), keys)
+    with pytest.raises(UserError, match="made with freeze='none', now it is 'encoder'"):
+        checkpoint.check_resume(old, {'freeze': 'encoder'}, 'out/x', ('mix',), keys)
     with pytest.raises(UserError) as caught:
         checkpoint.check_resume(meta, now, 'out/x', ('finetune',), keys)
     one_line(caught, "out/x is of stage 'text', expected finetune")

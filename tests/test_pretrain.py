@@ -127,7 +127,7 @@ def test_stage_2_goes_on_where_stage_1_stopped(world, scripts, stage_1, stage_2,
 def test_other_ratio_and_instructions_leave_the_kth_text_and_caption_alone(world, scripts, stage_1, stage_2, tmp_path):
     out = tmp_path / 'half'
     scripts('pretrain.py', *mix(world, stage_1, ratio=0.5), '--instruct_share=0.5', '--loss_weight=token',
-            '--train_encoder=true',
+            '--freeze=none',
             '--encoder_lr=1e-3', '--keep_percent=()', f'--out_dir={out}', hook=RECORD,
             env={'IDS': str(tmp_path / 'ids')})
     here, there = recorded_ids(tmp_path / 'ids'), recorded_ids(world / 'ids_mix')
@@ -453,7 +453,7 @@ def test_a_fused_encoder_is_trained_saved_resumed_and_tuned(world, scripts, stag
            '--encoder_fusion=interleave', '--encoder_lr=1e-3']
     for folder, stops in (('a', (2, 4)), ('b', (4,))):
         for stop in stops:
-            scripts(*run, '--train_encoder=true', f'--stop_after={stop}', f'--out_dir={tmp_path / folder}')
+            scripts(*run, '--freeze=none', f'--stop_after={stop}', f'--out_dir={tmp_path / folder}')
     a, b = (tensors(tmp_path / folder / 'ckpt_last', 'encoder') for folder in 'ab')
     assert equal(a, b) and {name.split('.')[1] for name in a} == {'dinov2', 'siglip'}
     model, _, _ = load_vlm(str(tmp_path / 'a' / 'ckpt_last'))
