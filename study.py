@@ -60,6 +60,8 @@ AXES = {        # axis: (scripts whose runs it changes, {label: the file under c
     'encoder': (('pretrain',), {'SigLIP': '', 'SigLIP + DINOv2': 'encoder_dinosiglip', 'patches': 'encoder_patch',
                                 'untrained': 'encoder_untrained'}),
     'trained': (('pretrain', 'finetune'), {'frozen': '', 'trained': 'trained_encoder'}),
+    'documents': (('pretrain',), {'joined': '', 'apart': 'document_mask'}),            # in stages 1 and 2
+    'image mask': (('pretrain', 'finetune'), {'causal': '', 'prefix': 'image_prefix'}),
     'tokens': (('pretrain',), {'x1': '', 'x2': 'tokens_x2', 'x4': 'tokens_x4'}),
     'half': (('pretrain', 'finetune'), {'all': '', 'halves': 'instruct_halves'}),
     'stage 2': (('pretrain',), {'yes': '', 'none': ''}),                 # none: stage 3 follows stage 1
@@ -148,9 +150,9 @@ class Study:
         jobs, start = [], int(cell['start'].split()[0])
         texts = ','.join(sorted({task.partition('/')[0] for task, _ in self.settings['text_tasks']}))
         if start > 0 or cell['stage 2'] == 'none':
-            name, argv = self.train('pretrain', seed, 'text', {}, f'--seed={seed}')
+            name, argv = self.train('pretrain', seed, 'text', {'documents': cell['documents']}, f'--seed={seed}')
             jobs = [self.job(seed, name, argv, (), [f'ckpt_{n:03d}' for n in (20, 40, 60, 80, 100)], texts)]
-            base, name = f'{name}/ckpt_{start:03d}', f'ckpt{start}_only'
+            base, name = f'{name}/ckpt_{start:03d}', name.replace('text', f'ckpt{start}_only')
         if cell['stage 2'] == 'yes':
             name, argv = self.train('pretrain', seed, 'ckpt80_img10', cell, f'--seed={seed}')
             jobs.append(self.job(seed, name, argv, jobs, tasks=texts))
