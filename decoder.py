@@ -1,5 +1,5 @@
 """
-The decoder: OpenLM's architecture as the DCLM checkpoints use it (arXiv 2406.11794; paper appendix A, arXiv 2503.07603).
+The decoder: OpenLM's architecture as the DCLM checkpoints use it (arXiv 2406.11794; appendix A of arXiv 2503.07603).
 
     decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
     logits = decoder(tokens)

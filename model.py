@@ -57,8 +57,8 @@ class VLM(nn.Module):
             raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
                             "image_mask='causal' and aspect='square' only")
         if image_mask == 'prefix' and self.per_patch:
-            raise UserError("image_mask='prefix' and aspect='keep': give token_mode='query', too, so that all images take "
-                            "the same number of positions")
+            raise UserError("image_mask='prefix' and aspect='keep': give token_mode='query', too, so that all images "
+                            "take the same number of positions")
         self.compiled, self.low = False, (None, None)           # low: see _low_encoder
 
     generate, generate_each = generation.generate, generation.generate_each

@@ -538,7 +538,7 @@ def write_data(out, *, study=False, n_row=45_000, row_len=96, n_caption=7000, n_
     `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
-    n_instruct = n_instruct or (1000 if study else 4000)                    # the study's were fixed on calibration seeds
+    n_instruct = n_instruct or (1000 if study else 4000)            # the study's: fixed on its calibration seeds
     settings = dict(version=VERSION, n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct,
                     n_test=n_test, n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0],
                     **({'study': True} if study else {}))
