@@ -33,8 +33,9 @@ from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
 from errors import UserError, user_error_hook
+from images import View, sides
 from model import ModelConfig, build_vlm
-from vision import SigLIP, SigLIPConfig, sides
+from vision import SigLIP, SigLIPConfig
 
 
 def stage_config(argv, script='pretrain.py'):
@@ -272,12 +273,11 @@ def data(argv):
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(there('tokenizer.*')[0])
     size, T = own['image_size'], own['seq_len']
-    n_token = own['n_token'] or (size // 14) ** 2
+    view = View(size, own['n_token'] or (size // 14) ** 2, own['resize'])
     sources = [TextSource(path, tokenizer, T) for path in there('text')]
-    sources += [CaptionSource(path, tokenizer, T, n_token, size, own['resize']) for path in there('captions')]
+    sources += [CaptionSource(path, tokenizer, T, view) for path in there('captions')]
     root = (there('instruct/images') or there('instruct') or [''])[0]
-    sources += [InstructSource(path, root, tokenizer, T, n_token, size, own['resize'])
-                for path in there('instruct/*.json')]
+    sources += [InstructSource(path, root, tokenizer, T, view) for path in there('instruct/*.json')]
     if not sources:
         raise UserError(f"{folders[0]} has none of text/, captions/, instruct/*.json")
     print(conditions(torch.device('cpu')))

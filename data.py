@@ -22,7 +22,7 @@ import numpy as np
 
 from errors import BadSample, Field, UserError, check, first_line, reading
 from files import Shards, find, open_tars, read_at, read_whole, reading_item, sample_key, stamp_of, tar_index
-from images import View, open_image
+from images import open_image
 from instruct import (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, InstructSource, caption_prompt,  # noqa: F401
                       check_room, instruct_prompt, safe_join)
 from kernels import IGNORE_INDEX
@@ -338,22 +338,20 @@ class CaptionSource:
     Members are one sample when their names agree up to the first dot of the base name, in any order. A sample has an
     image (.jpg .jpeg .png .webp) and a caption. A caption that does not fit is cut and its eot left out
     (Sample.n_truncated).
+    view           an images.View: how an image is read, and the positions that it takes
     caption_field  'txt' = the .txt; 'json' = 'caption' or 'text' of the .json; 'syn' = one entry of 'syn_text' of the
                    .syn.json (DataCompDR; a checksum of the key picks it); 'auto' = the first of these that is there.
                    A mix of original and synthetic captions is made by `prepare.py merge`
-    view           an images.View, in place of encoder_n_token, image_size and resize
     .note          what 'auto' means here, a line for the user, where a sample has other captions too; else ''
-    Raises UserError when seq_len < encoder_n_token + 2 and for tars without any image or any caption of that kind,
+    Raises UserError when seq_len < view.n_slot + 2 and for tars without any image or any caption of that kind,
     BadSample for an item without a readable image or caption.
     """
     items_per_row = 1
 
-    def __init__(self, paths, tokenizer, seq_len, encoder_n_token, image_size, resize='letterbox', name='caption',
-                 cache_dir='', caption_field='auto', view=None):
+    def __init__(self, paths, tokenizer, seq_len, view, name='caption', cache_dir='', caption_field='auto'):
         self.name, self.tokenizer, self.seq_len, self.cache_dir = name, tokenizer, seq_len, cache_dir
-        self.view = view or View(image_size, encoder_n_token, resize)
-        self.caption_field = caption_field
-        check_room(name, seq_len, encoder_n_token, resize)
+        self.view, self.caption_field = view, caption_field
+        check_room(name, seq_len, view)
         if caption_field not in CAPTION_FIELDS:
             raise UserError(f"{name}: caption_field={caption_field!r}: expected one of {', '.join(CAPTION_FIELDS)}")
         self.shards, self.damaged = Shards(), []

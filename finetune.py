@@ -20,6 +20,7 @@ from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
 from errors import UserError, leave, user_error_hook
+from images import View
 from model import FRESH_CROSS, add_images, fusion_spec, with_view
 from vision import encoder_files, fill_encoder
 
@@ -123,7 +124,7 @@ if dry_run:
         sys.stdout = open(os.devnull, 'w')                       # one process speaks
     costs.print_config(config)
     there = os.path.exists(data_path(instruct))
-    n_chat = len(InstructSource(data_path(instruct), '', None, seq_len, 0, 1)) if there else costs.LLAVA_ROWS
+    n_chat = len(InstructSource(data_path(instruct), '', None, seq_len, View(1, 0))) if there else costs.LLAVA_ROWS
     n_step = max_steps or round(n_epoch * n_chat / chats_per_step)
     print(f"{n_epoch} epochs of {n_chat:,} conversations{'' if there else ' (assumed)'}: {n_step:,} steps")
     if no_base and scale == '1b':
@@ -162,9 +163,9 @@ if dry_run:
 model = checkpoint.build(run.folder, spec, seed if (fresh_projector or fresh_cross) and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_slot,
-                      model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
-                      boxes=boxes, shuffle_turns=shuffle_turns, view=model.view(resize))
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.view(resize),
+                      system_prompt, loss_average, split_turns, cache_dir=cache_dir, boxes=boxes,
+                      shuffle_turns=shuffle_turns)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut

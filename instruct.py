@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from errors import BadSample, UserError, first_line, reading
 from files import Index, Shards, cached_index, find, read_at, read_whole, reading_item, stamp_of
-from images import RESIZE, View, open_image
+from images import RESIZE, open_image
 from kernels import IGNORE_INDEX
 from mixture import Sample, permute
 from weights import MAX_JSON_BYTES
@@ -26,12 +26,12 @@ JSON_COLUMNS = ('offsets', 'sizes', 'n_char', 'n_first')
 BOX = re.compile(r'\[([01]\.\d{1,3}(?:, ?[01]\.\d{1,3}){3})\]')
 
 
-def check_room(name, seq_len, n_token, resize):
-    if seq_len < n_token + 2:
-        raise UserError(f"{name}: seq_len={seq_len} does not hold image_tokens={n_token}, a separator and text; "
-                        f"expected at least {n_token + 2}")
-    if resize not in RESIZE:
-        raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
+def check_room(name, seq_len, view):
+    if seq_len < view.n_slot + 2:
+        raise UserError(f"{name}: seq_len={seq_len} does not hold image_tokens={view.n_slot}, a separator and text; "
+                        f"expected at least {view.n_slot + 2}")
+    if view.resize not in RESIZE:
+        raise UserError(f"{name}: resize={view.resize!r}: expected one of {', '.join(RESIZE)}")
 
 
 def _clean(text):
@@ -58,32 +58,30 @@ class InstructSource:
     An image that is not there under its name is looked for under the other SUFFIXES.
     What does not fit seq_len is cut at the end; of a first question that leaves no room for its answer the beginning
     is, so that the answer, or what fits half of the room, always carries loss (Sample.n_truncated tells of both).
+    view          an images.View: how an image is read, and the positions that it takes
     loss_average  'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total (less
                   where seq_len cuts it)
     split_turns   True = a row per question, each with image and system prompt; they share one encoded image
     shuffle_turns True = the questions, each with its answer, come in the order of draw's key; the image stays first
     boxes         the frame of boxes such as [0.25, 0.10, 0.75, 0.90] in the texts: 'original' = shares of the photo,
                   left as they are; 'letterbox' = shares of the photo padded to a square (original_box)
-    view          an images.View, in place of image_size and resize; n_token is then what its largest image takes
     .note         lines for the user about missing images and questions that are cut; else ''
     .damaged      a line about missing images: without max_bad_samples a Mixture raises it
     Raises UserError for a missing file or broken JSON, BadSample for an unusable entry.
     """
     items_per_row = 1
 
-    def __init__(self, json, image_root, tokenizer, seq_len, n_token, image_size, resize='letterbox', system_prompt='',
-                 loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original',
-                 shuffle_turns=False, view=None):
-        check_room(name, seq_len, n_token, resize)
+    def __init__(self, json, image_root, tokenizer, seq_len, view, system_prompt='', loss_average='token',
+                 split_turns=False, name='instruct', cache_dir='', boxes='original', shuffle_turns=False):
+        check_room(name, seq_len, view)
         for key, value, words in (('loss_average', loss_average, ('token', 'answer')),
                                   ('boxes', boxes, ('original', 'letterbox'))):
             if value not in words:
                 raise UserError(f"{name}: {key}={value!r}: expected {words[0]!r} or {words[1]!r}")
         if shuffle_turns and split_turns:
             raise UserError(f"{name}: shuffle_turns with split_turns: a question alone in its row has no order")
-        self.shuffle_turns = shuffle_turns
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
-        self.view, self.n_token, self.system_prompt = view or View(image_size, n_token, resize), n_token, system_prompt
+        self.view, self.system_prompt, self.shuffle_turns = view, system_prompt, shuffle_turns
         self.loss_average, self.split_turns, self.boxes, self.shards = loss_average, split_turns, boxes, Shards()
         entries, images, paths = [], [], find(json, '.json', '.jsonl')
         for path in paths:
@@ -104,12 +102,12 @@ class InstructSource:
     @cached_property
     def note(self):
         lines, room = self.damaged[:], self.seq_len - len(instruct_prompt('', 0, self.tokenizer, self.system_prompt))
-        maybe = np.flatnonzero(self.entries[:, 3] + (self.n_token + 1) * self.entries[:, 4] >= room)
+        maybe = np.flatnonzero(self.entries[:, 3] + (self.view.n_slot + 1) * self.entries[:, 4] >= room)
         cut = []
         for i in tqdm(maybe.tolist(), desc='long questions', delay=2, disable=None):
             try:                                                         # a token has at least a byte
                 question = _turns(self._entry(i))[0]
-                n = len(instruct_prompt(question, self.n_token * int(self.entries[i, 4]), self.tokenizer,
+                n = len(instruct_prompt(question, self.view.n_slot * int(self.entries[i, 4]), self.tokenizer,
                                         self.system_prompt))
             except BadSample:                                            # told when it is drawn
                 continue
@@ -125,7 +123,7 @@ class InstructSource:
     def outline(self, index):
         """Return (has it an image, a cheap estimate of its positions: characters / 4, and the image)."""
         n_char, has_image = self.entries[index, [2, 4]].tolist()
-        return bool(has_image), min(n_char // 4 + self.n_token * has_image, self.seq_len)
+        return bool(has_image), min(n_char // 4 + self.view.n_slot * has_image, self.seq_len)
 
     def _name(self, index):
         stamp, r = self.shards.locate(index)

@@ -28,6 +28,7 @@ import data
 import files
 from errors import UserError, first_line, reading, user_error_hook
 from files import whole, write_whole, writing
+from images import View
 from kernels import IGNORE_INDEX
 from shards import about_files, check_free, in_order, new_folder, write_tar
 from weights import read_json
@@ -322,8 +323,7 @@ def _members(i, folder, image, caption):
 
 
 # --- a look at a data set -------------------------------------------------------------------------
-def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, caption_field='auto',
-                **instruct):
+def open_source(paths, tokenizer, seq_len, view, image_root='', caption_field='auto', **instruct):
     """Return the source that reads `paths`: of text, of captions or of conversations, by what is there."""
     found = files.find(paths, '.bin', '.tar', '.json', '.jsonl')          # text shards have a .json beside them
     tars = [f for f in found if f.endswith('.tar')]
@@ -331,11 +331,11 @@ def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, imag
         index = files.tar_index(files.stamp_of(tars[0]), '')
         suffixes = {index.name(i).rsplit('.', 1)[-1].lower() for i in range(min(8, len(index)))}
         if suffixes & set(data.IMAGE_SUFFIXES):
-            return data.CaptionSource(paths, tokenizer, seq_len, n_token, image_size, caption_field=caption_field)
+            return data.CaptionSource(paths, tokenizer, seq_len, view, caption_field=caption_field)
     if tars or any(f.endswith('.bin') for f in found):
         return data.TextSource(paths, tokenizer, seq_len)
     image_root = image_root or os.path.dirname(found[0])
-    return data.InstructSource(paths, image_root, tokenizer, seq_len, n_token, image_size, **instruct)
+    return data.InstructSource(paths, image_root, tokenizer, seq_len, view, **instruct)
 
 
 def check(source):
@@ -450,7 +450,7 @@ def run(a):
         return 1 if damaged else 0
     else:
         tokenizer = data.load_tokenizer(a.tokenizer)
-        source = open_source(a.paths, tokenizer, a.seq_len, a.image_root, a.n_token, a.image_size,
+        source = open_source(a.paths, tokenizer, a.seq_len, View(a.image_size, a.n_token), a.image_root,
                              a.caption_field, system_prompt=a.system_prompt)
         if getattr(source, 'note', ''):
             print(source.note)

@@ -200,8 +200,8 @@ view = model.view(resize) if has_images else None
 
 
 def caption_mixture(patterns):
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
-                             pattern, cache_dir, caption_field, view) for pattern, _ in patterns]
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, view, pattern, cache_dir, caption_field)
+               for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read
@@ -216,9 +216,8 @@ if image_ratio < 1:
 if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
-        chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes,
-                              view=view)
+        chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, view,
+                              cache_dir=cache_dir, boxes=boxes)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))

@@ -53,13 +53,13 @@ def text(folder, suffix):
 
 def captions(folder):
     for field, pattern in (('auto', '*.tar'), ('syn', '1.tar')):
-        every_item(CaptionSource(str(folder / pattern), codec(folder), 48, 4, 28, caption_field=field))
+        every_item(CaptionSource(str(folder / pattern), codec(folder), 48, View(28, 4), caption_field=field))
 
 
 def instruct(folder):
     for file in ('llava.json', 'llava.jsonl'):
         for more in ({}, {'split_turns': True, 'loss_average': 'answer'}):
-            every_item(InstructSource(str(folder / file), str(folder / 'images'), codec(folder), 96, 4, 28, **more))
+            every_item(InstructSource(str(folder / file), str(folder / 'images'), codec(folder), 96, View(28, 4), **more))
 
 
 def index(folder):

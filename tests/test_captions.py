@@ -14,6 +14,7 @@ import captions
 import data
 import prepare
 from errors import UserError
+from images import View
 from test_prepare import full_disk, tokens
 
 
@@ -103,7 +104,7 @@ def test_what_it_writes_is_what_training_reads(tmp_path):
                             f'{tmp_path}/t.model', 300)
     captions.merge(f'{tmp_path}/images', f'{tmp_path}/dr', f'{tmp_path}/out', 0.5)
     tokenizer = data.load_tokenizer(f'{tmp_path}/t.model')
-    source = data.CaptionSource(f'{tmp_path}/out', tokenizer, 64, 4, 28)
+    source = data.CaptionSource(f'{tmp_path}/out', tokenizer, 64, View(28, 4))
     assert len(source) == 60 and not source.damaged and not source.note
     for i in range(60):
         sample, (uid, own, synthetic) = source[i], samples[f'{i // 20:05d}{i % 20:04d}']

@@ -378,7 +378,7 @@ def test_a_file_that_shrinks_while_a_run_goes_on_is_named(tmp_path, tok):
     np.tile(np.arange(3, 200), 25).astype('<u2').tofile(tmp_path / 'a.bin')              # three rows
     write_llava(tmp_path, [talk('the red', 'star')] * 9)
     rows = write_rows(tmp_path / 'a.tar', [[5] * 9] * 9)
-    llava = dict(image_root='', seq_len=64, n_token=0, image_size=28)
+    llava = dict(image_root='', seq_len=64, view=View(28, 0))
     for source in (TextSource(str(tmp_path / 'a.bin'), tok, 8), TextSource(rows, tok, 8),
                    InstructSource(str(tmp_path / 'llava.json'), tokenizer=tok, **llava)):
         path = source.shards.stamps[0][0]
@@ -392,10 +392,10 @@ def test_files_that_never_end_are_refused_instead_of_waited_for(tmp_path, tok):
     os.mkfifo(tmp_path / 'pipe')
     for name in ('a.bin', 'a.tar', 'a.json', 't.model'):
         os.symlink('pipe', tmp_path / name)
-    llava = dict(image_root=str(tmp_path), tokenizer=tok, seq_len=64, n_token=3, image_size=28)
+    llava = dict(image_root=str(tmp_path), tokenizer=tok, seq_len=64, view=View(28, 3))
     signal.alarm(20)                                                     # ends the tests rather than waiting
     for source in (lambda: TextSource(str(tmp_path / '*.bin'), tok, 8), lambda: TextSource('/dev/zero', tok, 8),
-                   lambda: CaptionSource(str(tmp_path / 'a.tar'), tok, 64, 4, 28),
+                   lambda: CaptionSource(str(tmp_path / 'a.tar'), tok, 64, View(28, 4)),
                    lambda: InstructSource(str(tmp_path / 'a.json'), **llava)):
         with pytest.raises(UserError, match='not a file'):
             source()
@@ -488,7 +488,7 @@ def test_caption_layout_token_by_token(tmp_path, tok):
     members = [('x/b.txt', b'the blue cat'), ('x/a.jpg', jpeg(1)), ('x/a.txt', b' the red star\n'),
                ('x/b.c.txt', b'other'), ('x/b.JPG', jpeg(2))]            # any order, keys to the first dot
     path = write_tar(tmp_path / 'a.tar', members)
-    source = CaptionSource(path, tok, 32, 4, 28)
+    source = CaptionSource(path, tok, 32, View(28, 4))
     assert len(source) == 2
     by_id = {s.id: s for s in (source[0], source[1])}
     s, im, sep, eot = by_id['a.tar:x/a'], tok.image_id, tok.sep_id, tok.eot_id
@@ -501,12 +501,12 @@ def test_caption_layout_token_by_token(tmp_path, tok):
 def test_a_long_caption_is_cut_without_eot_and_counted(tmp_path, tok):
     cap = tok.encode(' '.join(SENTENCES[:9]))
     path = write_tar(tmp_path / 'a.tar', [('a.png', jpeg()), ('a.txt', ' '.join(SENTENCES[:9]).encode())])
-    s = CaptionSource(path, tok, 20, 4, 28)[0]
+    s = CaptionSource(path, tok, 20, View(28, 4))[0]
     assert len(s.tokens) == 20 and s.targets[4:].tolist() == cap[:16] and s.n_truncated == 1
-    exact = CaptionSource(path, tok, 5 + len(cap), 4, 28)[0]             # the eot just fits
+    exact = CaptionSource(path, tok, 5 + len(cap), View(28, 4))[0]             # the eot just fits
     assert exact.targets[-1] == tok.eot_id and exact.n_truncated == 0
     with pytest.raises(ValueError, match='seq_len=5 .* at least 6'):
-        CaptionSource(path, tok, 5, 4, 28)
+        CaptionSource(path, tok, 5, View(28, 4))
 
 
 def test_captions_from_json_and_syn_json(tmp_path, tok):
@@ -516,7 +516,7 @@ def test_captions_from_json_and_syn_json(tmp_path, tok):
                ('c.jpg', jpeg()), ('c.json', json.dumps({'uid': '1', 'sha256': '2'}).encode()), ('c.syn.json', syn)]
     for i in range(20):
         members += [(f'k{i}.jpg', jpeg()), (f'k{i}.syn.json', syn), (f'k{i}.url.txt', b'http://x')]
-    source = CaptionSource(write_tar(tmp_path / 'a.tar', members), tok, 64, 4, 28)
+    source = CaptionSource(write_tar(tmp_path / 'a.tar', members), tok, 64, View(28, 4))
     texts = [tok.decode(source[i].targets) if (source[i].targets >= 0).all() else tok.decode(source[i].tokens)
              for i in range(len(source))]
     assert texts[:2] == ['the cat', 'the box'] and set(texts[2:]) == {'the red star', 'the blue cat'}
@@ -526,7 +526,7 @@ def test_the_caption_field_is_the_users_choice_and_what_auto_takes_is_said(tmp_p
     syn, info = json.dumps({'syn_text': ['the blue cat']}).encode(), json.dumps({'caption': 'the box'}).encode()
     path = write_tar(tmp_path / 'a.tar', [('a.jpg', jpeg()), ('a.txt', b'the red star'), ('a.json', info),
                                           ('a.syn.json', syn), ('b.jpg', jpeg()), ('b.txt', b'the mat')])
-    options = dict(tokenizer=tok, seq_len=64, encoder_n_token=4, image_size=28)
+    options = dict(tokenizer=tok, seq_len=64, view=View(28, 4))
     for field, words in dict(auto='the red star', txt='the red star', json='the box', syn='the blue cat').items():
         source = CaptionSource(path, caption_field=field, **options)
         assert tok.decode(source[0].tokens[5:]) == words
@@ -543,7 +543,7 @@ def test_the_caption_field_is_the_users_choice_and_what_auto_takes_is_said(tmp_p
 
 
 def test_tars_without_images_or_without_the_captions_asked_for_are_refused_at_once(tmp_path, tok):
-    options = dict(tokenizer=tok, seq_len=64, encoder_n_token=4, image_size=28)
+    options = dict(tokenizer=tok, seq_len=64, view=View(28, 4))
     syn = json.dumps({'syn_text': ['the blue cat']}).encode()
     bare = write_tar(tmp_path / 'bare.tar', [('0.url.txt', b'http://x'), ('0.syn.json', syn), ('0.json', b'{}'),
                                              ('0.paug.json', b'{}'), ('0.npz', b'x')])       # DataCompDR as published
@@ -564,7 +564,7 @@ def test_jpegs_of_many_times_the_target_are_decoded_smaller_where_nothing_shifts
             photo.save(out, kind, **dict(jpeg={'quality': 90}, png={})[kind])
             members += [(f'{size[0]}{kind}.{kind}', out.getvalue()), (f'{size[0]}{kind}.txt', b'the red star')]
             want.append((kind, size, RESIZE['letterbox'](open_image(out.getvalue()), 28)))
-    source = CaptionSource(write_tar(tmp_path / 'a.tar', members), tok, 32, 4, 28)
+    source = CaptionSource(write_tar(tmp_path / 'a.tar', members), tok, 32, View(28, 4))
     for i, (kind, size, whole) in enumerate(want):
         image = source[i].images[0]
         assert image.equal(whole) == (kind == 'png' or size[0] in (111, 302)), (kind, size)
@@ -575,7 +575,7 @@ def test_jpegs_of_many_times_the_target_are_decoded_smaller_where_nothing_shifts
 def test_names_that_are_there_twice_are_two_samples(tmp_path, tok):
     members = [(name, content) for seed, colour in enumerate(('red', 'blue')) for name, content in
                (('a.jpg', jpeg(seed)), ('a.txt', f'the {colour} cat'.encode()))]
-    source = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 32, 4, 28)
+    source = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 32, View(28, 4))
     assert len(source) == 2
     batch = collate([source[0], source[1]], tok.pad_id)
     assert len(batch.images) == 2 and not torch.equal(*batch.images)     # one key, not one image
@@ -587,7 +587,7 @@ def test_bad_captions_are_named(tmp_path, tok):
            'noimage': [('.txt', b'x')], 'nocaption': [('.jpg', image)], 'blank': [('.jpg', image), ('.txt', b' \n')],
            'latin': [('.jpg', image), ('.txt', b'\xff\xfe')], 'json': [('.jpg', image), ('.json', b'{')]}
     path = write_tar(tmp_path / 'a.tar', [(k + s, c) for k, v in bad.items() for s, c in v])
-    source = CaptionSource(path, tok, 32, 4, 28)
+    source = CaptionSource(path, tok, 32, View(28, 4))
     for i, key in enumerate(bad):
         with pytest.raises(BadSample, match=f'a.tar: {key}: ') as e:
             source[i]
@@ -655,8 +655,8 @@ def test_images_of_their_own_sizes_in_captions_and_conversations(tmp_path, tok):
     (tmp_path / 'llava.json').write_text(json.dumps(
         [talk('the red', 'star', 'the blue', 'cat', image=f'{i % 5}.jpg') for i in range(6)]))
     files = dict(json=str(tmp_path / 'llava.json'), image_root=str(tmp_path))
-    for source in (CaptionSource(tar, tok, 96, 45, 42, view=view),
-                   InstructSource(**files, tokenizer=tok, seq_len=96, n_token=45, image_size=42, view=view, split_turns=True)):
+    for source in (CaptionSource(tar, tok, 96, view),
+                   InstructSource(**files, tokenizer=tok, seq_len=96, view=view, split_turns=True)):
         with pytest.raises(BadSample, match="4: image of 210 x 10 pixels: aspect='keep'"):
             source[4]
         samples = [source[i] for i in (0, 1, 2, 3, 5)]
@@ -675,7 +675,7 @@ def test_images_of_their_own_sizes_in_captions_and_conversations(tmp_path, tok):
         assert (stats['n_image'], stats['n_image_position']) == (5, rows * n)
         moved = batch.to('cpu')
         assert all(torch.equal(a, b) for x, y in zip(moved.images, batch.images) for a, b in zip(x, y))
-    lenient = Mixture([CaptionSource(tar, tok, 96, 45, 42, view=view)], [1], seed=1, max_bad_samples=1)
+    lenient = Mixture([CaptionSource(tar, tok, 96, view)], [1], seed=1, max_bad_samples=1)
     assert sum(len(lenient[i].bad) for i in range(6)) == 1
 
 
@@ -760,7 +760,7 @@ def test_a_start_after_any_number_of_samples_does_the_same_work(tmp_path, tok, m
 
     def start(n):
         work.clear()
-        mix = Mixture([TextSource(paths, tok, 32), CaptionSource(caption, tok, 32, 4, 28)], [0.7, 0.3], seed=5)
+        mix = Mixture([TextSource(paths, tok, 32), CaptionSource(caption, tok, 32, View(28, 4))], [0.7, 0.3], seed=5)
         for i in range(n, n + 8):
             mix[i]
         return {name: work.count(name) for name in set(work)}
@@ -914,7 +914,7 @@ def test_length_groups_hold_the_same_samples_in_each_window():
 def test_rows_with_and_without_images_do_not_meet(world, tok):
     """Windows of 3 steps, micro-batches of 2 on 2 ranks: one micro-batch of a window at most holds both kinds."""
     data = world / 'data' / 'instruct'
-    source = InstructSource(str(data / 'llava.json'), str(data / 'images'), tok, 64, 4, 28)
+    source = InstructSource(str(data / 'llava.json'), str(data / 'images'), tok, 64, View(28, 4))
     mix = Mixture([source], [1], seed=4)
     ranks = [list(loader(mix, stop=6, group_window=3, rank=r, world_size=2)) for r in range(2)]
     micro = [batch for pair in zip(*ranks) for batch in pair]             # 4 a step, 12 a window
@@ -1000,7 +1000,7 @@ def test_real_sources_survive_damage_in_workers(tmp_path, tok):
     members = [m for i in range(12)
                for m in ((f'{i:02d}.jpg', jpeg(i) if i % 4 else b'junk'), (f'{i:02d}.txt', SENTENCES[i].encode()))]
     text = TextSource(write_rows(tmp_path / 't.tar', np.random.default_rng(0).integers(3, 300, (20, 65))), tok, 64)
-    caption = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 64, 4, 28)
+    caption = CaptionSource(write_tar(tmp_path / 'c.tar', members), tok, 64, View(28, 4))
     mix = Mixture([text, caption], [0.5, 0.5], seed=1, max_bad_samples=9)
     a, b = [list(loader(mix, stop=3, pad_id=tok.pad_id, pad_to=64, n_worker=n)) for n in (0, 2)]
     for x, y in zip(a, b):

@@ -17,6 +17,7 @@ import files
 from conftest import child_env
 from data import BadSample, CaptionSource, InstructSource, Mixture, TextSource
 from errors import UserError
+from images import View
 from test_data import CHILD, jpeg, talk, tok, write_llava, write_rows, write_tar  # noqa: F401 (tok is a fixture)
 
 
@@ -116,7 +117,7 @@ def test_links_and_sparse_members_have_no_bytes_to_read(tmp_path, tok):
             source[i]
     path.write_bytes(member('a.jpg', jpeg()) + member('a.txt', type=tarfile.LNKTYPE, linkname='b.txt') + bytes(1024))
     with pytest.raises(BadSample, match='a.tar: a: a link or a sparse member'):
-        CaptionSource(str(path), tok, 64, 4, 28)[0]
+        CaptionSource(str(path), tok, 64, View(28, 4))[0]
 
 
 def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
@@ -125,7 +126,7 @@ def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
         f.write(member('a.jpg', size=3 << 30))
         f.seek(3 << 30, 1)
         f.write(member('a.txt', b'x') + member('b.txt', b'x' * (32 << 20)) + member('b.jpg', b'junk') + bytes(1024))
-    source = CaptionSource(str(path), tok, 64, 4, 28)
+    source = CaptionSource(str(path), tok, 64, View(28, 4))
     read = []
     monkeypatch.setattr(os, 'pread', lambda fd, size, offset, pread=os.pread: read.append(size) or
                         pread(fd, size, offset))
@@ -139,7 +140,7 @@ def test_an_item_beyond_its_bound_is_refused_unread(tmp_path, tok, monkeypatch):
     files = write_llava(tmp_path, [talk('q', 'a', image='big.jpg')])
     files['image_root'] = str(tmp_path)
     with pytest.raises(BadSample, match='entry 0: .*big.jpg: 3,221,225,472 bytes, expected at most'):
-        InstructSource(**files, tokenizer=tok, seq_len=64, n_token=4, image_size=28)[0]
+        InstructSource(**files, tokenizer=tok, seq_len=64, view=View(28, 4))[0]
 
 
 def forged(idx, change):

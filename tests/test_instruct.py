@@ -12,6 +12,7 @@ import instruct
 import mixture
 from data import BadSample, InstructSource, Mixture, collate
 from errors import UserError
+from images import View
 from test_data import SENTENCES, X, jpeg, talk, tok, write_llava  # noqa: F401 (tok is a fixture)
 
 
@@ -20,7 +21,7 @@ def test_instruction_layout_token_by_token(tmp_path, tok):
     files = write_llava(tmp_path,
                         [talk('<image>\nthe red', 'star', 'the blue\n<image>', 'cat', image='0.jpg'),
                          talk('the box', 'mat')])
-    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the')
+    source = InstructSource(**files, tokenizer=tok, seq_len=64, view=View(28, 3), system_prompt='the')
     q1, a1, q2, a2, system, sep = *map(tok.encode, ('the red', 'star', 'the blue', 'cat', 'the')), tok.sep_id
     row = [tok.image_id] * 3 + [sep] + system + q1 + [sep] + a1 + [sep] + q2 + [sep] + a2 + [sep]
     kept = [X] * 4 + [X] * len(system + q1) + [X] + a1 + [sep] + [X] * len(q2) + [X] + a2 + [sep]
@@ -36,7 +37,7 @@ def test_instruction_layout_token_by_token(tmp_path, tok):
 
 def test_an_answer_weighs_one_in_total(tmp_path, tok):
     files = write_llava(tmp_path, [talk('the red', 'star', 'the', 'the blue cat is on the box', image='0.jpg')])
-    s = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, loss_average='answer')[0]
+    s = InstructSource(**files, tokenizer=tok, seq_len=64, view=View(28, 3), loss_average='answer')[0]
     assert s.weights.dtype == np.float32 and ((s.weights > 0) == (s.targets != X)).all()
     assert abs(s.weights.sum() - 2) < 1e-6
     n = len(tok.encode('star')) + 1
@@ -47,7 +48,7 @@ def test_split_turns_share_one_image(tmp_path, tok):
     files = write_llava(tmp_path, [talk('the red', 'star', 'the blue cat', 'box', image='0.jpg'),
                                    talk('the mat', 'star', image='0.jpg'), talk('the mat', 'cat', image='sub/1.jpg'),
                                    talk('the mat', 'cat', 'red', 'box')])
-    source = InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, system_prompt='the',
+    source = InstructSource(**files, tokenizer=tok, seq_len=64, view=View(28, 3), system_prompt='the',
                             split_turns=True)
     s = source[0]
     assert s.tokens.shape == s.targets.shape and s.tokens.shape[0] == 2 and len(s.images) == 1
@@ -67,7 +68,7 @@ def test_shuffled_turns_keep_their_answers_and_follow_the_draw(tmp_path, tok):
     words = ('star', 'cat', 'mat', 'box')
     files = write_llava(tmp_path, [talk(*(text for w in words for text in (f'<image>\nthe {w}', w)), image='0.jpg'),
                                    talk('the red', 'star', 'the blue', 'cat')])
-    build = lambda **keys: InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, **keys)
+    build = lambda **keys: InstructSource(**files, tokenizer=tok, seq_len=64, view=View(28, 3), **keys)
     source, plain = build(shuffle_turns=True), build()
     assert (source[0].tokens == plain[0].tokens).all() and (plain.draw(0, 5).tokens == plain[0].tokens).all()
     orders = set()
@@ -97,7 +98,7 @@ def test_truncation_always_leaves_an_answer_and_what_it_cuts_is_said(tmp_path, t
     long, n = ' '.join(SENTENCES[:10]), 40
     rows = [talk('the red', 'star', long, 'cat'), talk(long, 'star'), talk('red', long), talk(long, long, image='0.jpg'),
             talk('the red', 'star'), talk(long, 'star', 'the red', 'cat', image='0.jpg')]
-    source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, n_token=3, image_size=28)
+    source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, view=View(28, 3))
     q, sep, samples = tok.encode(long), tok.sep_id, [source[i] for i in range(len(source))]
     assert [s.n_truncated for s in samples] == [1, 1, 1, 1, 0, 1]
     assert all((s.targets != X).any() and len(s.tokens) <= n for s in samples)
@@ -109,19 +110,19 @@ def test_truncation_always_leaves_an_answer_and_what_it_cuts_is_said(tmp_path, t
     assert [*samples[3].tokens, samples[3].targets[-1]] == both and (samples[3].targets != X).sum() == 18
     assert source.note == 'instruct: 3 first question(s) leave no room for an answer in seq_len=40: their beginning is cut: ' \
                           'llava.json:1, llava.json:3, llava.json:5'
-    source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, n_token=3, image_size=28,
+    source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, view=View(28, 3),
                             split_turns=True)
     for i in range(len(source)):
         rows_kept = (np.atleast_2d(source[i].targets) != X).sum(1)
         assert (rows_kept > 0).all() and len(rows_kept) == (2 if i in (0, 5) else 1)
     for system in range(28, 44):                                         # down to no room at all
-        source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, n_token=3, image_size=28,
+        source = InstructSource(**write_llava(tmp_path, rows), tokenizer=tok, seq_len=n, view=View(28, 3),
                                 system_prompt='\u2603' * (system // 3))
         try:
             assert all((source[i].targets != X).any() for i in range(len(source)))
         except BadSample as e:
             assert 'no answer is left within seq_len=40: the system prompt fills it' in str(e)
-            assert len(data.instruct_prompt('', source.n_token, tok, source.system_prompt)) > n
+            assert len(data.instruct_prompt('', source.view.n_slot, tok, source.system_prompt)) > n
 
 
 def test_bad_entries_are_named(tmp_path, tok):
@@ -131,7 +132,7 @@ def test_bad_entries_are_named(tmp_path, tok):
            *[talk('q', 'a', image=image) for image in
              ('../secret.jpg', 'sub/../../secret.jpg', 'sub\\..\\..\\x', f'{tmp_path}/secret.jpg', ['0.jpg'], 'a\0b')]]
     files = write_llava(tmp_path, bad)
-    source = InstructSource(**files, tokenizer=tok, seq_len=40, n_token=3, image_size=28)
+    source = InstructSource(**files, tokenizer=tok, seq_len=40, view=View(28, 3))
     for i in range(len(bad)):
         with pytest.raises(BadSample, match=f'llava.json: entry {i}: ') as e:
             source[i]
@@ -140,7 +141,7 @@ def test_bad_entries_are_named(tmp_path, tok):
 
 def test_json_of_any_shape_is_indexed_and_broken_json_named(tmp_path, tok):
     entries = [talk('the ünïcode ☃ star', 'red'), talk('b', '] , [ "'), talk('c', 'mat')]
-    arguments = dict(image_root='', tokenizer=tok, seq_len=64, n_token=0, image_size=28)
+    arguments = dict(image_root='', tokenizer=tok, seq_len=64, view=View(28, 0))
     ways = {'a.json': json.dumps(entries), 'b.json': json.dumps(entries, indent=2, ensure_ascii=False),
             'c.jsonl': ''.join(json.dumps(e, ensure_ascii=False) + '\n' for e in entries),
             'd.json': '\ufeff' + json.dumps(entries)}
@@ -199,7 +200,7 @@ def mix665k(folder, n=5):
 
 def test_the_five_roots_of_llava_are_looked_through_once(tmp_path, tok, monkeypatch):
     where, rows, names = mix665k(tmp_path)
-    options = dict(tokenizer=tok, seq_len=64, n_token=3, image_size=28)
+    options = dict(tokenizer=tok, seq_len=64, view=View(28, 3))
     for name in ('lexists', 'exists', 'isfile'):
         monkeypatch.setattr(os.path, name, lambda path, plain=getattr(os.path, name): plain(path) if 'images' not in
                             str(path) else pytest.fail(f'{path}: asked for alone'))
@@ -219,7 +220,7 @@ def test_missing_images_are_counted_and_named_before_training(tmp_path, tok):
     for name in gone:
         os.remove(tmp_path / 'images' / name)
     os.rmdir(tmp_path / 'images' / 'vg/VG_100K_2')
-    source = InstructSource(**where, tokenizer=tok, seq_len=64, n_token=3, image_size=28)
+    source = InstructSource(**where, tokenizer=tok, seq_len=64, view=View(28, 3))
     line = (f'{tmp_path}/mix.json: 8 of 30 images are not in {tmp_path}/images: coco/train2017 2 of 5 (000000001000.jpg, '
             '000000001001.jpg); ocr_vqa/images 1 of 5 (0000001002.jpg); vg/VG_100K_2 5 of 5 (1000.jpg, 1001.jpg, 1002.jpg, '
             '...): fetch them, or --max_bad_samples=N replaces and counts up to N of them as they are drawn')
@@ -234,7 +235,7 @@ def test_missing_images_are_counted_and_named_before_training(tmp_path, tok):
     for i in range(12):                                                  # more folders than a line holds
         rows.append(talk('q', 'a', image=f'more/{i}/0.jpg'))
     (tmp_path / 'mix.json').write_text(json.dumps(rows))
-    line, = InstructSource(**where, tokenizer=tok, seq_len=64, n_token=3, image_size=28).damaged
+    line, = InstructSource(**where, tokenizer=tok, seq_len=64, view=View(28, 3)).damaged
     assert '20 of 42 images' in line and '; and in 7 more folders: fetch' in line and '\n' not in line
 
 
@@ -246,7 +247,7 @@ def test_names_of_any_alphabet_are_found(tmp_path, tok):
     for raw in (False, True):
         (tmp_path / f'{raw}.json').write_text(json.dumps([talk('q', 'a', image=name) for name in names],
                                                          ensure_ascii=not raw), encoding='utf-8')
-        source = InstructSource(str(tmp_path / f'{raw}.json'), str(tmp_path / 'images'), tok, 64, 3, 28)
+        source = InstructSource(str(tmp_path / f'{raw}.json'), str(tmp_path / 'images'), tok, 64, View(28, 3))
         assert [source[i].image_keys for i in range(5)] == [[name] for name in names]
         assert source.damaged == [] if raw else all('\u00c3' in line for line in source.damaged)
 
@@ -303,8 +304,8 @@ def test_the_frame_of_the_boxes_is_the_users_choice(tmp_path, tok):
     (tmp_path / 'images/wide.jpg').write_bytes(jpeg(1, (400, 200)))
     want = {'original': '[0.25, 0.35, 0.75, 0.6]', 'letterbox': '[0.25, 0.2, 0.75, 0.7]'}
     for boxes, text in want.items():
-        source = InstructSource(**files, tokenizer=tok, seq_len=128, n_token=3, image_size=28, boxes=boxes)
+        source = InstructSource(**files, tokenizer=tok, seq_len=128, view=View(28, 3), boxes=boxes)
         assert tok.decode(source[0].tokens).count(text) == 2
         assert tok.decode(source[1].tokens).count(want['original']) == 2     # text only: no photo, no frame
     with pytest.raises(UserError, match="instruct: boxes='square': expected 'original' or 'letterbox'"):
-        InstructSource(**files, tokenizer=tok, seq_len=128, n_token=3, image_size=28, boxes='square')
+        InstructSource(**files, tokenizer=tok, seq_len=128, view=View(28, 3), boxes='square')

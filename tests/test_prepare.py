@@ -18,6 +18,7 @@ import data
 import prepare
 from conftest import child_env
 from errors import UserError
+from images import View
 
 TEXTS = [f"document {i}:\n    the {c} {s} is  on the mat\n\tünïcode ☃" for i in range(30) for c in ('red', 'blue')
          for s in ('star', 'cat')]
@@ -387,7 +388,7 @@ def test_show_marks_exactly_the_answers(world, tmp_path, capsys):
     assert "entry 1: no 'conversations'" in capsys.readouterr().out
     tokenizer = data.load_tokenizer(f'{world}/t.model')
     for split in (False, True):
-        source = prepare.open_source(f'{tmp_path}/l.json', tokenizer, 64, f'{tmp_path}/photos', 4, 28,
+        source = prepare.open_source(f'{tmp_path}/l.json', tokenizer, 64, View(28, 4), f'{tmp_path}/photos',
                                      split_turns=split)
         lines = [line.strip() for line in prepare.describe(source[0], tokenizer)[1:]]
         head = 'no loss | <image> x 4 <sep> '
@@ -399,7 +400,7 @@ def test_show_marks_exactly_the_answers(world, tmp_path, capsys):
 def test_pair_takes_several_folders(world, tmp_path):
     folders = [str(write_photos(tmp_path / name, n)) for name, n in (('one', 2), ('two', 3))]
     assert prepare.main(['pair', *folders, '--out', f'{tmp_path}/tars', '--samples_per_shard', '4']) == 0
-    source = data.CaptionSource(f'{tmp_path}/tars', data.load_tokenizer(f'{world}/t.model'), 64, 4, 28)
+    source = data.CaptionSource(f'{tmp_path}/tars', data.load_tokenizer(f'{world}/t.model'), 64, View(28, 4))
     assert [source[i].id.split(':')[1] for i in range(len(source))] == [
         f'{i:09d}_{stem}' for i, stem in enumerate(('p0', 'p1', 'p0', 'p1', 'p2'))]
     with pytest.raises(UserError, match='2 folders, expected one'):

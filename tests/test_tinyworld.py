@@ -18,6 +18,7 @@ import evaluate
 import scorers
 import tinyworld as tw
 from data import CaptionSource, InstructSource, TextSource, load_tokenizer
+from images import View
 from vision import SigLIP
 
 SMALL = dict(study=True, n_row=48, n_caption=24, n_instruct=40, n_test=24, n_topic=2)    # the study's world holds more
@@ -255,7 +256,7 @@ def test_training_files_are_read_by_the_sources(world):
         assert len(json.loads(gzip.decompress(tar.extractfile('00000000.json.gz').read()))) == 97
     english = TextSource([str(world / 'english')], tokenizer, 96, row_len=96)
     assert 'assert' in tokenizer.decode(english[0].tokens.tolist()).lower()
-    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, len(tw.CELLS), tw.SIZE)
+    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, View(tw.SIZE, len(tw.CELLS)))
     assert len(pairs) == SMALL['n_caption'] and not pairs.damaged
     kinds = {'png': 0, 'jpg': 0}
     for i in range(len(pairs)):
@@ -264,8 +265,8 @@ def test_training_files_are_read_by_the_sources(world):
         for name in tar.getnames():
             kinds[name[-3:]] = kinds.get(name[-3:], 0) + 1
     assert kinds['png'] == 6 and kinds['jpg'] == 18
-    chats = InstructSource(str(world / 'instruct/llava.json'), str(world / 'instruct'), tokenizer, 128, len(tw.CELLS),
-                           tw.SIZE)
+    chats = InstructSource(str(world / 'instruct/llava.json'), str(world / 'instruct'), tokenizer, 128,
+                           View(tw.SIZE, len(tw.CELLS)))
     assert len(chats) == SMALL['n_instruct']
     lengths = [int((chats[i].tokens != tokenizer.pad_id).sum()) for i in range(len(chats))]
     assert max(lengths) < 128, 'a conversation is cut at 128 tokens'
