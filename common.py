@@ -486,6 +486,13 @@ class Run:
 
 # --- names and inputs -------------------------------------------------------------------------------------------------
 
+def patterns_of(key, pairs):
+    """The patterns of a key's (pattern, weight) pairs; UserError where no pair weighs anything."""
+    if not any(weight for _, weight in pairs):
+        raise UserError(f"{key}={pairs}: expected a pair with a weight above 0, such as (('{key}', 1.0),)")
+    return [pattern for pattern, _ in pairs]
+
+
 def text_name(pattern, patterns):
     """A text source's name, the key of its cursor: 'text' for 'text/*.tar'; the pattern where there are several."""
     folders = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split('/'))

@@ -114,7 +114,8 @@ init_from = config['init_from'] = init_from.replace('{scale}', scale)
 out_dir = out_dir or os.path.join('out', scale, name)
 data_path = lambda path: os.path.join(data_dir, path)
 inputs = {data_path(pattern): data_hint for pattern in (instruct, instruct_images)}
-inputs.update({data_path(pattern): data_hint for pattern, _ in text if text_share})
+if text_share:
+    inputs.update({data_path(pattern): data_hint for pattern in common.patterns_of('text', text)})
 base = {} if os.path.exists(os.path.join(out_dir, 'ckpt_last')) else {
     init_from: checkpoint.how_to_make(init_from, scale)}
 chats_per_step = global_batch_size * (1 - text_share)

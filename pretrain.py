@@ -141,6 +141,8 @@ data_path = lambda path: os.path.join(data_dir, path)
 has_images = stage == 'mix'                      # also at ratio 0: runs of different ratio differ in nothing else
 if image_ratio > 0 and not has_images:
     raise UserError(f"image_ratio={image_ratio} with stage='text': give --stage=mix, or a recipe of stage 2")
+if has_images and encoder_path == 'patch':
+    raise UserError("encoder_path='patch': an encoder of pixels alone is --encoder=patch; encoder_path is a folder")
 if lora_rank and not init_from:
     raise UserError(f"lora_rank={lora_rank} without a base: adapters go on trained weights; give --init_from=FOLDER")
 if schedule == 'cooldown' and not init_from:
@@ -162,8 +164,8 @@ for percent in dict.fromkeys(keep_percent):
 # --- inputs -----------------------------------------------------------------------------------------------------------
 towers = encoder_files(config) if has_images else {}
 needed = [tokenizer]                             # in data_dir
-needed += [pattern for pattern, _ in text] if image_ratio < 1 else []
-needed += [pattern for pattern, _ in captions] if image_ratio > 0 and instruct_share < 1 else []
+needed += common.patterns_of('text', text) if image_ratio < 1 else []
+needed += common.patterns_of('captions', captions) if image_ratio > 0 and instruct_share < 1 else []
 needed += [instruct, instruct_images] if image_ratio * instruct_share > 0 else []
 needed += [pattern for pattern in (val_text, val_captions if has_images else '') if pattern and eval_every]
 inputs = dict.fromkeys([*towers.values(), *map(data_path, needed)], data_hint)
