@@ -473,12 +473,15 @@ def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, 
     """28 pixels with workers, then 42 from there; stage 3 and evaluation follow; quarters of a photo are images, too."""
     base = [*mix(world, stage_1, ratio=0.5), '--keep_percent=(100,)', '--freeze=none', '--encoder_lr=1e-3']
     first = ['pretrain.py', *base, '--max_steps=4', '--aspect=keep', '--split=true']
-    for name, stops in (('a', (2, 4)), ('b', (4,))):
-        for stop in stops:
-            scripts(*first, '--n_worker=2' if stop == 2 else '--n_worker=0', f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
-    for file in ('model', 'encoder', 'optim'):
-        name = f'{file}.pt' if file == 'optim' else f'{file}.safetensors'
-        assert same_weights(tmp_path / 'a' / 'ckpt_100', tmp_path / 'b' / 'ckpt_100', name)
+    for name, projector in (('a', 'mlp2'), ('perceiver', 'perceiver')):
+        args = [*first, f'--projector={projector}', f'--out_dir={tmp_path / name}']
+        run = scripts.start(*args, '--save_every=2', '--n_worker=2', hook=KILL, env={'KILL': 'common.optimizer_step:4'})
+        assert run.wait() == -signal.SIGKILL and len(steps(tmp_path / name)) < 4
+        scripts(*args)
+        scripts(*args, f'--out_dir={tmp_path / "whole"}')
+        for file in ('model.safetensors', 'encoder.safetensors', 'optim.pt'):
+            assert same_weights(tmp_path / name / 'ckpt_100', tmp_path / 'whole' / 'ckpt_100', file)
+        shutil.rmtree(tmp_path / 'whole')
     scripts(*first, '--micro_batch_size=2', f'--out_dir={tmp_path / "two"}', world_size=2)
     for a, b in zip(steps(tmp_path / 'two'), steps(tmp_path / 'a'), strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
@@ -564,6 +567,9 @@ def test_what_is_missing_or_does_not_fit_is_one_line(world, scripts, stage_1, st
             (text(world, out, "--text=(('none/*.tar',1.0),)"), f'{data}/none/*.tar', hint),
             ([*stage2, "--captions=(('none/*.tar',1.0),)"], f'{data}/none/*.tar', hint),
             ([*stage2, '--encoder_path=gone'], f'{data}/gone', hint),
+            ([*stage2, '--encoder_path=patch'], "encoder_path='patch'", '--encoder=patch'),
+            (text(world, out, '--text=()'), "text=(): expected a pair with a weight above 0, such as (('text', 1.0),)"),
+            ([*stage2, "--captions=(('captions',0),)"], "captions=(('captions', 0),): expected a pair with a weight"),
             ([*stage2, '--instruct_share=0.5', '--instruct=none.json'], f'{data}/none.json', hint),
             ([*stage2, '--scale=tiny', '--init_from=out/{scale}_no/text/ckpt_080'], 'out/tiny_no/text/ckpt_080',
              'python pretrain.py config/text.py config/tiny.py'),
