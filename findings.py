@@ -20,6 +20,7 @@ from errors import reading
 from files import write_whole
 from page import link, page, picture, table, tag
 from report import STYLES, curves, new_figure, read_log, save_figure
+from schedules import lr_at
 from scorers import TEXT_BASELINES_9
 
 # a finding of the paper: its name, the cell that should be higher, the cell it is compared with, and the scores it is
@@ -387,7 +388,6 @@ def steps_panel(axes, study, cells, grid, names):
 
 def draw_schedules(study, cells, path):
     """Figure 3: the lr of stage 1 and of figure 4's stage 2, by the runs' own meta.json; returns what it drew."""
-    from common import lr_at                                         # imports torch
     figure, drawn = new_figure(7, 4.5), set()
     axes = figure.subplots()
     for (_, label), cell in study.cells_of('fig4').items():

@@ -16,12 +16,12 @@ import checkpoint
 import common
 import costs
 from adapters import set_trained
-from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
 from errors import UserError, leave, user_error_hook
 from images import View
 from model import FRESH_CROSS, add_images, fusion_spec, with_view
+from schedules import lr_at
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook

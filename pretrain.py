@@ -18,11 +18,11 @@ import checkpoint
 import common
 import costs
 from adapters import set_trained
-from common import lr_at
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, leave, user_error_hook
 from model import FRESH_CROSS, build_vlm, load_openlm, openlm_moments, vlm_spec
+from schedules import lr_at, top_lr
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -288,7 +288,7 @@ else:
         curve = dict(kind='remaining', main=arc, at=run.meta['step'], total=max_steps)
     if moments == 'none':
         curve['moments_warmup'] = moments_warmup_steps
-top = common.top_lr(curve)
+top = top_lr(curve)
 if top <= 0:
     raise UserError(f"schedule={schedule!r} starts from lr {top}: expected above 0 (lr, start_lr or rewarm_lr)")
 

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import main_lr
 from errors import user_error_hook
 from files import write_file, writing
+from schedules import main_lr
 from shards import new_folder, write_tar
 from vision import SigLIP, SigLIPConfig, siglip_loss
 from weights import read_json

@@ -9,7 +9,7 @@ from conftest import RECORD, meta_of, recorded_ids, same_weights, steps
 from test_pretrain import KILL, equal, tensors
 
 from checkpoint import load_vlm
-from common import main_lr
+from schedules import main_lr
 
 
 def chat(world, base, *more):

@@ -18,10 +18,10 @@ from conftest import RECORD, free_port, meta_of, mix, read_log, recorded_ids, sa
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_vlm
-from common import cooldown_lr, main_lr, remaining_lr
 from connectors import Projector
 from data import TextSource
 from model import save_openlm
+from schedules import cooldown_lr, main_lr, remaining_lr
 from vision import SigLIP
 
 MAIN = dict(peak=5e-3, final=1e-5, warmup=2, total=20, from_zero=False)                   # stage_1's schedule
