@@ -31,10 +31,11 @@ import kernels
 from adapters import adapter_spec, set_trained
 from bench_gpu import HERE, bench_kernels, conditions, curve, gpu, options, tune
 from configurator import configure
-from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
+from data import Mixture, collate, load_tokenizer
 from errors import UserError, user_error_hook
 from images import View, sides
 from model import ModelConfig, build_vlm
+from prepare import open_source
 from vision import SigLIP, SigLIPConfig
 
 
@@ -274,10 +275,9 @@ def data(argv):
     tokenizer = load_tokenizer(there('tokenizer.*')[0])
     size, T = own['image_size'], own['seq_len']
     view = View(size, own['n_token'] or (size // 14) ** 2, own['resize'])
-    sources = [TextSource(path, tokenizer, T) for path in there('text')]
-    sources += [CaptionSource(path, tokenizer, T, view) for path in there('captions')]
     root = (there('instruct/images') or there('instruct') or [''])[0]
-    sources += [InstructSource(path, root, tokenizer, T, view) for path in there('instruct/*.json')]
+    sources = [open_source(path, tokenizer, T, view, root) for pattern in ('text', 'captions', 'instruct/*.json')
+               for path in there(pattern)]
     if not sources:
         raise UserError(f"{folders[0]} has none of text/, captions/, instruct/*.json")
     print(conditions(torch.device('cpu')))

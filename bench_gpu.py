@@ -2,7 +2,6 @@
 What only a GPU can show: our kernels against PyTorch's, the search of their config tables, and all of it as one page.
 bench.py's commands kernels, tune, curve and gpu are functions here.
 """
-import ast
 import contextlib
 import functools
 import os
@@ -23,7 +22,9 @@ import costs
 import fused
 import kernels
 import policy
+from configurator import Key, convert
 from errors import UserError
+from files import write_whole
 from model import build_vlm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,14 +35,10 @@ def options(argv, **defaults):
     rest, found = [], dict(defaults)
     for arg in argv:
         key, _, text = arg.removeprefix('--').partition('=')
-        if not arg.startswith('--') or key not in defaults:
+        if arg.startswith('--') and key in defaults:
+            found[key] = convert(key, text, Key(defaults[key], '', ''), 'command line')
+        else:
             rest.append(arg)
-            continue
-        try:
-            value = text if isinstance(defaults[key], str) else ast.literal_eval(text.capitalize())
-            found[key] = type(defaults[key])(value)
-        except (ValueError, TypeError, SyntaxError) as e:
-            raise UserError(f"{arg}: expected a value such as {defaults[key]!r}") from e
     return found, rest
 
 
@@ -346,7 +343,6 @@ def run_parts(parts, out, seconds, title):
     Run bench.py's commands (or, after '-m', modules) as processes, each within its own limit and the `seconds` of all;
     after each, out/page.md holds what there is.
     """
-    os.makedirs(out, exist_ok=True)
     path, page, begin = os.path.join(out, 'page.md'), f"# {title}\n", time.monotonic()
     for name, limit, command in parts:
         limit = max(0, min(limit, seconds - (time.monotonic() - begin)))
@@ -361,9 +357,7 @@ def run_parts(parts, out, seconds, title):
             f.seek(0)
             text = f.read()[-20_000:].strip()
         page += f"\n## {name} ({time.monotonic() - start:.0f} s{note})\n\n```\n{text}\n```\n"
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.write(page)
-        os.replace(path + '.tmp', path)
+        write_whole(path, page)
     print(page)
 
 

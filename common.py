@@ -1,7 +1,7 @@
 """
-What the training stages share: the optimizer, one run's bookkeeping. Nothing here decides what is trained. Schedules
-are schedules.py's, checkpoint folders checkpoint.py's, the log is log.py's, what a run costs is costs.py's, processes
-and devices are processes.py's, whose names are names here, too.
+What the training stages share: the optimizer, one run's bookkeeping. Nothing here decides what is trained. Checkpoint
+folders are checkpoint.py's, the log is log.py's, what a run costs is costs.py's. The names of schedules.py, and those
+of processes.py (processes, devices), are names here, too.
 """
 import glob
 import itertools
@@ -22,7 +22,7 @@ from kernels import IGNORE_INDEX
 from log import Logger, StepReader, memory_gib
 from mixture import COUNTS, Loader, Mixture
 from processes import Process, StopSignal, accumulation, distribute, pick_device, setup_process  # noqa: F401
-from schedules import check_schedule, lr_at
+from schedules import check_schedule, cooldown_lr, lr_at, main_lr, remaining_lr, top_lr  # noqa: F401
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
@@ -111,18 +111,8 @@ def loss_weights(counts, rule):
 
 class Run:
     """
-    A run of one stage: its folder, the checkpoint it goes on from, its position, and what it has counted so far.
-
-        run = Run(process, __file__, config, out_dir, init_from, stages)    # resumes, or starts from init_from
-        run.plan(max_steps, keep)                                           # ends here when the run is finished
-        run.begin(stage=..., model=..., ...)                                # the folder, the log
-        for step in range(run.first_step, run.last_step):
-            micro, counts = run.take(batches)                               # None, None: asked to stop
-            ...                                                             # forward, backward, optimizer: the stage's
-            run.record(...)                                                 # a line of the log
-            if run.due():
-                run.save()
-        run.finish()
+    A run of one stage: its folder, the checkpoint it goes on from, its position, and what it has counted so far. The
+    loops of the stage scripts show its methods in their order; plan() and finish() may end the process.
     """
     def __init__(self, process, script, config, out_dir, init_from, stages):
         """

@@ -302,7 +302,7 @@ def run(opt):
             asked[task.name] = result
             process.print(f"{task.name}: {100 * result['score']:.2f} on {result['n']} in {result['seconds']:.0f} s")
             if process.master:
-                write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
+                write_whole(out / 'predictions' / f'{task.name}.jsonl', records)
     if process.master:
         write_results(out, content, asked, opt)
         for file in (file for task in tasks for file in journal_files(journal, task)):
@@ -326,7 +326,7 @@ def score(opt, name, path):
         print('\n'.join([table({tasks[0].name: result}), TABLE_NOTES]))
         return result
     out = Path(opt.out_dir)
-    write_whole(out / 'predictions' / f'{tasks[0].name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
+    write_whole(out / 'predictions' / f'{tasks[0].name}.jsonl', records)
     content = {'schema': 1, 'ckpt': '', 'config': vars(opt), 'meta': {'stage': 'predictions'}, 'torch': ''}
     write_results(out, content, {tasks[0].name: result}, opt)
     return result

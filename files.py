@@ -146,10 +146,8 @@ def writing(path):
 
 def write_whole(path, content):
     """write_file, but the file is whole or not there; raises UserError when it cannot be written."""
-    with writing(path):
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with whole(path) as temporary:
-            write_file(temporary, content)
+    with writing(path), whole(path) as temporary:
+        write_file(temporary, content)
 
 
 def bounded(size, limit, where=''):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from errors import UserError, leave, printable, reading
+from files import write_whole, writing
 
 
 class StepReader:
@@ -105,13 +106,9 @@ class Logger:
         if step and os.path.exists(path):
             with reading(path, 'a log'), open(path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n') and _step_of(line) <= step]
-        try:
-            with open(path + '.tmp', 'w', encoding='utf-8') as f:
-                f.writelines(lines)
-            os.replace(path + '.tmp', path)
+        with writing(path):
+            write_whole(path, ''.join(lines))
             self.file = self.opened.enter_context(open(path, 'a', encoding='utf-8', buffering=1))
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e}); nothing is lost") from e
         if sys.stderr.isatty():
             self.bar = self.opened.enter_context(tqdm(total=max_steps, initial=step, unit='step', dynamic_ncols=True))
         try:

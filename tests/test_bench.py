@@ -61,8 +61,8 @@ def test_fit_finds_the_largest_micro_batch(capsys):
     assert int(rows[0][2]) <= int(rows[1][2]) and float(rows[3][4]) < float(rows[1][4])
     bench.fit(['config/finetune.py', '--script=finetune.py', '--data_dir=/nowhere', '--gpu_gib=16'])
     assert 'none fits' in capsys.readouterr().out
-    for given, message in (('--n_gpu=7', 'expected a divisor of global_batch_size=256'), ('--n_gpu=x', 'such as 8'),
-                           ('--gpu_gib=', 'such as 80.0')):
+    for given, message in (('--n_gpu=7', 'expected a divisor of global_batch_size=256'), ('--n_gpu=x', 'like the default 8'),
+                           ('--gpu_gib=', 'like the default 80.0')):
         with pytest.raises(UserError, match=message):
             bench.fit(['config/text.py', given])
 
