@@ -1,9 +1,12 @@
 """
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
+    python checkpoint.py merge CHECKPOINT OUT            # a model with adapters as an ordinary one
+    python checkpoint.py merge BASE OUT ADAPTERS         # the same from the adapters.safetensors of a run on BASE
+
 Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
-(moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. Nothing is
-unpickled: safetensors, weights_only, JSON.
+(moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. A model
+with adapters has what trains once more, in adapters.safetensors. Nothing is unpickled: safetensors, weights_only, JSON.
 """
 import base64
 import contextlib
@@ -15,12 +18,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from adapters import SPEC, add_adapters, merge_adapters
 from data import load_tokenizer
-from errors import Field, UserError, check, first_line, reading
+from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
 from model import DECODER, build_vlm
 from weights import fill, finite, read_json, read_pt, tensors
@@ -40,7 +46,9 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT}),
+        'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
+                           optional=True), 'image_id': COUNT,
+        'adapters': Field(dict, of=SPEC, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -63,6 +71,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
     """
     state = {k: v.contiguous() for k, v in _gathered(model.state_dict(), master).items()}
     moments = None if optimizer is None else optimizer_state(optimizer, master)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if not master:
         return
     final = os.path.join(out_dir, name)
@@ -72,7 +81,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
         if not os.path.exists(final) or newest != os.path.realpath(final):          # else it is there already
             shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
-            _write_checkpoint(tmp, state, moments, tokenizer, meta, encoder_file)
+            _write_checkpoint(tmp, state, moments, tokenizer, meta, encoder_file, trained)
             if os.path.lexists(final):                                # an older run's, or one that a kill left unlinked
                 os.rename(final, os.path.join(out_dir, f'.tmp_old_{name}'))
             os.rename(tmp, final)
@@ -94,7 +103,7 @@ def save_checkpoint(out_dir, name, model, optimizer, tokenizer, meta, *, encoder
     _fsync(out_dir)
 
 
-def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file):
+def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', trained=()):
     """The files of one checkpoint, each fsynced."""
     meta = dict(meta, schema=SCHEMA, tokenizer_path=os.path.basename(tokenizer.path),
                 tokenizer_sha256=tokenizer.sha256, commit=git_commit(), torch=torch.__version__,
@@ -103,6 +112,9 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file):
     save_file({k: v for k, v in state.items() if k not in encoder}, os.path.join(folder, 'model.safetensors'))
     if encoder:
         _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
+    if meta['spec'].get('adapters'):
+        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'),
+                  {'adapters': json.dumps(meta['spec']['adapters'])})
     if moments is not None:
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
@@ -350,7 +362,7 @@ def restore_rng(meta, folder):
 
 def load_vlm(folder, device='cpu'):
     """
-    A checkpoint as a model for evaluation.
+    A checkpoint as a model for evaluation, its adapters merged.
     folder   a checkpoint folder; returns (VLM in eval mode on device, float32, Tokenizer, meta dict)
     Raises UserError with one line when something is missing or does not fit.
     """
@@ -358,7 +370,36 @@ def load_vlm(folder, device='cpu'):
     meta = read_meta(folder)
     model = build(folder, meta['spec'])
     load_weights(model, folder, meta)
+    merge_adapters(model)
     return model.to(device).eval().requires_grad_(False), read_tokenizer(folder, meta), meta
+
+
+def merge(folder, out, adapters=''):
+    """
+    Write a checkpoint with adapters, or a base with a run's adapters.safetensors, as an ordinary one in a new folder.
+    Raises UserError for adapters of another base.
+    """
+    model, tokenizer, meta = load_vlm(folder)
+    if adapters:
+        with reading(adapters, 'the adapters.safetensors of a run'), safe_open(adapters, 'pt') as file:
+            spec = json.loads(file.metadata()['adapters'])
+            check(spec, Field(dict, of=SPEC), adapters)
+        base = meta['files']['model.safetensors']['sha256']
+        if spec['base'] != base:
+            raise UserError(f"{adapters}: adapters of the base with sha256 {spec['base'][:12]}..., that of {folder} is "
+                            f"{base[:12]}...: give the checkpoint that they were trained on")
+        add_adapters(model, spec)
+        fill(model, tensors(adapters))
+        merge_adapters(model)
+    elif not meta['spec'].pop('adapters', None):
+        raise UserError(f"{folder} has no adapters: nothing to merge")
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: give a new folder")
+    tmp = f'{os.path.normpath(out)}.tmp'
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    _write_checkpoint(tmp, model.state_dict(), None, tokenizer, meta)
+    os.rename(tmp, out)
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -371,7 +412,9 @@ def check_resume(meta, config, folder, stages, keys):
     if meta['stage'] not in stages:
         raise UserError(f"{folder} is of stage {meta['stage']!r}, expected {' or '.join(stages)}: give another "
                         "--out_dir")
-    before = meta['config']
+    before = dict(meta['config'])
+    if before.get('train_encoder'):              # the key's name before there was more to freeze
+        before.setdefault('freeze', 'none')
     for key, value in config.items():
         old = _tuples(before.get(key, keys[key].default))
         if not keys[key].free and old != value:
@@ -387,8 +430,10 @@ def _tuples(value):
 def check_spec(meta, spec, folder):
     """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
     for part in ('decoder', 'encoder', 'projector'):
-        for key, old in (meta['spec'].get(part) or {}).items():
-            new = (spec[part] or {}).get(key)
+        there, here = meta['spec'].get(part) or {}, spec[part] or {}
+        keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
+        for key in keys:
+            old, new = there.get(key), here.get(key)
             if spec[part] is not None and key != 'seq_len' and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")
@@ -403,3 +448,10 @@ def how_to_make(path, scale):
     scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
     script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
     return f'make it with: python {script} config/{name}.py{scale_file}'
+
+
+if __name__ == '__main__':
+    sys.excepthook = user_error_hook
+    if len(sys.argv) not in (4, 5) or sys.argv[1] != 'merge':
+        raise UserError('usage: python checkpoint.py merge CHECKPOINT OUT, or merge BASE OUT ADAPTERS')
+    merge(*sys.argv[2:])

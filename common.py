@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import costs
+from adapters import NAMES, adapter_spec, add_adapters
 from configurator import config_keys
 from data import TextSource
 from errors import BadSample, UserError, leave, reading
@@ -84,19 +85,20 @@ def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     AdamW over the parts of a VLM that train.
     shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
     decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
-             dimensions, so gains and biases do not (Prismatic)
+             dimensions, so gains and biases do not (Prismatic); adapters never do
     returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
     for part, share in shares.items():
         module = getattr(model, part)
         named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
-        decayed = [(n, p) for n, p in named if decay == 'all' or p.ndim >= 2]
-        others = [(n, p) for n, p in named if not (decay == 'all' or p.ndim >= 2)]
-        for pairs, strength in ((decayed, weight_decay), (others, 0.0)):
-            if pairs:
+        decayed = {n for n, p in named if (decay == 'all' or p.ndim >= 2) and not n.endswith(NAMES)}
+        for strength, falls in ((weight_decay, True), (0.0, False)):
+            if pairs := [(n, p) for n, p in named if (n in decayed) == falls]:
                 names, params = zip(*pairs)
                 groups.append(dict(params=list(params), names=list(names), share=share, weight_decay=strength))
+    if not groups:
+        raise UserError("freeze='decoder' leaves nothing to train in a model without images: give --freeze=none")
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
@@ -108,6 +110,7 @@ def optimizer_step(optimizer, lr, clip):
     params = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm          # fsdp: of all processes, on the device
+    norm = norm.to(optimizer.param_groups[0]['params'][0].device)                # of no gradients it is on the CPU
     torch.nn.utils.clip_grads_with_norm_(params, clip if clip > 0 else math.inf, norm)
     bad = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
@@ -183,7 +186,7 @@ class Run:
         .text_rows. ckpt_last is looked up once, after the folder's lock is taken.
         """
         self.process, self.config, self.out_dir, self.init_from = process, config, out_dir, init_from
-        self.stop_signal = StopSignal()
+        self.stop_signal, self.asked_adapters = StopSignal(), adapter_spec(config)
         self.n_micro, self.micro_batch_size = accumulation(config['global_batch_size'], config['micro_batch_size'],
                                                            process.world_size)
         self.folder = self._lock_and_find_last()
@@ -259,6 +262,22 @@ class Run:
                                f"{self.config['micro_batch_size']} that divides {self.config['global_batch_size']} "
                                f"sequences among {self.process.world_size} processes")
 
+    def add_adapters(self, model, spec):
+        """
+        Put the adapters that the config asks for on a model whose base is loaded, drawn from seed + 4, and into its
+        description. Those of a base stay, alone. Returns whether there are fresh ones.
+        """
+        asked, theirs = self.asked_adapters, spec.get('adapters')
+        if asked and theirs and theirs != dict(asked, base=theirs['base']):
+            self.process.print(f"!!! the lora keys have no effect: {self.folder} brings its own adapters")
+        if theirs or not asked:
+            return False
+        base = self.meta['files']['model.safetensors']['sha256'] if self.meta else ''      # '': OpenLM's own file
+        spec['adapters'] = dict(asked, base=base)
+        torch.manual_seed(self.config['seed'] + 4)
+        add_adapters(model, spec['adapters'])
+        return True
+
     def text_mixture(self, patterns, tokenizer, seq_len, start=None):
         """
         A config's text as a Mixture, in the order that stage 1 gave it.
@@ -309,6 +328,8 @@ class Run:
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
         may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
+            may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
             raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from "
@@ -336,9 +357,9 @@ class Run:
                           base=self.base, config=self.config, sources=self._compare_sources(mixture))
         self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
-        self.image_flops = 0
+        self.image_flops, self.trains = 0, costs.what_trains(model.decoder)
         if self.process.device.type == 'cuda':                   # else no share of a peak is logged
-            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config['train_encoder']))
+            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config))
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
         self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''
@@ -355,10 +376,14 @@ class Run:
                              wandb=config['wandb'], tensorboard=config['tensorboard'], config=config)
         self.reader, self.time = StepReader(self.process, self.logger, mixture.names), time.perf_counter()
         self.process.print(
-            f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, {self.max_steps} steps of "
+            f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} train, {self.max_steps} steps of "
             f"{config['global_batch_size']} sequences, {self.n_micro} micro-steps, {self.process.world_size} processes "
             f"on {self.process.device.type} in {str(self.process.dtype)[6:]}, lr {lr_at(0, schedule):.3e} -> "
             f"{lr_at(self.max_steps - 1, schedule):.3e}")
+        if model.n_token:                                        # whatever their number: the same samples, and seq_len
+            self.process.print(f"an image takes {model.n_token} of a row's {config['seq_len']} positions: "
+                               f"{config['seq_len'] - model.n_token} are left for text")
 
     def take(self, batches):
         """
@@ -398,7 +423,7 @@ class Run:
         self.time = now
         tokens = float(sum(counts[k].sum() for k in ('n_text', 'n_image_position', 'n_pad')))
         rate = tokens / (now - before)
-        flops = sum(costs.decoder_flops(self.model.decoder.config, *batch.tokens.shape, len(batch.kept))
+        flops = sum(costs.decoder_flops(self.model.decoder.config, *batch.tokens.shape, len(batch.kept), **self.trains)
                     + self.image_flops * (0 if batch.images is None else len(batch.images)) for batch in self.micro)
         line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
                     mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,

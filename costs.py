@@ -12,9 +12,11 @@ import os
 import torch
 
 import kernels
+from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
+from connectors import projector_spec
 from model import build_vlm, vlm_spec
-from vision import SigLIP, SigLIPConfig, encoder_files
+from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
@@ -32,22 +34,31 @@ def model_flops_utilisation(flops_per_s, device):
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 
-def decoder_flops(c, n_row, n_position, n_kept):
+def decoder_flops(c, n_row, n_position, n_kept, frozen=False, rank=0):
     """
     FLOPs of forward and backward of the decoder and the loss on one micro-batch, as the module's docstring counts.
     c        ModelConfig; n_row rows of n_position positions, n_kept kept targets in all
+    frozen   its own weights have no gradient; rank of its adapters, 0 = none (DoRA's norms, below 1 %, do not count)
     """
     layer, ffn = 4 * c.n_embd ** 2 + 3 * c.n_embd * c.n_ffn, 3 * c.n_embd * c.n_ffn
     positions, pairs = n_row * n_position, n_row * n_position * (n_position + 1) // 2
     products = positions * (c.n_layer * layer - ffn) + n_kept * (ffn + c.n_embd * c.vocab_size)
-    return 6 * (products + c.n_layer * 2 * c.n_embd * pairs)
+    low, low_ffn = rank * (8 * c.n_embd + 3 * c.n_ffn), rank * (2 * c.n_embd + 3 * c.n_ffn)
+    low = positions * (c.n_layer * low - low_ffn) + n_kept * low_ffn
+    return (4 if frozen else 6) * products + 6 * (low + c.n_layer * 2 * c.n_embd * pairs)
 
 
-def meta_vlm(spec, train_encoder):
-    """A description's model without memory, its encoder frozen or not; no random number is drawn."""
-    model = build_vlm(spec).to('meta')
-    if model.encoder is not None:
-        model.encoder.requires_grad_(train_encoder)
+def what_trains(decoder):
+    """decoder_flops' frozen and rank, of a Decoder after set_trained."""
+    layer = decoder.layers[0].attention.in_proj
+    return dict(frozen=not decoder.output.weight.requires_grad,
+                rank=len(layer.lora_A) if isinstance(layer, AdaptedLinear) else 0)
+
+
+def meta_vlm(spec, config):
+    """A description's model without memory, with adapters and frozen as a config says; no random number is drawn."""
+    model = build_vlm(dict(spec, adapters=spec.get('adapters') or adapter_spec(config))).to('meta')
+    set_trained(model, config['freeze'])
     return model
 
 
@@ -59,15 +70,16 @@ def image_costs(model):
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    size, kept = model.encoder.image_size, {}
+    n, kept = model.n_token, {}
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
-        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
+        if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
             storage = t.untyped_storage()
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(1, 3, size, size, dtype=torch.uint8, device='meta'))
+        features = model.image_features(torch.empty(1, 3, *sides(model.encoder.image_size), dtype=torch.uint8,
+                                                    device='meta'))
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -90,29 +102,37 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     K = N if n_kept is None else n_kept
     size = lambda module, trained=True: sum(p.numel() for p in module.parameters() if p.requires_grad == trained) \
         if module else 0
-    trained, blocks = size(model), size(model.decoder.layers)
-    block, root = blocks // c.n_layer, trained - blocks
+    trained, frozen, copied = size(model), size(model, False), size(model.encoder, False)
+    how, blocks_trained = what_trains(model.decoder), size(model.decoder.layers)
+    blocks = blocks_trained + size(model.decoder.layers, False)
     if parallel == 'fsdp':
         # the root group is whole; so are the block that runs, the next on its way, what is copied, a block's gradients
-        weights, whole = 16 * trained / n_process, 4 * root + block * (3 * width + 4)
+        root, frozen = trained + frozen - copied - blocks, copied + (frozen - copied) / n_process
+        weights, whole = 16 * trained / n_process, 4 * root + (3 * width * blocks + 4 * blocks_trained) // c.n_layer
     else:
         weights, whole = 16 * trained, 2 * (blocks + size(model.projector)) if width == 2 else 0
     # attention keeps its input, the norm's output, q, k, v, both rotated, its own output: 8 C; the feed-forward its
     # input, the norm's output, gate, up, silu(gate) and their product: 2 C + 4 F
     attention, ffn = 8 * c.n_embd * width, (2 * c.n_embd + 4 * c.n_ffn) * width
+    if getattr(model.decoder.layers[0].attention.in_proj, 'magnitude', None) is not None:
+        # what the magnitudes scale: every linear layer's output
+        attention, ffn = attention + 4 * c.n_embd * width, ffn + (c.n_embd + 2 * c.n_ffn) * width
+    elif how['frozen'] and not how['rank']:                  # no linear layer's input
+        attention, ffn = attention - c.n_embd * width, ffn - (c.n_embd + c.n_ffn) * width
     layers = (c.n_layer * attention + (c.n_layer - 1) * ffn) * N + ffn * K
     block_work = N * (2 * c.n_ffn + c.n_embd) * width        # gradients of gate and up, and of the residual stream
     if checkpointing:
         layers, block_work = c.n_layer * 4 * c.n_embd * N, block_work + N * (attention + ffn)
     logits, head = K * c.vocab_size * width, 4 * c.vocab_size * c.n_embd
+    gradient = head * (not how['frozen'])
     if parallel == 'fsdp':
-        block_work += head                                   # the output matrix's gradient waits for the root's end
+        block_work += gradient                               # the output matrix's gradient waits for the root's end
     kept = logits <= kernels.KEEP_LOGITS_BYTES['cuda' if width == 2 else 'cpu']
     columns = kernels.CHUNK_COLUMNS if width == 2 else 0
     chunk = min(logits, max(kernels.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
-    loss_work = logits * kept + max(chunk * (1 if kept else 2), head * (1.5 if width == 2 else 1))
-    return {'weights': weights, 'frozen': 4 * size(model, False), 'whole': whole,
+    loss_work = logits * kept + max(chunk * (1 if kept else 2), gradient + head / 2 * (width == 2))
+    return {'weights': weights, 'frozen': 4 * frozen, 'whole': whole,
             'activations': layers + 2 * K * c.n_embd * width + n_image * per_image * width / 4,
             'work': max(loss_work, block_work)}
 
@@ -132,8 +152,9 @@ def described(config, image_id, images):
     if missing:
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
-            tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'))
+            shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
+            tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
+        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token))
     return spec
 
 
@@ -149,8 +170,9 @@ def run_flops(config, model, per_image, max_steps):
     """FLOPs of a whole run, in parts; every row at seq_len, and every target kept but those at images."""
     images = config['image_ratio'] if 'image_ratio' in config else 1 - config['text_share']
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
-    n_token = model.encoder.n_token if model.encoder is not None else 0
-    with_image, without = decoder_flops(c, 1, T, max(1, T - n_token)), decoder_flops(c, 1, T, T)
+    how = what_trains(model.decoder)
+    with_image = decoder_flops(c, 1, T, max(1, T - model.n_token), **how)
+    without = decoder_flops(c, 1, T, T, **how)
     return {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
 
 
@@ -159,9 +181,8 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     config = {**config, **changed}
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
-    n_token = model.encoder.n_token if model.encoder is not None else 0
-    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if n_token else 0,
-                  per_image=per_image, n_kept=B * (config['seq_len'] - n_token * (images == 1)), width=width,
+    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_token else 0,
+                  per_image=per_image, n_kept=B * (config['seq_len'] - model.n_token * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 
@@ -173,23 +194,26 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     """
     tokens = config['global_batch_size'] * config['seq_len']
     print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
-    model = meta_vlm(spec, config['train_encoder'])
+    model = meta_vlm(spec, config)
     flops, kept = image_costs(model)
     n = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    trained = sum(n.values()) - n.get('encoder', 0) * (not config['train_encoder'])
+    trained = {part: sum(p.numel() for p in module.parameters() if p.requires_grad)
+               for part, module in model.named_children()}
+    total = sum(trained.values())
     stored = n['decoder'] + n.get('projector', 0)
     steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
     states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
     gib = lambda n_byte: f'{n_byte / 2 ** 30:.2f} GiB'
-    print('parameters: ' + ', '.join(f'{part} {count:,}' for part, count in n.items()))
+    print('parameters: ' + ', '.join(f'{part} {count:,}' for part, count in n.items())
+          + f'; {total:,} train')
     parts = run_flops(config, model, flops, max_steps)
     print(f"FLOPs: {sum(parts.values()):.3e} ({', '.join(f'{part} {count:.3e}' for part, count in parts.items())})")
     hours = sum(parts.values()) / (PEAK_FLOPS['A100'] * ASSUMED_UTILISATION * 3600)
     print(f"GPU hours: {hours:,.{0 if hours >= 100 else 3}f} on A100s at an assumed {ASSUMED_UTILISATION:.0%} of "
           f"{PEAK_FLOPS['A100'] / 1e12:.0f} TFLOP/s")
     print(f"disk: up to {n_keep + steps} checkpoints of {gib(4 * stored)}, {states} optimizer states of "
-          f"{gib(8 * trained)}, the encoder {gib(4 * n.get('encoder', 0))}"
-          + (' in each' if config['train_encoder'] else ' once'))
+          f"{gib(8 * total)}, the encoder {gib(4 * n.get('encoder', 0))}"
+          + (' in each' if trained.get('encoder') else ' once'))
     print(f"memory per process at micro_batch_size={config['micro_batch_size']}, an estimate of its tensors (plain, "
           "with activation_checkpointing):")
     for parallel, n_process in (('ddp', 1), ('fsdp', 8)):

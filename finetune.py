@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import common
 import costs
+from adapters import set_trained
 from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
@@ -38,19 +39,29 @@ boxes = 'original'                      # ['original' | 'letterbox'] its boxes a
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
 text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
-encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next six are for a
-                                        # base without an encoder, and as in pretrain.py
+encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next nine are for
+                                        # a base without an encoder, and as in pretrain.py
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir
 encoder_fusion = 'channel'              # ['channel' | 'interleave']
 encoder_layer = -2                      # as in pretrain.py
 encoder_norm = False                    # as in pretrain.py
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] as pretrain.py's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] as pretrain.py's
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
-train_encoder = False                   # frozen is the paper's choice (appendix D)
+neftune = 0.0                           # [>= 0] noise on text, within neftune / sqrt(positions x width) (2310.05914)
+shuffle_turns = False                   # True = the questions of a conversation in another order each epoch
+freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is (appendix D)
+lora_rank = 0                           # [>= 0, <= 65536] of adapters, which train in their part's stead; 0 = none
+lora_alpha = 0.0                        # [>= 0] their scale is alpha / rank; 0 = 2 x rank, as LLaVA-1.5 (128 and 256)
+rslora = False                          # True = alpha / sqrt(rank) (arXiv 2312.03732)
+dora = False                            # True = DoRA, a magnitude and a direction (arXiv 2402.09353)
+lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both'] every linear layer of its blocks
 seq_len = 2048                          # [>= 1] longest row with its image; longer conversations are cut
 n_epoch = 4                             # [>= 0] passes, under one cosine; the paper: 1, 2, 3, 4 (figure 8: up to 6)
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from n_epoch
@@ -120,7 +131,7 @@ run = common.Run(process, __file__, config, out_dir, init_from, stages=('finetun
 if not run.meta:
     raise UserError(f"{init_from} is not a checkpoint of these scripts: stage 3 needs one, of stage 2 or of stage 1")
 tokenizer = checkpoint.read_tokenizer(run.folder, run.meta)
-spec = run.meta['spec']
+spec = dict(run.meta['spec'])
 fresh_projector = spec['encoder'] is None                        # a base of stage 1: Prismatic's way
 if fresh_projector:
     common.require(dict.fromkeys(encoder_files(config).values(), data_hint), dry_run)
@@ -129,18 +140,18 @@ if fresh_projector:
 elif not run.resumed:
     default = {key: rule.default for key, rule in config_keys(__file__).items()}
     for key in ('encoder', 'encoder_path', 'dinov2_path', 'encoder_fusion', 'encoder_layer', 'encoder_norm',
-                'image_size'):
+                'projector', 'token_mode', 'image_tokens', 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
-            process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
+            process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder, projector")
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
 model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.encoder.n_token,
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_token,
                       model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
-                      boxes=boxes)
+                      boxes=boxes, shuffle_turns=shuffle_turns)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut
@@ -164,8 +175,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
 checkpoint.load_weights(model, run.folder, run.meta, ('encoder.', 'projector.') if fresh_projector else ())
+run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
-model.encoder.requires_grad_(train_encoder)
+set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
     for block in model.decoder.layers:
@@ -196,9 +208,10 @@ for step in range(run.first_step, run.last_step):
         batch = batch.to(process.device, non_blocking=True)
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         weights = weights if batch.weights is None else weights * batch.weights
+        noise = batch.noise(neftune, model.decoder.config.n_embd) if neftune else None                   # (B,T,C)
         with process.autocast():
             loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.kept)
+                                        batch.kept, noise)
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss)
     if counts['n_image'].sum() == 0:

@@ -14,7 +14,7 @@ from errors import BadSample, UserError, first_line, reading
 from files import Index, Shards, cached_index, find, read_at, read_whole, reading_item, stamp_of
 from images import RESIZE, open_image
 from kernels import IGNORE_INDEX
-from mixture import Sample
+from mixture import Sample, permute
 from weights import MAX_JSON_BYTES
 
 # What is larger is refused before it is read or unpacked. Beside each bound: what real data needs.
@@ -28,7 +28,7 @@ BOX = re.compile(r'\[([01]\.\d{1,3}(?:, ?[01]\.\d{1,3}){3})\]')
 
 def check_room(name, seq_len, n_token, resize):
     if seq_len < n_token + 2:
-        raise UserError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
+        raise UserError(f"{name}: seq_len={seq_len} does not hold image_tokens={n_token}, a separator and text; "
                         f"expected at least {n_token + 2}")
     if resize not in RESIZE:
         raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")
@@ -61,6 +61,7 @@ class InstructSource:
     loss_average  'token' = every kept target weighs 1; 'answer' = each answer with its sep weighs 1 in total (less
                   where seq_len cuts it)
     split_turns   True = a row per question, each with image and system prompt; they share one encoded image
+    shuffle_turns True = the questions, each with its answer, come in the order of draw's key; the image stays first
     boxes         the frame of boxes such as [0.25, 0.10, 0.75, 0.90] in the texts: 'original' = shares of the photo,
                   left as they are; 'letterbox' = shares of the photo padded to a square (original_box)
     .note         lines for the user about missing images and questions that are cut; else ''
@@ -70,12 +71,16 @@ class InstructSource:
     items_per_row = 1
 
     def __init__(self, json, image_root, tokenizer, seq_len, n_token, image_size, resize='letterbox', system_prompt='',
-                 loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original'):
+                 loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original',
+                 shuffle_turns=False):
         check_room(name, seq_len, n_token, resize)
         for key, value, words in (('loss_average', loss_average, ('token', 'answer')),
                                   ('boxes', boxes, ('original', 'letterbox'))):
             if value not in words:
                 raise UserError(f"{name}: {key}={value!r}: expected {words[0]!r} or {words[1]!r}")
+        if shuffle_turns and split_turns:
+            raise UserError(f"{name}: shuffle_turns with split_turns: a question alone in its row has no order")
+        self.shuffle_turns = shuffle_turns
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
         self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
         self.loss_average, self.split_turns, self.boxes, self.shards = loss_average, split_turns, boxes, Shards()
@@ -131,6 +136,10 @@ class InstructSource:
             return json.loads(read_at(stamp, *self.entries[index, :2].tolist(), MAX_TEXT_BYTES))
 
     def __getitem__(self, index):
+        return self.draw(index)
+
+    def draw(self, index, key=None):
+        """Return the Sample of an entry; key: 64 bits that the order of shuffle_turns follows, None = as they are."""
         entry = self._entry(index)
         stamp, r = self.shards.locate(index)
         with reading_item(f"{stamp[0]}: entry {r}"):
@@ -138,7 +147,10 @@ class InstructSource:
             image = self._open_image(name) if name else None
             if image and self.boxes == 'letterbox':
                 turns = [original_boxes(text, *image.size) for text in turns]
-            sample = self._layout([turns[i:i + 2] for i in range(0, len(turns), 2)], self.n_token if image else 0)
+            pairs = [turns[i:i + 2] for i in range(0, len(turns), 2)]
+            if self.shuffle_turns and key is not None:
+                pairs = [pairs[permute(i, len(pairs), key)] for i in range(len(pairs))]
+            sample = self._layout(pairs, self.n_token if image else 0)
             if image:
                 sample.images, sample.image_keys = [RESIZE[self.resize](image, self.image_size)], [name]
         sample.source, sample.id = self.name, self._name(index)

@@ -49,6 +49,7 @@ class Sample:
     image_keys: list = field(default_factory=list)       # equal keys of a source are one image; empty = all differ
     n_truncated: int = 0                                 # 1 when the item was cut to seq_len
     bad: list = field(default_factory=list)              # messages of the bad items that this one replaces
+    key: int = 0                                         # 64 bits of this draw: what is random in it follows from them
 
 
 class Batch(NamedTuple):
@@ -56,7 +57,8 @@ class Batch(NamedTuple):
     tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
     slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
     str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the items
-    that were replaced; stats {source: {one of COUNTS: int}}.
+    that were replaced; stats {source: {one of COUNTS: int}}; rows: (Sample.key plus the row's place in it, positions
+    without pads) of each row.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -68,6 +70,7 @@ class Batch(NamedTuple):
     kept: torch.Tensor
     bad: list[str]
     stats: dict
+    rows: list[tuple[int, int]]
 
     def _map(self, f):
         return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in self])
@@ -79,6 +82,17 @@ class Batch(NamedTuple):
     def pin_memory(self):
         """Return the batch in page-locked memory, so that to(device, non_blocking=True) overlaps with the GPU."""
         return self._map(lambda t: t.pin_memory())
+
+    def noise(self, alpha, width):
+        """
+        NEFTune's noise (arXiv 2310.05914) on the rows' embeddings: uniform in +-alpha / sqrt(positions * width), drawn
+        from each row's own key; returns (B,T,width) float32 on the batch's device, 0 at pads.
+        """
+        noise = torch.zeros(*self.tokens.shape, width, device=self.tokens.device)
+        for row, (key, n) in zip(noise, self.rows):
+            generator = torch.Generator(noise.device).manual_seed(key % 2 ** 63)
+            row[:n].uniform_(-1, 1, generator=generator).mul_(alpha / (n * width) ** 0.5)
+        return noise
 
 
 def collate(samples, pad_id, pad_to=0, names=None):
@@ -132,7 +146,9 @@ def collate(samples, pad_id, pad_to=0, names=None):
                  torch.tensor(slots, dtype=torch.int64) if images else None,
                  torch.from_numpy(weights) if weights is not None else None,
                  torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,
-                 [message for s in samples for message in s.bad], stats)
+                 [message for s in samples for message in s.bad], stats,
+                 [(s.key + r, int(np.count_nonzero(t != pad_id))) for s in samples
+                  for r, (t, _, _) in enumerate(_rows_of(s))])
 
 
 def _rows_of(s):
@@ -272,9 +288,11 @@ class Mixture:
     def __getitem__(self, n):
         shuffled, k = self.locate(n)
         name, index, bad = shuffled.name, shuffled.item(k), []
+        key = _hash(shuffled.seed, name, 'draw', k)
+        draw = getattr(shuffled.source, 'draw', None)    # of a source whose items differ from draw to draw
         while True:
             try:
-                sample = shuffled.source[index]
+                sample = draw(index, key) if draw else shuffled.source[index]
             except BadSample as e:
                 if not shuffled.lenient:
                     raise
@@ -284,7 +302,7 @@ class Mixture:
                 index = _hash(shuffled.seed, name, k, len(bad)) % len(shuffled.source)
                 continue
             if isinstance(sample, Sample):
-                sample.source, sample.bad = name, bad
+                sample.source, sample.bad, sample.key = name, bad, key
             return sample
 
     def counts(self, n):

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
-from connectors import PROJECTORS
+from adapters import add_adapters
+from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
@@ -204,11 +205,13 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model.
+    paper's choice). encoder and projector are None for a text-only model. n_token: positions of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
@@ -221,18 +224,20 @@ class VLM(nn.Module):
             features = self.encoder(images)
         return self.projector(features)
 
-    def embed(self, tokens, images=None, image_index=None):
+    def embed(self, tokens, images=None, image_index=None, noise=None):
         """
         Token embeddings with image features in the slots.
         tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
         x = self.decoder.tok_embeddings(tokens)                                        # (B,T,C)
+        x = x if noise is None else x + noise
         n_image = 0 if images is None else len(images) if image_index is None else len(image_index)
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
@@ -248,7 +253,7 @@ class VLM(nn.Module):
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
-    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None):
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
@@ -256,13 +261,14 @@ class VLM(nn.Module):
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
+        noise            as in embed
         returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
                          (2,B) float32, nats and z-loss per row, unweighted and detached, for the log
         """
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index), kept=kept)     # (K,C)
+        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept=kept)              # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -277,7 +283,8 @@ class VLM(nn.Module):
 def vlm_spec(config, image_id, images):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
-    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
+    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
+             connectors.projector_spec read
     images   False = text only, without encoder and projector
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
@@ -287,7 +294,10 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'))
+    encoder = encoder_spec(config)
+    with torch.device('meta'), Undrawn():
+        n_token = build_encoder(encoder).n_token
+    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token))
 
 
 class Undrawn(TorchFunctionMode):
@@ -298,7 +308,7 @@ class Undrawn(TorchFunctionMode):
 
 def build_vlm(spec, seed=None):
     """
-    The one place that assembles a decoder, an encoder and a projector.
+    The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
              on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
@@ -313,15 +323,18 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = None
+            encoder = projector = n_token = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
-                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+                projector = build_projector(spec['projector'], encoder.width, config.n_embd)
+                n_token = spec['projector'].get('n_token')
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token)
+            if spec.get('adapters'):
+                add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
         raise UserError(f"not a model's description ({type(e).__name__} {e}): {spec}") from e
     # not to_empty, for which torch would import sympy

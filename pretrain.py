@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import common
 import costs
+from adapters import set_trained
 from common import lr_at
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
@@ -59,13 +60,23 @@ encoder_fusion = 'channel'              # ['channel' | 'interleave'] of 'dinosig
 encoder_layer = -2                      # index into its hidden states; -2 = all blocks but the last, as Prismatic
 encoder_norm = False                    # apply its final norm; with encoder_layer=-1 that is last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] features to the decoder's
+                                        # width; 'mlp2' is appendix B's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] what makes image_tokens: the grid of features
+                                        # pooled, patches at another image_size, or the queries of a perceiver
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
 loss_weight = 'source'                  # ['source' | 'token'] each source's mean loss by its share of rows, or one mean
-train_encoder = False                   # frozen is the paper's choice (appendix I)
+freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is (appendix I)
+lora_rank = 0                           # [>= 0, <= 65536] of adapters, which train in their part's stead; 0 = none
+lora_alpha = 0.0                        # [>= 0] their scale is alpha / rank; 0 = 2 x rank, as LLaVA-1.5 (128 and 256)
+rslora = False                          # True = alpha / sqrt(rank) (arXiv 2312.03732)
+dora = False                            # True = DoRA, a magnitude and a direction (arXiv 2402.09353)
+lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both'] every linear layer of its blocks
 max_tokens = 4_319_385_600_000          # [>= 0] positions, those of images and padding included; DCLM-1B's record
 max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from max_tokens
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
@@ -121,6 +132,8 @@ data_path = lambda path: os.path.join(data_dir, path)
 has_images = stage == 'mix'                      # also at ratio 0: runs of different ratio differ in nothing else
 if image_ratio > 0 and not has_images:
     raise UserError(f"image_ratio={image_ratio} with stage='text': give --stage=mix, or a recipe of stage 2")
+if lora_rank and not init_from:
+    raise UserError(f"lora_rank={lora_rank} without a base: adapters go on trained weights; give --init_from=FOLDER")
 if schedule == 'cooldown' and not init_from:
     raise UserError("schedule='cooldown' goes on from a checkpoint: give --init_from=FOLDER; --schedule=rewarm needs "
                     "none")
@@ -165,6 +178,7 @@ if tokenizer.vocab_size > vocab_size:
                     "rows")
 spec = vlm_spec(config, tokenizer.image_id, has_images)
 if run.meta:
+    spec['adapters'] = run.meta['spec'].get('adapters')          # a base's own stay
     checkpoint.check_spec(run.meta, spec, run.folder)
     if tokenizer.sha256 != checkpoint.read_tokenizer(run.folder, run.meta).sha256:
         raise UserError(f"{run.folder} was trained with another tokenizer than {tokenizer.path} (their sha256 differ)")
@@ -174,8 +188,7 @@ model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resu
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def caption_mixture(patterns):
-    encoder = model.encoder
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
                              pattern, cache_dir, caption_field) for pattern, _ in patterns]
     for source in sources:
         if source.note:
@@ -192,8 +205,7 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.encoder.n_token, model.encoder.image_size, resize, cache_dir=cache_dir,
-                              boxes=boxes)
+                              model.n_token, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))
@@ -219,9 +231,9 @@ if run.meta:
     checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
+fresh_adapters = run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
-if has_images:
-    model.encoder.requires_grad_(train_encoder)
+set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
     for block in model.decoder.layers:
@@ -236,6 +248,8 @@ elif schedule == 'cooldown':
     if not run.meta:
         foreign_file, foreign, lr_there = openlm_moments(init_from)
     moments = 'loaded' if foreign or run.meta and os.path.exists(os.path.join(run.folder, 'optim.pt')) else 'none'
+    if fresh_adapters:                           # what the base has are those of weights that stay
+        moments, foreign = 'none', {}
 if run.resumed:
     curve = run.meta['schedule']
 elif schedule == 'main':
@@ -272,7 +286,7 @@ if foreign:
 elif run.resumed or moments == 'loaded':
     run.load_moments(optimizer)                  # by name; the projector of a text-only checkpoint starts fresh
 elif moments == 'none':
-    process.print(f"no AdamW moments in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup")
+    process.print(f"no AdamW moments for this in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup")
 warmup = curve.get('warmup', curve.get('moments_warmup', 0))
 if warmup >= max_steps:
     process.print(f"!!! a warmup of {warmup} steps is not over after all {max_steps}: lr never reaches its peak")

@@ -103,8 +103,8 @@ def setup_process(device='auto', dtype='', n_thread=0):
 def distribute(model, process, parallel):
     """
     Put a VLM, whole and on the CPU of every process, on their devices; the optimizer is made from it afterwards.
-    parallel  'ddp': a copy each. 'fsdp' (FSDP2): weights that train, their gradients and moments are cut among the N
-              processes, by rows; a block's weights are whole only while the block runs
+    parallel  'ddp': a copy each. 'fsdp' (FSDP2): weights, their gradients and moments are cut among the N processes, by
+              rows, but for a frozen encoder's; a block's weights are whole only while the block runs
     returns   the module to call instead of model (itself, but for ddp): backward averages gradients over processes
     One process alone shares nothing. Until here each process holds 4 bytes a parameter in host memory (7B: 28 GB, on a
     node of 8 GPUs 224 GB); under fsdp a GPU then holds 16 / N bytes a parameter, embeddings and output whole in float32
@@ -128,9 +128,10 @@ def distribute(model, process, parallel):
     # the root is the VLM, whose forward hands output.weight to the loss. The projector and a trained encoder are of its
     # group, whole in every step: blocks of their own would wait for ever for a process whose batch has no image.
     # A frozen encoder is copied: 4 bytes a parameter (0.4B: 1.7 GB), and nothing to send
+    copied = set()
     if model.encoder is not None:
-        model.encoder.to(process.device)
-    return fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not p.requires_grad})
+        copied = {p for p in model.encoder.to(process.device).parameters() if not p.requires_grad}
+    return fully_shard(model, mesh=mesh, ignored_params=copied)
 
 
 class StopSignal:

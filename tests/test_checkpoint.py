@@ -383,6 +383,10 @@ def test_check_resume_names_the_difference():
         with pytest.raises(UserError) as caught:
             checkpoint.check_resume(meta, {**now, key: value}, 'out/x', ('text',), keys)
         one_line(caught, f'out/x was made with {key}=', old, f'now it is {value!r}')
+    old, keys = dict(stage='mix', config=dict(train_encoder=True)), {'freeze': Key('encoder', '', '')}     # its old name
+    checkpoint.check_resume(old, {'freeze': 'none'}, 'out/x', ('mix',), keys)
+    with pytest.raises(UserError, match="made with freeze='none', now it is 'encoder'"):
+        checkpoint.check_resume(old, {'freeze': 'encoder'}, 'out/x', ('mix',), keys)
     with pytest.raises(UserError) as caught:
         checkpoint.check_resume(meta, now, 'out/x', ('finetune',), keys)
     one_line(caught, "out/x is of stage 'text', expected finetune")
@@ -397,3 +401,8 @@ def test_a_base_of_another_shape_is_named():
         with pytest.raises(UserError) as caught:
             checkpoint.check_spec(meta, {**spec, part: {**spec[part], key: value}}, 'out/x')
         one_line(caught, f'out/x has a model whose {part} has {key}={spec[part][key]!r}', repr(value))
+    pooled = {**spec, 'projector': {'kind': 'mlp2', 'n_token': 2}}               # an old mlp2 says no n_token
+    for there, here, old in ((spec, pooled, 'None'), (pooled, spec, '2')):
+        with pytest.raises(UserError) as caught:
+            checkpoint.check_spec(dict(meta, spec=there), here, 'out/x')
+        one_line(caught, f'out/x has a model whose projector has n_token={old}')

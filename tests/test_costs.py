@@ -15,6 +15,7 @@ sys.path.insert(0, ROOT)
 import bench
 import costs
 import model as model_file
+from adapters import set_trained
 from configurator import configure
 from conftest import child_env, free_port
 from kernels import IGNORE_INDEX
@@ -24,16 +25,16 @@ from vision import SigLIP, SigLIPConfig
 TOWER = SigLIPConfig(96, 384, 3, 3, 14, 112)                             # 64 tokens; two of its three blocks run
 
 
-def spec_of(n_layer, n_embd, vocab_size, tower=None):
+def spec_of(n_layer, n_embd, vocab_size, tower=None, **projector):
     decoder = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, seq_len=512)
-    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(), projector=tower and dict(kind='mlp2'),
-                image_id=vocab_size - 1)
+    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(),
+                projector=tower and {'kind': 'mlp2', **projector}, image_id=vocab_size - 1)
 
 
 def batch_of(spec, n_row, n_position, n_image):
     """Random tokens, targets and images; image rows open with an image and keep 20 targets."""
     g = torch.Generator().manual_seed(n_row)
-    V, n_token = spec['decoder']['vocab_size'], 64
+    V, n_token = spec['decoder']['vocab_size'], (spec['projector'] or {}).get('n_token', 64)
     tokens, targets = (torch.randint(0, V - 1, (n_row, n_position), generator=g) for _ in range(2))
     tokens[:n_image, :n_token] = V - 1
     targets[:n_image, :n_token] = targets[:n_image, n_token + 20:] = IGNORE_INDEX
@@ -42,12 +43,17 @@ def batch_of(spec, n_row, n_position, n_image):
 
 # --- FLOPs ---
 
-@pytest.mark.parametrize('n_image, train_encoder', [(0, False), (1, False), (2, True)])
-def test_flops_are_those_of_torchs_counter(n_image, train_encoder, monkeypatch):
-    spec = spec_of(3, 64, 300, TOWER if n_image else None)
+def adapters(on='decoder', dora=False):
+    return dict(rank=8, alpha=16.0, rslora=False, dora=dora, on=on, base='')
+
+
+@pytest.mark.parametrize('n_image, freeze, adapted', [
+    (0, 'encoder', None), (1, 'encoder', None), (2, 'none', None), (3, 'both', None), (3, 'encoder', adapters()),
+    (3, 'encoder', adapters('both')), (3, 'encoder', adapters('both', dora=True))])
+def test_flops_are_those_of_torchs_counter(n_image, freeze, adapted, monkeypatch, **projector):
+    spec = spec_of(3, 64, 300, TOWER if n_image else None, **projector) | dict(adapters=adapted)
     model = build_vlm(spec, 0)
-    if n_image:
-        model.encoder.requires_grad_(train_encoder)
+    set_trained(model, freeze)
     tokens, targets, images = batch_of(spec, 3, 128, n_image)
 
     def eager(x, weight, targets, rows=None):                            # our operator is opaque to the counter
@@ -59,25 +65,40 @@ def test_flops_are_those_of_torchs_counter(n_image, train_encoder, monkeypatch):
         loss.backward()
     counted = counter.get_total_flops()
     c, n_kept = ModelConfig(**spec['decoder']), int((targets != IGNORE_INDEX).sum())
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, train_encoder))
-    ours = costs.decoder_flops(c, 3, 128, n_kept) + n_image * per_image
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec, dict(freeze=freeze)))
+    ours = costs.decoder_flops(c, 3, 128, n_kept, **costs.what_trains(model.decoder)) + n_image * per_image
     # the one difference: the counter's attention computes all pairs, hidden ones too
     hidden = 128 * 128 - 128 * 129 // 2
-    assert ours + 6 * c.n_layer * 2 * c.n_embd * 3 * hidden == counted
+    ours += 6 * c.n_layer * 2 * c.n_embd * 3 * hidden
+    if adapted and adapted['dora']:
+        # and DoRA's norms: B A of each layer, in the decoder not counted, in the encoder for three images at once
+        tower = 2 * 2 * 8 * (4 * 96 ** 2 + 2 * 96 * 384)
+        ours += 2 * 3 * 8 * (4 * c.n_embd ** 2 + 3 * c.n_embd * c.n_ffn) - 2 * tower
+    assert ours == counted
+
+
+PROJECTORS = [dict(kind='linear'), dict(kind='mlp4'), dict(kind='attn'), dict(kind='perceiver', n_token=50),
+              dict(n_token=16), dict(kind='attn', n_token=100)]
+
+
+@pytest.mark.parametrize('freeze', ['encoder', 'none'])
+@pytest.mark.parametrize('projector', PROJECTORS)
+def test_flops_of_every_projector_are_those_of_torchs_counter(projector, freeze, monkeypatch):
+    test_flops_are_those_of_torchs_counter(2, freeze, None, monkeypatch, **projector)
 
 
 def test_flops_of_an_image_by_hand():
     C, hidden, n, width = 96, 384, 64, 64
     forward = 2 * n * (3 * 14 ** 2 * C + 2 * (4 * C * C + 2 * C * hidden)) + 2 * 4 * n * n * C
     projector = 2 * n * (C * 4 * C * 2 + 4 * C * width * 3)              # no gradient of a frozen encoder's features
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec_of(3, width, 300, TOWER), False))
+    per_image, _ = costs.image_costs(costs.meta_vlm(spec_of(3, width, 300, TOWER), dict(freeze='encoder')))
     assert per_image == forward + projector
-    assert costs.image_costs(costs.meta_vlm(spec_of(3, width, 300), False)) == (0, 0)
+    assert costs.image_costs(costs.meta_vlm(spec_of(3, width, 300), dict(freeze='encoder'))) == (0, 0)
 
 
 def test_counting_draws_no_random_number():
     spec, before = spec_of(2, 64, 300, TOWER), torch.get_rng_state()
-    costs.image_costs(costs.meta_vlm(spec, True))
+    costs.image_costs(costs.meta_vlm(spec, dict(freeze='none')))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -150,19 +171,22 @@ def test_memory_of_a_sharded_model_is_what_two_processes_allocate():
         assert rank.returncode == 0, err
         measured = [int(line.split()[1]) for line in out.splitlines() if line.startswith('measured')]
         for (spec, B, T, checkpointing), number in zip(cases, measured, strict=True):
-            parts = costs.memory(costs.meta_vlm(spec, False), n_row=B, n_position=T, width=4, parallel='fsdp',
+            parts = costs.memory(costs.meta_vlm(spec, dict(freeze='encoder')), n_row=B, n_position=T, width=4, parallel='fsdp',
                                  checkpointing=checkpointing, n_process=2)
             assert sum(parts.values()) == pytest.approx(number, rel=0.1), parts
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('shape, n_image, train_encoder', [
-    ((4, 128, 512), 0, False), ((2, 128, 12000), 0, False), ((5, 192, 1000), 1, False), ((5, 192, 1000), 3, True)])
-def test_memory_is_what_the_allocator_gives_out(shape, n_image, train_encoder, checkpointing):
-    spec = spec_of(*shape, TOWER if n_image else None)
+@pytest.mark.parametrize('shape, n_image, freeze', [
+    ((4, 128, 512), 0, 'encoder'), ((2, 128, 12000), 0, 'encoder'), ((5, 192, 1000), 1, 'encoder'),
+    ((5, 192, 1000), 3, 'none'), ((5, 192, 1000), 3, 'both'), ((5, 192, 1000), 3, 'lora'), ((5, 192, 1000), 3, 'dora'),
+    ((2, 128, 12000), 0, 'lora')])
+def test_memory_is_what_the_allocator_gives_out(shape, n_image, freeze, checkpointing, **projector):
+    spec = spec_of(*shape, TOWER if n_image else None, **projector)
+    if freeze in ('lora', 'dora'):
+        spec, freeze = spec | dict(adapters=adapters(dora=freeze == 'dora')), 'encoder'
     model = build_vlm(spec, 0)
-    if n_image:
-        model.encoder.requires_grad_(train_encoder)
+    set_trained(model, freeze)
     model.decoder.activation_checkpointing = checkpointing
     tokens, targets, images = batch_of(spec, 3, 200, n_image)
 
@@ -176,8 +200,13 @@ def test_memory_is_what_the_allocator_gives_out(shape, n_image, train_encoder, c
     held = sum(4 * p.numel() for p in [*model.parameters(), *trained])
     held += sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
     measured = held + bench.allocated_at_peak(micro_step)
-    described = costs.meta_vlm(spec, train_encoder)
+    described = costs.meta_vlm(spec, dict(freeze=freeze))
     _, per_image = costs.image_costs(described)
     parts = costs.memory(described, n_row=3, n_position=200, n_image=n_image, per_image=per_image, width=4,
                          n_kept=int((targets != IGNORE_INDEX).sum()), checkpointing=checkpointing)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1), parts
+
+
+@pytest.mark.parametrize('projector', PROJECTORS[1:5])
+def test_memory_with_every_projector_is_what_the_allocator_gives_out(projector):
+    test_memory_is_what_the_allocator_gives_out((5, 192, 1000), 3, 'none', False, **projector)

@@ -786,6 +786,29 @@ def test_anything_with_a_length_and_items_is_a_source():
     assert batch.source.tolist() == [0] and list(batch.stats) == ['source 0']
 
 
+def test_noise_follows_the_draw_of_a_row_and_its_length_alone(tok):
+    class Texts(Numbers):
+        def __getitem__(self, i):
+            tokens = np.arange(5 + i % 3)
+            return Sample(tokens, tokens + 1, source=self.name, id=str(i))
+    mix = Mixture([Texts('a', [6])], [1.0], 7)
+    alpha, width = 5.0, 400
+    alone = [collate([mix[n]], tok.pad_id).noise(alpha, width)[0, :len(mix[n].tokens)] for n in range(12)]
+    for samples in (range(12), range(11, -1, -1)):
+        batch = collate([mix[n] for n in samples], tok.pad_id, pad_to=32)
+        noise = batch.noise(alpha, width)
+        assert noise.shape == (*batch.tokens.shape, width) and noise.dtype == torch.float32
+        for row, n in zip(noise, samples):
+            assert torch.equal(row[:len(alone[n])], alone[n]) and not row[len(alone[n]):].any()
+    for noise in alone:                                                  # uniform, of NEFTune's size
+        bound = alpha / (len(noise) * width) ** 0.5
+        assert 0.99 * bound < noise.abs().max() <= bound and abs(noise.mean()) < 0.1 * bound
+        assert noise.std() == pytest.approx(bound / 3 ** 0.5, rel=0.05)
+    assert not any(torch.equal(a[:5], b[:5]) for i, a in enumerate(alone) for b in alone[:i])        # 2 epochs of 6
+    split = Sample(np.array([[1, 2, 3], [1, tok.pad_id, tok.pad_id]]), np.full((2, 3), X), source='a', key=4)
+    assert collate([split], tok.pad_id).rows == [(4, 3), (5, 1)]
+
+
 def test_any_number_of_processes_splits_the_same_global_order():
     want = ids_of(numbers_mix(), 48)
     for world_size in (1, 2, 4):

@@ -114,7 +114,7 @@ common.make_optimizer = told
     for n, parallel, dtype, more in (
             (1, 'fsdp', 'float32', ['--max_steps=20']), (2, 'ddp', 'float32', ['--max_steps=20']),
             (4, 'fsdp', 'float32', ['--max_steps=20']),
-            (2, 'ddp', 'bfloat16', ['--train_encoder=true']), (2, 'fsdp', 'bfloat16', ['--train_encoder=true'])):
+            (2, 'ddp', 'bfloat16', ['--freeze=none']), (2, 'fsdp', 'bfloat16', ['--freeze=none'])):
         out = tmp_path / f'{n} {parallel} {dtype}'
         run = scripts(*args, *more, f'--parallel={parallel}', f'--dtype={dtype}', f'--out_dir={out}', world_size=n,
                       hook=hook)
@@ -129,7 +129,7 @@ common.make_optimizer = told
 
 def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(world, scripts, stage_1, stage_2,
                                                                              tmp_path):
-    run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--train_encoder=true', '--encoder_lr=1e-3',
+    run = scripts(*chat(world, stage_1 / 'ckpt_080', '--text_share=0.5', '--freeze=none', '--encoder_lr=1e-3',
                         '--system_prompt=a photo', f'--out_dir={tmp_path / "a"}', '--stop_after=3'), hook=RECORD,
                   env={'IDS': str(tmp_path / 'ids')})
     assert 'no projector' in run.out
@@ -144,7 +144,26 @@ def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(wor
     scripts(*chat(world, stage_1 / 'ckpt_080', '--encoder=patch', '--image_size=28',
                   f'--out_dir={tmp_path / "b"}', '--stop_after=1'))
     model, _, meta = load_vlm(str(tmp_path / 'b' / 'ckpt_last'))
-    assert model.encoder.n_token == 4 and meta['base']['stage'] == 'text'
+    assert model.n_token == 4 and meta['base']['stage'] == 'text'
+    scripts(*chat(world, stage_1 / 'ckpt_080', '--token_mode=query', '--image_tokens=6',
+                  f'--out_dir={tmp_path / "c"}', '--stop_after=1'))
+    model, _, meta = load_vlm(str(tmp_path / 'c' / 'ckpt_last'))
+    assert model.n_token == 6 and meta['spec']['projector'] == {'kind': 'perceiver', 'n_token': 6}
+
+
+def test_noise_and_shuffled_turns_follow_the_sample(world, scripts, stage_2, tmp_path):
+    args = chat(world, stage_2 / 'ckpt_100', '--neftune=20', '--shuffle_turns=true', '--micro_batch_size=2')
+    scripts(*args, f'--out_dir={tmp_path / "one"}')
+    for i in range(2):                                                   # killed once, other workers
+        more = dict(hook=KILL, env={'KILL': 'common.optimizer_step:5'}) if i == 0 else {}
+        run = scripts.start(*args, '--save_every=3', f'--n_worker={i}', f'--out_dir={tmp_path / "killed"}', **more)
+        assert run.wait() == (0 if i else -signal.SIGKILL), run.err
+    assert same_weights(tmp_path / 'one' / 'ckpt_100', tmp_path / 'killed' / 'ckpt_100')
+    scripts(*args, '--micro_batch_size=4', f'--out_dir={tmp_path / "two"}', world_size=2)
+    scripts(*args, '--neftune=0', f'--out_dir={tmp_path / "quiet"}', '--stop_after=1')
+    loss = {name: [line['loss'] for line in steps(tmp_path / name)] for name in ('one', 'two', 'quiet')}
+    assert loss['one'] == pytest.approx(loss['two'], rel=1e-5)
+    assert abs(loss['quiet'][0] - loss['one'][0]) > 1e-4
 
 
 def test_sigterm_and_bad_conversations(world, scripts, stage_2, tmp_path):
@@ -187,6 +206,8 @@ def test_refusals_and_dry_run(world, scripts, stage_2, tuned, tmp_path):
             (chat(world, base, out, '--micro_batch_size=0'), 'micro_batch_size=0'),
             (chat(world, base, out, '--loss_average=mean'), "loss_average='mean'"),
             (chat(world, base, out, '--text_share=1'), 'text_share=1.0'),
+            (chat(world, base, out, '--dora=true'), 'dora are of adapters: give --lora_rank=N'),
+            (chat(world, base, out, '--freeze=all'), "freeze='all'"),
             (chat(world, base, out, '--seq_len=4'), 'seq_len=4'),
             (chat(world, base, out, '--n_epoch=0', '--max_steps=0'), 'n_epoch=0')):
         line = scripts.refuses(*argv)

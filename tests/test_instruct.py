@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 import instruct
+import mixture
 from data import BadSample, InstructSource, Mixture, collate
 from errors import UserError
 from test_data import SENTENCES, X, jpeg, talk, tok, write_llava  # noqa: F401 (tok is a fixture)
@@ -60,6 +61,36 @@ def test_split_turns_share_one_image(tmp_path, tok):
     assert batch.tokens.shape[0] == 6 and batch.images.shape == (2, 3, 28, 28)       # 0.jpg twice: encoded once
     assert batch.image_index.tolist() == [0, 0, 0, 1]
     assert batch.stats['instruct']['n_image_position'] == 4 * 3
+
+
+def test_shuffled_turns_keep_their_answers_and_follow_the_draw(tmp_path, tok):
+    words = ('star', 'cat', 'mat', 'box')
+    files = write_llava(tmp_path, [talk(*(text for w in words for text in (f'<image>\nthe {w}', w)), image='0.jpg'),
+                                   talk('the red', 'star', 'the blue', 'cat')])
+    build = lambda **keys: InstructSource(**files, tokenizer=tok, seq_len=64, n_token=3, image_size=28, **keys)
+    source, plain = build(shuffle_turns=True), build()
+    assert (source[0].tokens == plain[0].tokens).all() and (plain.draw(0, 5).tokens == plain[0].tokens).all()
+    orders = set()
+    for key in range(200):
+        s = source.draw(0, key)
+        row = [*s.tokens.tolist(), int(s.targets[-1])]
+        assert row[:4] == [tok.image_id] * 3 + [tok.sep_id] and s.n_image_token == 3         # the image stays first
+        texts = ' '.join(map(str, row[4:])).split(f' {tok.sep_id}')
+        texts = [tok.engine.decode([int(i) for i in text.split()]) for text in texts[:8]]
+        assert all(q == f'the {a}' for q, a in zip(texts[::2], texts[1::2]))                 # each with its own answer
+        assert [t for t in s.targets.tolist() if t != X] == [t for a in texts[1::2] for t in (*tok.encode(a), tok.sep_id)]
+        orders.add(tuple(texts[1::2]))
+    assert {frozenset(order) for order in orders} == {frozenset(words)} and len(orders) > 18            # of 24
+    first = sum(source.draw(1, mixture._hash('draw', k)).tokens[1] == plain[1].tokens[1] for k in range(400))
+    assert 150 < first < 250                                             # of 400: 5 standard deviations
+    mix = Mixture([source], [1.0], 7)
+    again, other = Mixture([build(shuffle_turns=True)], [1.0], 7), Mixture([source], [1.0], 8)
+    rows = [mix[n].tokens.tolist() for n in range(40)]                   # 20 epochs
+    assert rows == [again[n].tokens.tolist() for n in range(40)]
+    assert len({tuple(row) for row in rows if len(row) == len(plain[0].tokens)}) > 8
+    assert rows != [other[n].tokens.tolist() for n in range(40)]
+    with pytest.raises(UserError, match='shuffle_turns with split_turns'):
+        build(shuffle_turns=True, split_turns=True)
 
 
 def test_truncation_always_leaves_an_answer_and_what_it_cuts_is_said(tmp_path, tok):

@@ -391,6 +391,17 @@ def test_a_batch_without_images_keeps_the_projector_in_the_graph():
         assert torch.equal(text(*random_batch(2, 6))[0], model(*random_batch(2, 6))[0])
 
 
+def test_noise_is_added_to_text_alone():
+    model = tiny_vlm()
+    tokens = torch.randint(0, IMAGE, (2, 9), generator=torch.Generator().manual_seed(1))
+    tokens[:, 1:1 + model.encoder.n_token] = IMAGE
+    noise = torch.randn(2, 9, model.decoder.config.n_embd)
+    with torch.no_grad():
+        x, y = (model.embed(tokens, pictures(2), noise=n) for n in (None, noise))
+    there = (tokens != IMAGE)[..., None]
+    assert torch.equal(y, torch.where(there, x + noise, x))
+
+
 def test_a_frozen_encoder_builds_no_graph():
     tokens, targets = rows_of(['I', 1, 2], [3]), random_batch(2, 6, kept=1)[1]
     for frozen in (True, False):
@@ -866,7 +877,8 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, case, message):
 
 # --- build_vlm ------------------------------------------------------------------------------------------------------
 
-SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24, encoder='patch', image_size=28)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24, encoder='patch', image_size=28,
+             projector='mlp2', token_mode='', image_tokens=0)
 
 
 def test_a_model_is_rebuilt_from_its_description():
