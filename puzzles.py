@@ -86,7 +86,7 @@ def answer_value(puzzle, text):
     if puzzle == 1 and (icon in ICONS or icon + 's' in ICONS):
         return ICONS.index(icon if icon in ICONS else icon + 's')
     if re.fullmatch('[A-Za-z]', text):
-        return ord(text) - 65
+        return ord(text.upper()) - 65
     return int(re.sub(' ?(hours?|cm|km)$', '', text).replace('Impossible', '0'))
 
 
@@ -150,8 +150,15 @@ def read_puzzles(folder, n_row=2000):
     return {puzzle: read_puzzle(folder, puzzle, n_row) for puzzle in found}
 
 
+def n_class(files):
+    """{puzzle: how many values its answers can have} of read_puzzles' result: one more than the largest of the file."""
+    largest = {puzzle: max((int(np.max(row.value)) for row in rows if isinstance(row, Row)), default=0)
+               for puzzle, rows in files.items()}
+    return {puzzle: 1 + (PADS[puzzle] if puzzle in PADS and puzzle != 63 else n) for puzzle, n in largest.items()}
+
+
 def usable(rows, max_bad=0):
-    """The Rows of a {puzzle: list}, as one list; UserError that says the first reason where more than max_bad are not."""
+    """The Rows of a {puzzle: list}, as one list; UserError that says why of the first where more than max_bad are not."""
     every = [row for group in rows.values() for row in group]
     bad = [row for row in every if not isinstance(row, Row)]
     if len(bad) > max_bad:
@@ -163,17 +170,19 @@ def usable(rows, max_bad=0):
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
-PARTS = ('train', 'val', 'test')
+PARTS, SPLITS = ('train', 'val', 'test'), ('instance', 'puzzle', 'few_shot', 'answer')
 
 
 def split_rows(files, split, part, percent=(80, 5, 15), few_shot=10):
     """
     The rows of one of PARTS, {puzzle: list}, of read_puzzles' result; UserError where none are left.
     split    'instance': rows of each puzzle by `percent`, in order. 'puzzle': the same, but VALIDATION's and TEST's
-             are all that 'val' and 'test' have; 'train' has none of these and no sequences. 'few_shot': 'train' has
-             their first rows, too. 'answer': the rows with a puzzle's median answer are the test (sequences and 58,
-             whose answers hardly recur, are split as by 'instance')
+             are all that 'val' and 'test' have, and 'train' has none of these. 'few_shot': 'train' has their first
+             rows, too. 'answer': the rows with a puzzle's median answer are the test (sequences and 58, whose answers
+             hardly recur, are split as by 'instance')
     """
+    if split not in SPLITS:
+        raise UserError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     at, found = PARTS.index(part), {}
 
     def cut(rows, percent):
@@ -187,7 +196,7 @@ def split_rows(files, split, part, percent=(80, 5, 15), few_shot=10):
             tested = [isinstance(row, Row) and row.value == values[len(values) // 2] for row in rows]
             rest = [row for row, t in zip(rows, tested) if t == (at == 2)]
             found[puzzle] = rest if at == 2 else cut(rest, (percent[0] + percent[2], percent[1]))
-        elif split in ('instance', 'answer') or at == home and (at or puzzle not in PADS):
+        elif split in ('instance', 'answer') or at == home:
             found[puzzle] = cut(rows, percent)
         elif split == 'few_shot' and part == 'train' and home:
             found[puzzle] = cut(rows, percent)[:few_shot]
@@ -212,6 +221,19 @@ def score(row, prediction):
         return right, float(prediction == row.answer)
     far = [math.inf if value is None else abs(value - prediction) for value in row.values]
     return right, float(far.index(min(far)) == row.answer)
+
+
+def same_value(prediction, answers):
+    """
+    1.0 when a written answer has the value of '<option> (puzzle <number>)', answers[0], else 0.0; None when it is none
+    that the puzzle can have. (What stands in brackets may follow the prediction, too: another row's answer.)
+    """
+    option, number = answers[0].removesuffix(')').split(' (puzzle ')
+    try:
+        said = answer_value(int(number), prediction.split(' (puzzle ')[0].strip().rstrip('.'))
+    except ValueError:
+        return None
+    return float(said == answer_value(int(number), option))
 
 
 def accuracies(rows, predictions):

@@ -95,7 +95,7 @@ out_dir = out_dir or os.path.join('out', scale, name)
 if split == 'puzzle' and heads != 'shared':
     raise UserError("split='puzzle' asks puzzles that have no head of their own: give --heads=shared")
 if width % n_head or len(percent) != 3 or sum(percent) != 100:
-    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple, and three that sum to 100")
+    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple, and three numbers of sum 100")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

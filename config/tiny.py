@@ -51,3 +51,11 @@ if stage == 'finetune':
     final_lr = 1e-5
     split_turns = True                  # several questions in a row leak into each other at this size
     loss_average = 'answer'             # boxes are long answers
+if stage == 'smart101':                 # the puzzles are made by: python tinypuzzles.py data
+    data_dir = 'data/tiny'
+    width, n_head, n_query = 64, 4, 8
+    dropout = 0.1
+    global_batch_size = 64
+    n_epoch = 4
+    lr = 3e-3
+    n_worker, save_every, log_every = 0, 0, 100
