@@ -158,7 +158,7 @@ def n_class(files):
 
 
 def usable(rows, max_bad=0):
-    """The Rows of a {puzzle: list}, as one list; UserError that says why of the first where more than max_bad are not."""
+    """The Rows of a {puzzle: list} as one list; UserError with the first reason where more than max_bad are not."""
     every = [row for group in rows.values() for row in group]
     bad = [row for row in every if not isinstance(row, Row)]
     if len(bad) > max_bad:

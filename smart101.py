@@ -8,13 +8,10 @@ image encoder the picture; what trains is a Q-Former layer, or means over both, 
 
 At the end out_dir gets smart101.json: S_acc and O_acc of val and test, by puzzle and by category (see puzzles.py).
 """
-import json
 import os
 import sys
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import checkpoint
 import common
@@ -24,8 +21,8 @@ from configurator import configure
 from data import Mixture, collate
 from errors import BadSample, UserError, leave, user_error_hook
 from files import write_whole
-from kernels import IGNORE_INDEX
-from puzzles import N_STEP, PADS, PuzzleSource, accuracies, n_class, read_puzzles, split_rows
+from puzzles import PADS, PARTS, PuzzleSource, accuracies, n_class, read_puzzles, split_rows
+from reasoner import Reasoner, answer_loss
 from vision import build_encoder, encoder_files, encoder_spec, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -95,160 +92,21 @@ out_dir = out_dir or os.path.join('out', scale, name)
 if split == 'puzzle' and heads != 'shared':
     raise UserError("split='puzzle' asks puzzles that have no head of their own: give --heads=shared")
 if width % n_head or len(percent) != 3 or sum(percent) != 100:
-    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple, and three numbers of sum 100")
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-def mlp(n_in, n_out):
-    return nn.Sequential(nn.Linear(n_in, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, n_out))
-
-
-class QFormer(nn.Module):
-    """
-    One layer of BLIP-2's Q-Former (arXiv 2301.12597): learned queries attend to themselves and the question, then to
-    all patches. patches (B,P,D), text (B,T,D), hidden (B,T) bool, true at pads -> (B,n_query,D)
-    """
-    def __init__(self):
-        super().__init__()
-        self.queries = nn.Parameter(0.02 * torch.randn(n_query, width))          # alike, they would stay one query
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
-        self.to_text, self.to_patches = (nn.MultiheadAttention(width, n_head, dropout, batch_first=True)
-                                         for _ in range(2))
-        self.feed_forward = mlp(width, width)
-
-    def forward(self, patches, text, hidden):
-        B = len(patches)
-        x = self.queries.expand(B, -1, -1)                                       # (B,Q,D)
-        keys = self.norms[0](torch.cat((x, text), 1))                            # (B,Q+T,D)
-        hidden = F.pad(hidden, (n_query, 0))                                     # queries are always seen
-        x = x + self.to_text(keys[:, :n_query], keys, keys, key_padding_mask=hidden, need_weights=False)[0]
-        patches = self.norms[1](patches)
-        x = x + self.to_patches(self.norms[2](x), patches, patches, need_weights=False)[0]
-        return x + self.feed_forward(self.norms[3](x))
-
-
-class AnswerHead(nn.Module):
-    """(B,D) -> (B,S,n_out): S = 1, or N_STEP of a GRU that is given the same at each step."""
-    def __init__(self, n_out, n_step):
-        super().__init__()
-        self.n_step, self.gru = n_step, nn.GRU(width, width, batch_first=True) if n_step > 1 else None
-        self.out = nn.Sequential(mlp(width, width), nn.GELU(), nn.Linear(width, n_out))
-
-    def forward(self, x):
-        x = x[:, None].expand(-1, self.n_step, -1)
-        return self.out(self.gru(x)[0] if self.gru else x)
-
-
-class Reasoner(nn.Module):
-    """
-    .encoder holds what is frozen, the decoder and the image encoder of a VLM; .reasoner what trains.
-    n_class  {puzzle: how many values its answers have}
-    """
-    n_token = 0                                                                  # positions of a row that an image takes
-
-    def __init__(self, vlm, n_class):
-        super().__init__()
-        self.encoder = nn.ModuleDict({'text': vlm.decoder, 'image': vlm.encoder}).requires_grad_(False)
-        r = self.reasoner = nn.ModuleDict()
-        sizes = {str(puzzle): n for puzzle, n in n_class.items()} if heads == 'puzzle' else {'0': max(n_class.values())}
-        if parts != 'image':
-            r['text'] = mlp(vlm.decoder.config.n_embd, width)
-        if parts != 'question':
-            r['patches'] = mlp(vlm.encoder.width, width)
-            r['image_heads'] = nn.ModuleDict({key: mlp(width, width) for key in sizes})
-            if qformer:
-                r['qformer'] = QFormer()
-        r['fuse'] = nn.Sequential(mlp((1 + (parts == 'both')) * width, width), nn.GELU())
-        r['answers'] = nn.ModuleDict({
-            key: AnswerHead(n if answer == 'class' else 1, N_STEP if int(key) in PADS else 1)
-            for key, n in sizes.items()})
-
-    decoder = property(lambda self: self.encoder['text'])
-
-    def forward(self, tokens, images, puzzles, pad_id):
-        """
-        tokens (B,T) int64, images (B,3,S,S) uint8 or None, puzzles a list of B numbers
-        returns  list of (rows (b,) int64, scores of their answers (b,S,n) float32), one for each head
-        """
-        r, vectors, hidden = self.reasoner, [], tokens == pad_id
-        text, hidden = tokens.new_zeros(len(tokens), 0, width, dtype=torch.float32), hidden
-        if parts == 'image':
-            hidden = hidden[:, :0]
-        else:
-            with torch.no_grad():
-                text = self.decoder.trunk(self.decoder.tok_embeddings(tokens))   # causal: no pad is seen before the end
-            text = r['text'](text)                                               # (B,T,D)
-            kept = ~hidden[..., None]
-            vectors.append((text * kept).sum(1) / kept.sum(1).clamp(min=1))      # (B,D)
-        if parts != 'question':
-            with torch.no_grad():
-                patches = self.encoder['image'](images)
-            patches = r['patches'](patches)                                      # (B,P,D)
-            vectors.append((r['qformer'](patches, text, hidden) if qformer else patches).mean(1))
-        keys, found = [str(p) if heads == 'puzzle' else '0' for p in puzzles], []
-        for key in dict.fromkeys(keys):
-            rows = torch.tensor([i for i, k in enumerate(keys) if k == key], device=tokens.device)
-            mine = [vector[rows] for vector in vectors]                          # (b,D) each
-            if parts != 'question':
-                mine[-1] = r['image_heads'][key](mine[-1])
-            found.append((rows, r['answers'][key](r['fuse'](torch.cat(mine, 1))).float()))
-        return found
-
-
-def loss_of(found, targets, weights):
-    """The weighted sum of answers' losses () and, for the log, (2,B) as VLM gives it: nats of each row, and zeros."""
-    total, row_loss = 0.0, targets.new_zeros(2, len(targets), dtype=torch.float32)
-    for rows, scores in found:
-        y = targets[rows, :scores.shape[1]]                                      # (b,S)
-        if answer == 'class':
-            loss = F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction='none').view_as(y)
-        else:
-            loss = (scores[..., 0] - y).abs()
-        total = total + (loss * weights[rows, None]).sum()
-        row_loss[0, rows] = loss.detach().sum(1)
-    return total, row_loss
-
-
-@torch.no_grad()
-def evaluate(part):
-    """accuracies() of a part's rows; those that cannot be used are left out, up to max_bad_samples of them."""
-    model.eval()
-    asked, said, bad = [], [], []
-    for puzzle, source in sources(part).items():
-        for first in range(0, len(source), micro_batch_size):
-            samples = []
-            for i in range(first, min(first + micro_batch_size, len(source))):
-                try:
-                    samples.append(source[i])
-                    asked.append(source.rows[i])
-                except BadSample as e:
-                    bad.append(str(e))
-            if len(bad) > max_bad_samples:
-                raise UserError(f"{bad[0]}; {len(bad)} rows of {part} cannot be used, max_bad_samples={max_bad_samples}")
-            if samples:
-                batch = collate(samples, tokenizer.pad_id).to(process.device)
-                with process.autocast():
-                    ((_, scores),) = model(batch.tokens, batch.images, [puzzle] * len(samples), tokenizer.pad_id)
-                values = scores.argmax(-1) if answer == 'class' else scores[..., 0].floor().long()       # (b,S)
-                said += values.tolist() if puzzle in PADS else values[:, 0].tolist()
-    model.train()
-    return dict(accuracies(asked, said), left_out=len(bad))
-
+    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple of it, and three of sum 100")
 
 # --- data -------------------------------------------------------------------------------------------------------------
 folder = os.path.join(data_dir, puzzles)
 common.require({folder: "unpack SMART101-release-v1.zip of zenodo.org/record/7775984 there"}, dry_run)
 files = {puzzle: rows for puzzle, rows in read_puzzles(folder, rows_per_puzzle).items()
          if heads == 'puzzle' or puzzle not in PADS}
-train = split_rows(files, split, 'train', percent, few_shot)
-n_row = sum(map(len, train.values()))
+rows = {part: split_rows(files, split, part, percent, few_shot) for part in PARTS}     # {part: {puzzle: list}}
+n_row = sum(map(len, rows['train'].values()))
 max_steps = max_steps or round(n_epoch * n_row / global_batch_size)
 if max_steps < 1:
-    raise UserError(f"n_epoch={n_epoch} of {n_row} rows is less than one step of {global_batch_size}: give --max_steps=N")
+    raise UserError(f"n_epoch={n_epoch} of {n_row} rows is less than a step of {global_batch_size}: give --max_steps=N")
 if dry_run:
     costs.print_config(config)
-    print(f"{len(train)} puzzles, {n_row:,} rows to train on: {max_steps:,} steps into {out_dir}")
+    print(f"{len(rows['train'])} puzzles, {n_row:,} rows to train on: {max_steps:,} steps into {out_dir}")
     leave(0)
 
 # --- where it starts --------------------------------------------------------------------------------------------------
@@ -270,25 +128,21 @@ else:
         fill_encoder(vlm.encoder, encoder_files(config))
     elif vlm.encoder is None:
         raise UserError(f"{run.folder} is text-only: give --encoder=siglip and --encoder_path=FOLDER, or another base")
-spec = dict(run.meta['spec'], encoder=vlm.encoder and vlm.encoder.spec(), projector=vlm.encoder and dict(kind='mlp2'))
-size = vlm.encoder.image_size if vlm.encoder else 0
-
-
-def sources(part):
-    """{puzzle: its PuzzleSource} of a part."""
-    rows = train if part == 'train' else split_rows(files, split, part, percent, few_shot)
-    return {puzzle: PuzzleSource(puzzle, items, folder, tokenizer, seq_len, size, resize)
-            for puzzle, items in rows.items()}
-
-
-mixture = Mixture(list(sources('train').values()), [*map(len, train.values())], seed, max_bad_samples=max_bad_samples)
+spec = dict(decoder=run.meta['spec']['decoder'], image_id=run.meta['spec']['image_id'],
+            encoder=vlm.encoder and vlm.encoder.spec(), projector=vlm.encoder and dict(kind='mlp2'))     # not used
+side = vlm.encoder.image_size if vlm.encoder else 0
+sources = {part: {puzzle: PuzzleSource(puzzle, items, folder, tokenizer, seq_len, side, resize)
+                  for puzzle, items in groups.items()} for part, groups in rows.items()}
+train = list(sources['train'].values())                          # a source a puzzle: the log has the loss of each
+mixture = Mixture(train, list(map(len, train)), seed, max_bad_samples=max_bad_samples)
 run.plan(max_steps, {max_steps: 'ckpt_100'})
 batches = run.loader(mixture, tokenizer.pad_id)
 process.start_device()                                           # after the loader has forked its workers
 
 # --- model and optimizer ----------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
-model = Reasoner(vlm, n_class(files))
+model = Reasoner(vlm, n_class(files), parts=parts, qformer=qformer, heads=heads, answer=answer, width=width,
+                 n_head=n_head, n_query=n_query, dropout=dropout, pad_id=tokenizer.pad_id)
 if run.resumed:
     checkpoint.load_weights(model, run.folder, run.meta)
 model.to(process.device).train()
@@ -298,25 +152,52 @@ optimizer = common.make_optimizer(model, {'reasoner': 1.0}, weight_decay=weight_
 if run.resumed:
     run.load_moments(optimizer)
 
+# --- scores -----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(part):
+    """accuracies() of a part's rows; those that cannot be used are left out, up to max_bad_samples of them."""
+    model.eval()
+    asked, said, bad = [], [], []
+    for puzzle, source in sources[part].items():
+        for first in range(0, len(source), micro_batch_size):
+            samples = []
+            for i in range(first, min(first + micro_batch_size, len(source))):
+                try:
+                    samples.append(source[i])
+                    asked.append(source.rows[i])
+                except BadSample as e:
+                    bad.append(str(e))
+            if len(bad) > max_bad_samples:
+                raise UserError(f"{bad[0]}; {len(bad)} bad rows in {part}, max_bad_samples={max_bad_samples}")
+            if samples:
+                batch = collate(samples, tokenizer.pad_id).to(process.device)
+                with process.autocast():
+                    ((_, scores),) = model(batch.tokens, batch.images, [puzzle] * len(samples))
+                values = scores.argmax(-1) if answer == 'class' else scores[..., 0].floor().long()       # (b,S)
+                said += values.tolist() if puzzle in PADS else values[:, 0].tolist()
+    model.train()
+    return dict(accuracies(asked, said), left_out=len(bad))
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 run.begin(stage='smart101', model=model, optimizer=optimizer, tokenizer=tokenizer, mixture=mixture, spec=spec,
           schedule=curve, count_flops=False)
-numbers = list(train)                                            # the puzzle of each source
+numbers = list(sources['train'])                                 # the puzzle of each source
 for step in range(run.first_step, run.last_step):
     micro, counts = run.take(batches)
     if micro is None:
         break
     # the paper's loss: a mean for each puzzle, and the mean over the puzzles of the batch
     weight = counts['weight'].clamp(min=1).reciprocal() / (counts['weight'] > 0).sum()           # (n_source,)
-    torch.manual_seed(seed * 1_000_000 + step)                   # of dropout: a resumed run draws the same on any device
+    torch.manual_seed(seed * 1_000_000 + step)                   # of dropout: resumed, it is the same on any device
     optimizer.zero_grad(set_to_none=True)
     row_losses = []
     for batch in micro:
         weights, puzzles_now = weight[batch.source].float(), [numbers[s] for s in batch.source.tolist()]
         batch = batch.to(process.device, non_blocking=True)
         with process.autocast():
-            found = model(batch.tokens, batch.images, puzzles_now, tokenizer.pad_id)
-        loss_sum, row_loss = loss_of(found, batch.targets, process.send(weights))
+            found = model(batch.tokens, batch.images, puzzles_now)
+        loss_sum, row_loss = answer_loss(found, batch.targets, process.send(weights), answer)
         loss_sum.backward()
         row_losses.append(row_loss)
     lr_now = lr_at(step, curve)
@@ -328,12 +209,10 @@ for step in range(run.first_step, run.last_step):
         val = evaluate('val')
         run.logger.log({'step': run.step, 'S_acc': val['S_acc'], 'O_acc': val['O_acc']})
     if run.step == max_steps:
-        result = {'config': config, 'val': val, 'test': evaluate('test')}
-        write_whole(os.path.join(out_dir, 'smart101.json'), json.dumps(result, indent=1))
-        for part in ('val', 'test'):
-            for what, (s, o) in {'all': (result[part]['S_acc'], result[part]['O_acc']),
-                                 **result[part]['categories']}.items():
-                process.print(f"{part} {what:<10} S_acc {100 * s:5.1f}  O_acc {100 * o:5.1f}")
+        test = evaluate('test')
+        write_whole(os.path.join(out_dir, 'smart101.json'), dict(config=config, val=val, test=test))
+        for what, (s, o) in {'all': (test['S_acc'], test['O_acc']), **test['categories']}.items():
+            process.print(f"test {what:<10} S_acc {100 * s:5.1f}  O_acc {100 * o:5.1f}")
     if run.due():
         run.save()
 run.finish()
