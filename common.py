@@ -320,14 +320,14 @@ class Run:
                 self.process.print(f"!!! {line}")
         return sources
 
-    def load_moments(self, optimizer):
+    def load_moments(self, optimizer, untouched=()):
         """
         AdamW's moments of the checkpoint that this run goes on from, and for a resumed run the random state. Parts that
-        a base lacks start with fresh moments.
+        a base lacks start with fresh moments, and so may `untouched`, prefixes of what no step may have needed yet.
         Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
-        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        may_lack = untouched if self.resumed and seen_images else ('projector.', 'encoder.', *untouched)
         if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
             may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)

@@ -92,7 +92,7 @@ out_dir = out_dir or os.path.join('out', scale, name)
 if split == 'puzzle' and heads != 'shared':
     raise UserError("split='puzzle' asks puzzles that have no head of their own: give --heads=shared")
 if width % n_head or len(percent) != 3 or sum(percent) != 100:
-    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple of it, and three of sum 100")
+    raise UserError(f"width={width}, n_head={n_head}, percent={percent}: expected a multiple, and three of sum 100")
 
 # --- data -------------------------------------------------------------------------------------------------------------
 folder = os.path.join(data_dir, puzzles)
@@ -124,7 +124,7 @@ else:
         vlm.encoder = None
     elif encoder != 'base':
         common.require(dict.fromkeys(encoder_files(config).values(), 'a folder of Hugging Face'))
-        vlm.encoder = build_encoder(encoder_spec(config))
+        vlm.encoder = build_encoder(encoder_spec({**config, 'token_mode': 'native', 'image_tokens': 0}))
         fill_encoder(vlm.encoder, encoder_files(config))
     elif vlm.encoder is None:
         raise UserError(f"{run.folder} is text-only: give --encoder=siglip and --encoder_path=FOLDER, or another base")
@@ -150,7 +150,7 @@ curve = dict(kind='main', peak=lr, final=0.0, warmup=warmup_steps, total=max_ste
 optimizer = common.make_optimizer(model, {'reasoner': 1.0}, weight_decay=weight_decay, betas=(beta1, beta2),
                                   decay='matrices')
 if run.resumed:
-    run.load_moments(optimizer)
+    run.load_moments(optimizer, ('reasoner.image_heads.', 'reasoner.answers.'))      # of puzzles that have not come yet
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -182,6 +182,8 @@ def evaluate(part):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 run.begin(stage='smart101', model=model, optimizer=optimizer, tokenizer=tokenizer, mixture=mixture, spec=spec,
           schedule=curve, count_flops=False)
+if not run.resumed:
+    run.encoder_file = ''                                        # the base's is another: here the decoder is in it, too
 numbers = list(sources['train'])                                 # the puzzle of each source
 for step in range(run.first_step, run.last_step):
     micro, counts = run.take(batches)
