@@ -1,5 +1,5 @@
 """
-The decoder (OpenLM's architecture), the vision-language model around it, OpenLM weights.
+The vision-language model around a decoder, a model from its description, OpenLM weights.
 
     decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
     model = build_vlm(spec, seed=7)                                               # spec: a plain dict, see vlm_spec
@@ -9,6 +9,7 @@ Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCL
 """
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -16,218 +17,142 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
 from adapters import add_adapters
-from connectors import build_projector, projector_spec
+from connectors import CrossBlock, CrossBlocks, Sight, build_projector, projector_spec
+from decoder import Block, Decoder, ModelConfig, inverse_frequencies
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
-from fused import layer_norm, qk_norm_rotary
-from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from vision import build_encoder, encoder_spec
+from images import View, sides
+from kernels import IGNORE_INDEX, Intervals, linear_cross_entropy
+from vision import EncoderBlock, build_encoder, encoder_spec, lowered
 from weights import fill, read_json, read_pt, tensors
-
-ROPE_BASE = 10000.0             # OpenLM's rotary base
-
-
-DECODER = {                     # what a ModelConfig holds: far above any model, below what hangs a machine
-    'n_layer': Field(int, 1, 1000), 'n_head': Field(int, 0, 1 << 14), 'n_embd': Field(int, 1, 1 << 17),
-    'vocab_size': Field(int, 1, 1 << 22), 'seq_len': Field(int, 1, 1 << 24), 'n_ffn': Field(int, 0, 1 << 20),
-    'qk_norm': Field(bool), 'norm_eps': Field(NUMBER, 0, 1)}
-
-
-@dataclasses.dataclass
-class ModelConfig:
-    """The decoder's shape; the defaults are DCLM's. n_ffn 0 = OpenLM's rule, 8/3 of the width rounded up to 256."""
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int = 50432     # GPT-NeoX-20B's 50277 rows, padded to a multiple of 256
-    seq_len: int = 2048         # what it is trained at; longer inputs are legal
-    n_ffn: int = 0
-    qk_norm: bool = True        # LayerNorm of q and k over the full width, before rotary
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        check(vars(self), Field(dict, of=DECODER), "the decoder's shape")
-        self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
-        if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected n_embd / n_head whole and even")
-
-
-class Linear(nn.Linear):
-    """nn.Linear without bias and without torch's own initialisation, which Decoder.init_weights would overwrite."""
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self):
-        pass
-
-
-class Norm(nn.Module):
-    """LayerNorm with a gain and no bias; under autocast it runs in the low precision, as OpenLM's LPLayerNorm does."""
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.eps = eps
-
-    def forward(self, x):
-        return layer_norm(x, self.weight, self.eps)
-
-
-def inverse_frequencies(head):
-    """OpenLM's rotary frequencies (head/2,) float32 of a head of width `head`."""
-    # device: under torch.device('meta') arange would first import torch._dynamo
-    return ROPE_BASE ** (-torch.arange(0, head, 2, dtype=torch.float32, device='cpu') / head)
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        n = config.n_embd
-        self.n_head = config.n_head
-        self.in_proj = Linear(n, 3 * n)                         # rows: q, k, v
-        self.out_proj = Linear(n, n)
-        self.norm_eps = config.norm_eps
-        self.q_norm = Norm(n, config.norm_eps) if config.qk_norm else None       # their gains: fused.py has the rest
-        self.k_norm = Norm(n, config.norm_eps) if config.qk_norm else None
-
-    def forward(self, x, rotary, mask, cache=None):
-        B, T, C = x.shape
-        gains = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
-        q, k, v = qk_norm_rotary(self.in_proj(x), *gains, *rotary, self.n_head, self.norm_eps)       # (B,H,T,D)
-        if cache is not None:
-            cache, layer, position = cache
-            k, v = cache.update(layer, k, v, position)          # (B,H,length,D)
-        return self.out_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.w12 = Linear(config.n_embd, 2 * config.n_ffn)      # the gate is the first half
-        self.w3 = Linear(config.n_ffn, config.n_embd)
-
-    def forward(self, x):
-        gate, up = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = Norm(config.n_embd, config.norm_eps)
-        self.ffn_norm = Norm(config.n_embd, config.norm_eps)
-
-    def forward(self, x, rotary, mask, cache=None, kept=None):
-        """x (B,T,C) -> (B,T,C), or (K,C): with kept (K,) flat indices into B*T the feed-forward runs for these only."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        if kept is not None:
-            x = x.flatten(0, 1)[kept]                           # (K,C)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
-class Decoder(nn.Module):
-    """
-    OpenLM's transformer: pre-norm, no biases, QK-norm over the full width, rotary, SwiGLU, untied output.
-    Parameter names are OpenLM's, so its checkpoints load by name. inv_freq is a buffer: models trained in bf16 have
-    seen rounded frequencies, so an imported checkpoint brings its own.
-    """
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        head = config.n_embd // config.n_head
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(
-            config.vocab_size, config.n_embd))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = Norm(config.n_embd, config.norm_eps)
-        self.output = Linear(config.n_embd, config.vocab_size)
-        self.register_buffer('inv_freq', inverse_frequencies(head))
-        self.activation_checkpointing = False
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """OpenLM's initialisation, torch's global generator: normals cut at 3 std, residual outputs scaled by depth."""
-        def trunc(weight, std):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-        width_std = 1 / math.sqrt(self.config.n_embd)
-        trunc(self.tok_embeddings.weight, width_std)
-        trunc(self.output.weight, width_std)
-        for i, block in enumerate(self.layers):
-            depth = math.sqrt(2 * (i + 1))
-            trunc(block.attention.in_proj.weight, width_std)
-            trunc(block.attention.out_proj.weight, width_std / depth)
-            trunc(block.feed_forward.w12.weight, width_std)
-            trunc(block.feed_forward.w3.weight, 1 / math.sqrt(self.config.n_ffn) / depth)
-
-    def rotary(self, position):
-        """cos and sin (...,T,D) float32 of position (...,T)."""
-        angle = position[..., None].float() * self.inv_freq
-        angle = torch.cat((angle, angle), -1)
-        return angle.cos(), angle.sin()
-
-    def trunk(self, x, kept=None, mask=None, position=None, cache=None):
-        """
-        The blocks and the final norm.
-        x         (B,T,C) embeddings
-        kept      (K,) flat indices into B*T whose outputs are wanted; None = all. The last block computes q, the output
-                  projection and the feed-forward for these only; keys and values for all: exact, and less work
-        mask      Intervals over the keys; None = causal
-        position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
-        returns   (B,T,C), or (K,C) with kept
-        """
-        B, T, _ = x.shape
-        mask = Intervals.causal(B, T, x.device) if mask is None else mask
-        if position is None:
-            rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
-        else:
-            rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
-        for i, block in enumerate(self.layers):
-            args = (x, rotary, mask, None if cache is None else (cache, i, position),
-                    kept if i == len(self.layers) - 1 else None)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
-        return self.norm(x)
-
-    def forward(self, tokens):
-        """tokens (B,T) int64 -> logits (B,T,V) float32."""
-        return self.output(self.trunk(self.tok_embeddings(tokens))).float()
 
 
 class VLM(nn.Module):
     """
-    A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. n_token: positions of an image, 0 for text;
-    None = as many as the encoder gives, else what the projector makes of them.
+    A decoder that reads image features at the positions that hold image_id. encoder and projector are None for a
+    text-only model.
+    n_token       features of an image, 0 for text; None = as many as the encoder gives, else what the projector makes.
+                  They stand in the row, or, with cross (CrossBlocks), are read by these blocks, and the image takes one
+                  position
+    shortest, split  see images.View
+    image_mask    'causal' over images too (the paper's choice), or 'prefix': the positions of an image see each other
+    document_end  None, or the id after which attention starts anew. Rotary positions go on: scores depend on distances
+                  alone, so that a document inside a row gives what it gives by itself
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None,
+                 shortest=0, split=False, image_mask='causal', document_end=None):
         super().__init__()
-        self.decoder, self.encoder, self.projector = decoder, encoder, projector
-        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
-        self.image_id, self.z_loss = image_id, z_loss
+        self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
+        self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
+        self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
+        self.image_id, self.z_loss, self.image_mask, self.document_end = image_id, z_loss, image_mask, document_end
+        if image_mask not in ('causal', 'prefix'):
+            raise UserError(f"image_mask={image_mask!r}: expected 'causal' or 'prefix'")
+        if cross is not None and (shortest or image_mask == 'prefix'):
+            raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
+                            "image_mask='causal' and aspect='square' only")
+        if image_mask == 'prefix' and self.per_patch:
+            raise UserError("image_mask='prefix' and aspect='keep': give token_mode='query', too, so that all images "
+                            "take the same number of positions")
+        self.compiled, self.low = False, (None, None)           # low: see _low_encoder
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
 
+    @property
+    def n_slot(self):
+        """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
+        return self.n_token if self.cross is None else 1
+
+    @property
+    def per_patch(self):
+        """Positions of a patch, where images take different numbers of positions; else 0."""
+        e = self.encoder
+        if self.fixed or self.cross is not None or not self.shortest:
+            return 0
+        return e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
+
+    def view(self, resize='letterbox'):
+        """How photos become this model's images."""
+        e = self.encoder
+        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, self.per_patch, self.split)
+
+    def slots(self, images):
+        """Positions in a row that each of N images takes: a list of int."""
+        view = self.view()
+        return [view.positions(image) for image in images]
+
+    def compile_blocks(self):
+        """Have torch.compile compile the blocks of decoder and encoder one by one, each when it first runs."""
+        self.compiled = True
+        for module in self.modules():
+            if isinstance(module, (Block, CrossBlock, EncoderBlock)):
+                module.compile(dynamic=None)
+
     def image_features(self, images):
-        """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
+        """
+        Images encoded, those of one size together, and projected; a frozen encoder builds no graph.
+        images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
+        returns  (N,n_slot,C), or where images take different numbers of positions a list of (n,C)
+        """
+        if isinstance(images, list):
+            parts = [part for image in images for part in image]
+            features = {}                                      # of the i-th part (n,C)
+            for shape in dict.fromkeys(part.shape for part in parts):
+                at = [i for i, part in enumerate(parts) if part.shape == shape]
+                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]))))
+            k = len(images[0])
+            features = [torch.cat([features[k * i + j] for j in range(k)]) for i in range(len(images))]
+            return torch.stack(features) if len({len(x) for x in features}) == 1 else features
+        if images.ndim == 5:
+            return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         trained = any(p.requires_grad for p in self.encoder.parameters())
+        autocast = images.device.type != 'meta' and torch.is_autocast_enabled(images.device.type)
+        encoder = self.encoder
+        if autocast and not trained:
+            encoder = self._low_encoder(torch.get_autocast_dtype(images.device.type))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = self.encoder(images)
+            features = encoder(images)
         return self.projector(features)
+
+    def _low_encoder(self, dtype):
+        """
+        The frozen encoder with weights that autocast finds in its dtype: cast once, and again only where they changed.
+        self.low is a tuple, so what it holds is no submodule: nothing saves, moves or trains it.
+        """
+        state = dtype, [(p.data_ptr(), p._version) for p in self.encoder.parameters()]
+        if self.low[0] != state:
+            self.low = state, lowered(self.encoder, dtype)
+            for block in self.low[1].modules() if self.compiled else ():
+                if isinstance(block, EncoderBlock):
+                    block.compile(dynamic=None)
+        return self.low[1]
+
+    def intervals(self, tokens, images):
+        """
+        Who sees whom in rows of tokens (B,T), found where they are: Intervals, None where all of it is causal.
+        images  do the rows hold any?
+        """
+        together = images and self.image_mask == 'prefix'
+        if self.document_end is not None:
+            ends = (tokens == self.document_end).int()
+            mask = Intervals.documents(ends.cumsum(1) - ends)       # the id belongs to the document that it ends
+        elif together:
+            mask = Intervals.causal(*tokens.shape, tokens.device)
+        else:
+            return None
+        return mask.joined(tokens == self.image_id, self.n_token) if together else mask
 
     def embed(self, tokens, images=None, image_index=None, noise=None):
         """
-        Token embeddings with image features in the slots.
-        tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        Token embeddings with image features in the slots, where there are no cross blocks to read them.
+        tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
+        returns (B,T,C)
         noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
@@ -237,27 +162,47 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
+            n_slot = self.n_slot
+            if n_image and isinstance(images, list):
+                n_slot = self.slots(images)
+                n_slot = n_slot if image_index is None else [n_slot[i] for i in image_index.tolist()]
+            check_slots(tokens, self.image_id, n_image, n_slot)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        features = self.image_features(images)                                         # (N,n_token,C)
-        if image_index is not None:
-            # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
+        if self.cross is not None:
+            return x
+        features = self.image_features(images)                                         # (N,n_slot,C)
+        if isinstance(features, list):
+            index = range(len(features)) if image_index is None else image_index.tolist()
+            features = torch.cat([features[i] for i in index])[None]                   # (1,slots,C)
+        elif image_index is not None:
+            # (M,n_slot,C); the backward of features[image_index] would add in an order that threads decide
             features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
         # a stable sort puts the slots first; their number is known, so that a GPU is not waited for
-        features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
+        features = features.flatten(0, 1).to(x.dtype)                                  # (slots,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
+
+    def see(self, tokens, images=None, image_index=None):
+        """The Sight of a batch for the cross blocks, arguments as embed's; None where they have nothing to do."""
+        if self.cross is None or images is None and not torch.is_grad_enabled():
+            return None
+        if images is None:      # ddp and fsdp wait for every block: they run on no row, and their gradients are zeros
+            features = self.decoder.tok_embeddings.weight.new_zeros(0, self.n_token, self.decoder.config.n_embd)
+        else:
+            features = self.image_features(images)                                     # (N,n_token,C)
+        n_image = len(features if image_index is None else image_index)
+        return Sight.of(self.cross, [features] * len(self.cross), tokens == self.image_id, n_image, image_index)
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
-        images           (N,3,S,S) uint8, or None
+        images           as image_features takes them, or None
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
@@ -268,7 +213,9 @@ class VLM(nn.Module):
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept=kept)              # (K,C)
+        x = self.embed(tokens, images, image_index, noise)                             # (B,T,C)
+        x = self.decoder.trunk(x, kept, self.intervals(tokens, images is not None),
+                               sight=self.see(tokens, images, image_index))            # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -280,15 +227,17 @@ class VLM(nn.Module):
 
 # --- a model from its description -----------------------------------------------------------------------------------
 
-def vlm_spec(config, image_id, images):
+def vlm_spec(config, image_id, images, document_end=None):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
     config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
              connectors.projector_spec read
     images   False = text only, without encoder and projector
+    document_end  see VLM
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
-    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
+    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id,
+                document_end=document_end)
     return add_images(spec, config) if images else spec
 
 
@@ -297,7 +246,33 @@ def add_images(spec, config):
     encoder = encoder_spec(config)
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
-    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token))
+    spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token),
+                image_mask=config.get('image_mask', 'causal'), **fusion_spec(config))
+    return with_view(spec, config)
+
+
+def with_view(spec, config):
+    """A description with a 'view', where aspect or split of a config turn it on; what is on stays on."""
+    view, tower = dict(spec.get('view') or {}), spec['encoder'].get('siglip', spec['encoder'])
+    if config.get('aspect') == 'keep':
+        size, projector = tower.get('config', tower)['image_size'], spec['projector']
+        if not isinstance(size, int) or projector['kind'] != 'perceiver' and projector.get('n_token'):
+            raise UserError("aspect='keep' with image_tokens that are pooled, or of an image that is no square: give "
+                            "token_mode='query', or aspect='square'")
+        view['shortest'] = max(1, size * 27 // 70)                                            # Idefics2: 378 of 980
+    if config.get('split'):
+        view['split'] = True
+    return dict(spec, view=view) if view else spec
+
+
+FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, before every {}. block of the decoder'
+
+
+def fusion_spec(config):
+    """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
+    if config.get('fusion', 'sequence') == 'sequence':
+        return {}
+    return dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 
 class Undrawn(TorchFunctionMode):
@@ -311,7 +286,8 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3; None = memory as it
+             comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -323,7 +299,7 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = n_token = None
+            encoder = projector = n_token = cross = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
@@ -331,8 +307,13 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = build_projector(spec['projector'], encoder.width, config.n_embd)
                 n_token = spec['projector'].get('n_token')
+                if spec.get('fusion') is not None:
+                    draw(3)
+                    cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token)
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross,
+                        image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'),
+                        **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
@@ -342,8 +323,16 @@ def build_vlm(spec, seed=None):
 
 
 def check_slots(tokens, image_id, n_image, n_token):
-    """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
+    """
+    ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots, or
+    images of so many slots as the list n_token says, in its order.
+    """
     in_row = (tokens == image_id).sum(1)                                               # (B,)
+    if isinstance(n_token, list):
+        ends = {0, *itertools.accumulate(n_token)}
+        if in_row.sum() != sum(n_token) or not ends.issuperset(in_row.cumsum(0).tolist()):
+            raise ValueError(f"rows hold {in_row.tolist()} image slots: expected whole images of {n_token} in turn")
+        return
     torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows
     if len(torn):
         row = int(torn[0])
@@ -473,7 +462,7 @@ def openlm_moments(path):
 def save_openlm(decoder, path):
     """
     Write a Decoder in OpenLM's layout: `path` ending in .pt = {'epoch', 'name', 'state_dict'}, else an HF folder.
-    Each file is whole or not there.
+    Each file is whole or not there. Of a VLM with cross blocks this is the decoder alone, which is all of it for text.
     """
     path, c = os.fspath(path), decoder.config
     state = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items() if k != 'inv_freq'}

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import RECORD, free_port, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_vlm
 from common import cooldown_lr, main_lr, remaining_lr
 from connectors import Projector
+from data import TextSource
 from model import save_openlm
 from vision import SigLIP
 
@@ -161,6 +163,47 @@ def test_rewarm_and_remaining_schedules(world, scripts, stage_1, tmp_path):
 
 
 # --- the same run, anyhow ---------------------------------------------------------------------------------------------
+
+def test_masks_reach_every_stage_its_validation_and_any_number_of_processes(world, scripts, stage_1, tmp_path):
+    scripts(*text(world, f'--out_dir={tmp_path / "text"}', '--document_mask=true', '--max_steps=5', '--eval_every=5',
+                  '--val_text=val/*.tar'))
+    before, after = (steps(out)[0]['loss'] for out in (stage_1, tmp_path / 'text'))
+    assert before != after and before == pytest.approx(after, rel=1e-2)      # the same rows and weights, other masks
+    # the loss of its validation, document by document
+    model, tokenizer, meta = load_vlm(str(tmp_path / 'text' / 'ckpt_100'))
+    assert meta['spec']['document_end'] == model.document_end == tokenizer.eot_id and 'image_mask' not in meta['spec']
+    nats, n = 0.0, 0
+    for sample in (rows := TextSource(str(world / 'data' / 'val' / '*.tar'), tokenizer, 48)):
+        ends = [i + 1 for i, token in enumerate(sample.tokens[:-1]) if token == tokenizer.eot_id]
+        for a, b in zip([0, *ends], [*ends, len(sample.tokens)]):
+            logits = model.decoder(torch.tensor(sample.tokens[None, a:b]))[0].double()
+            nats, n = nats + float(F.cross_entropy(logits, torch.tensor(sample.targets[a:b]), reduction='sum')), n + b - a
+        n_end = len(ends)
+    assert len(rows) == 16 and n == 16 * 48 and n_end > 1
+    held_out = [line['val_text_loss'] for line in read_log(tmp_path / 'text') if 'val_text_loss' in line]
+    assert held_out == [pytest.approx(nats / n, rel=1e-5)]
+    # stage 2 with both, at 1 and 2 processes, recomputed or not
+    base = tmp_path / 'text' / 'ckpt_080'
+    args = ['config/ckpt80_img10.py', world / 'tiny.py', f'--init_from={base}', '--image_ratio=0.25', '--max_steps=6',
+            '--micro_batch_size=2', '--eval_every=6', '--val_captions=val_captions/*.tar']
+    masks, logs = ['--document_mask=true', '--image_mask=prefix'], {}
+    for name, n, more in (('off', 1, []), ('1', 1, masks), ('2', 2, [*masks, '--activation_checkpointing=true'])):
+        scripts('pretrain.py', *args, *more, f'--out_dir={tmp_path / name}', world_size=n)
+        logs[name] = [line.get('loss') or line['val_caption_loss'] for line in read_log(tmp_path / name)]
+    assert logs['2'] == pytest.approx(logs['1'], rel=1e-5) and len(logs['1']) == 7
+    assert all(a != b for a, b in zip(logs['off'], logs['1']))
+    # what goes on from there follows, without being told; text rows of stage 3, too
+    line = scripts.refuses('pretrain.py', *args[:2], f'--init_from={tmp_path / "1" / "ckpt_100"}')
+    assert "was trained with image_mask='prefix', this run has 'causal': give the same" in line
+    run = scripts('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={tmp_path / "1" / "ckpt_100"}',
+                  '--text_share=0.5', '--stop_after=1', f'--out_dir={tmp_path / "3"}')
+    spec = meta_of(tmp_path / '3' / 'ckpt_last')['spec']
+    assert (spec['image_mask'], spec['document_end']) == ('prefix', tokenizer.eot_id) and '!!!' not in run.out
+    # and stage 3 has a key of its own for a base without images
+    scripts('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={stage_1 / "ckpt_100"}',
+            '--image_mask=prefix', '--stop_after=1', f'--out_dir={tmp_path / "own"}')
+    assert load_vlm(str(tmp_path / 'own' / 'ckpt_last'))[0].image_mask == 'prefix'
+
 
 def test_workers_validation_and_saving_change_no_bit(world, scripts, stage_1, tmp_path):
     scripts(*text(world, f'--out_dir={tmp_path}', '--n_worker=2', '--eval_every=6', '--eval_rows=8',
@@ -424,6 +467,48 @@ def test_a_fused_encoder_is_trained_saved_resumed_and_tuned(world, scripts, stag
                   '--encoder=dinov2', '--stop_after=1', f'--out_dir={tmp_path / "tuned"}')
     assert "!!! encoder='dinov2' has no effect" in run.out
     assert equal(tensors(tmp_path / 'tuned' / 'ckpt_last', 'encoder'), a)
+
+
+def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, tmp_path):
+    """28 pixels with workers, then 42 from there; stage 3 and evaluation follow; quarters of a photo are images, too."""
+    base = [*mix(world, stage_1, ratio=0.5), '--keep_percent=(100,)', '--freeze=none', '--encoder_lr=1e-3']
+    first = ['pretrain.py', *base, '--max_steps=4', '--aspect=keep', '--split=true']
+    for name, stops in (('a', (2, 4)), ('b', (4,))):
+        for stop in stops:
+            scripts(*first, '--n_worker=2' if stop == 2 else '--n_worker=0', f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
+    for file in ('model', 'encoder', 'optim'):
+        name = f'{file}.pt' if file == 'optim' else f'{file}.safetensors'
+        assert same_weights(tmp_path / 'a' / 'ckpt_100', tmp_path / 'b' / 'ckpt_100', name)
+    scripts(*first, '--micro_batch_size=2', f'--out_dir={tmp_path / "two"}', world_size=2)
+    for a, b in zip(steps(tmp_path / 'two'), steps(tmp_path / 'a'), strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+        assert a['sources']['captions'] == pytest.approx(b['sources']['captions'], rel=1e-4)
+    meta = meta_of(tmp_path / 'a' / 'ckpt_100')
+    assert meta['spec']['view'] == {'shortest': 10, 'split': True}
+    seen = meta['seen']['captions']
+    assert seen['n_image'] == 16 and 5 * 16 < seen['n_image_position'] < 20 * 16         # images, not their parts
+    run = scripts('pretrain.py', *base, f'--init_from={tmp_path / "a" / "ckpt_100"}', '--schedule=rewarm', '--lr=1e-3',
+                  '--aspect=keep', '--image_size=42', '--max_steps=2', f'--out_dir={tmp_path / "large"}', '--rewarm_steps=1')
+    assert "encoder.embeddings.position_embedding.weight of" in run.out and "resized to this run's image_size" in run.out
+    spec = meta_of(tmp_path / 'large' / 'ckpt_100')['spec']
+    assert (spec['encoder']['config']['image_size'], spec['view']) == (42, {'shortest': 16})
+    small, large = (tensors(tmp_path / name / 'ckpt_100', 'encoder')['encoder.embeddings.position_embedding.weight']
+                    for name in ('a', 'large'))
+    assert (len(small), len(large)) == (4, 9)
+    tune = ['finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={tmp_path / "large" / "ckpt_100"}',
+            '--split=true', '--max_steps=2']
+    for name, stops in (('x', (1, 2)), ('y', (2,))):
+        for stop in stops:
+            scripts(*tune, f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
+    assert same_weights(tmp_path / 'x' / 'ckpt_100', tmp_path / 'y' / 'ckpt_100')
+    tuned = meta_of(tmp_path / 'x' / 'ckpt_100')
+    assert tuned['spec'] == {**spec, 'view': {'shortest': 16, 'split': True}} and tuned['seen']['instruct']['n_image'] < 16
+    photo = world / 'data' / 'instruct' / 'images' / '0.jpg'
+    args = [f'--ckpt={tmp_path / "x" / "ckpt_100"}', f'--image={photo}', '--prompt=what colour is the wall ?']
+    assert scripts('evaluate.py', *args, '--max_new_tokens=4').out.strip()
+    refused = scripts.refuses('pretrain.py', *base, '--aspect=keep', '--split=true', '--image_size=56', '--max_steps=2',
+                              f'--out_dir={tmp_path / "no"}')
+    assert 'seq_len=48 does not hold image_tokens=80' in refused
 
 
 def test_validation_counts_no_row_twice(world, scripts, tmp_path):

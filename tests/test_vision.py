@@ -3,12 +3,14 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model,
                           Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Siglip2VisionConfig, Siglip2VisionModel,
                           SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionConfig, SiglipVisionModel)
@@ -423,6 +425,42 @@ def test_every_parameter_of_trained_towers_gets_a_gradient(encoder, tmp_path):
     assert torch.equal(again(images), eye(images))
 
 
+class Operations(TorchDispatchMode):
+    """Counts what runs: .casts by (is it a parameter?, elements), .names of all operators."""
+    def __init__(self):
+        super().__init__()
+        self.casts, self.names = Counter(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name == '_to_copy':
+            self.casts[isinstance(args[0], torch.nn.Parameter), args[0].numel()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_lowered_tower_gives_autocasts_bits_and_casts_no_weight_and_each_norm_once():
+    shape = dict(hidden_size=144, intermediate_size=100, num_hidden_layers=4, num_attention_heads=2, patch_size=14,
+                 image_size=42)                                              # heads of 72, as so400m's
+    images = torch.from_numpy(pixels(2, 3, 42, 42))
+    for tower in (SigLIP(SigLIPConfig(**shape), -1, True), DINOv2(DINOv2Config(**shape), -1, True),
+                  DINOv2(DINOv2Config(**shape, use_swiglu_ffn=True, num_register_tokens=0))):
+        tower = perturbed(tower).requires_grad_(False)
+        low = vision.lowered(tower, torch.bfloat16)
+        with Operations() as plain, torch.autocast('cpu', torch.bfloat16):
+            truth = tower(images)
+        with Operations() as ours, torch.autocast('cpu', torch.bfloat16):
+            x = low(images)
+        assert torch.equal(x, truth) and x.dtype == torch.float32
+        n = 2 * (9 + (isinstance(tower, DINOv2) and 1 + tower.config.num_register_tokens)) * 144
+        count = lambda ran: (sum(k for (own, _), k in ran.casts.items() if own), ran.casts[False, n])
+        assert count(ours) == (0, 2 * tower.n_block), "two norms a block"
+        assert count(plain)[0] == 2 + 12 * tower.n_block and count(plain)[1] == 4 * tower.n_block
+        assert 'constant_pad_nd' not in ours.names and 'addmm' in ours.names               # q, k, v as they are
+        shared = {p.data_ptr() for p in tower.parameters()} & {p.data_ptr() for p in low.parameters()}
+        assert len(shared) == len([*tower.parameters()]) - count(plain)[0]
+
+
 @pytest.mark.parametrize('encoder, image_tokens, size', [
     ('siglip', 36, 84), ('siglip', 8, [28, 56]), ('dinov2', 9, 42), ('dinosiglip', 18, [42, 84]), ('patch', 2, [14, 28]),
     ('siglip', 0, 42)])
@@ -540,6 +578,70 @@ def test_towers_of_other_grids_and_of_any_resolution_are_refused(tmp_path):
                                            num_attention_heads=3)).save_pretrained(tmp_path / 's')
     with pytest.raises(ValueError, match="'siglip2_vision_model' .NaFlex, of any resolution: take a SigLIP 2 of one."):
         SigLIP.from_pretrained(tmp_path / 's')
+
+
+# --- aspect ratios that are kept ---------------------------------------------------------------------------------
+
+def test_positions_of_a_grid_are_idefics2s():
+    hf = pytest.importorskip('transformers.models.idefics2.modeling_idefics2')
+    off = {}
+    for n in (2, 3, 16, 27, 37, 70):
+        embeddings = hf.Idefics2VisionEmbeddings(hf.Idefics2VisionConfig(hidden_size=1, patch_size=1, image_size=n))
+        with torch.no_grad():
+            embeddings.patch_embedding.weight.zero_()
+            embeddings.patch_embedding.bias.zero_()
+            embeddings.position_embedding.weight.copy_(torch.arange(n * n)[:, None])
+            for h in range(1, n + 1):
+                w = n + 1 - h
+                theirs = embeddings(torch.zeros(1, 3, h, w), torch.ones(1, h, w, dtype=torch.bool))
+                ours = vision.position_ids(h, w, n)
+                assert ours.tolist() == theirs.flatten().tolist(), (n, h, w)
+                if (ours.view(h, w)[:, 0] // n).tolist() != [i * n // h for i in range(h)]:
+                    off.setdefault(n, []).append(h)
+    assert off == {70: [25, 49, 50, 55]}
+    assert vision.position_ids(27, 27, 27).tolist() == list(range(27 ** 2))
+
+
+def test_images_of_their_own_grids_match_idefics2(tmp_path):
+    """Bucketed by grid they need no mask; transformers pads them to one size and masks what is padded."""
+    hf = pytest.importorskip('transformers.models.idefics2.modeling_idefics2')
+    ours = tiny(layer=-1, norm=True, config={'image_size': 70})
+    torch.manual_seed(4)
+    theirs = hf.Idefics2VisionTransformer(hf.Idefics2VisionConfig(**{**TINY, 'image_size': 70})).eval()
+    state = {k: v + 0.1 * torch.randn_like(v) for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(state)
+    grids = [(5, 5), (2, 5), (5, 3), (4, 2), (2, 5)]
+    images = [torch.from_numpy(pixels(3, 14 * h, 14 * w, seed=i)) for i, (h, w) in enumerate(grids)]
+    padded, mask = torch.zeros(5, 3, 70, 70), torch.zeros(5, 5, 5, dtype=torch.bool)
+    for i, ((h, w), image) in enumerate(zip(grids, images)):
+        padded[i, :, :14 * h, :14 * w], mask[i, :h, :w] = image / 127.5 - 1, True
+    with torch.no_grad():
+        expected = theirs(padded, patch_attention_mask=mask).last_hidden_state.view(5, 5, 5, -1)
+        for i, ((h, w), image) in enumerate(zip(grids, images)):
+            torch.testing.assert_close(ours(image[None])[0], expected[i, :h, :w].flatten(0, 1), atol=1e-4, rtol=1e-4)
+    for wrong in ((15, 14), (84, 14)):
+        with pytest.raises(ValueError, match='expected'):
+            ours(torch.zeros(1, 3, *wrong))
+
+
+@pytest.mark.parametrize('kind', ['patch', 'dinov2', 'dinosiglip'])
+def test_every_encoder_keeps_aspects(kind):
+    siglip, dinov2 = tiny(config={'image_size': 42}), DINOv2(DINOv2Config(48, 96, 2, 3, 14, 42))
+    encoder = {'patch': PatchProjection(42), 'dinov2': dinov2,
+               'dinosiglip': vision.DINOSigLIP(dinov2, siglip, 'interleave')}[kind].eval()
+    image = torch.from_numpy(pixels(2, 3, 28, 42))
+    with torch.no_grad():
+        features = encoder(image)
+        assert features.shape == (2, encoder.n_token * 6 // 9, encoder.width)
+        if kind == 'patch':
+            square = torch.cat((image, image[:, :, :14]), 2)
+            torch.testing.assert_close(features, encoder(square)[:, :6])
+        elif kind == 'dinov2':                       # rows 0 and 1 of two have those of 0 and 1 of three positions
+            table = encoder.position_embeddings.view(-1, 48)[1:].view(3, 3, 48)
+            encoder.layers, encoder.layernorm = torch.nn.ModuleList(), None
+            expected = encoder.patch_embedding(vision._normalise(image, 42, 14, encoder.mean, encoder.std))
+            torch.testing.assert_close(encoder(image), (expected.permute(0, 2, 3, 1) + table[:2]).flatten(1, 2))
 
 
 # --- the loss ----------------------------------------------------------------------------------------------------
