@@ -56,7 +56,7 @@ class Reasoner(nn.Module):
     answer   'class' = a score for each value; 'value' = the value itself
     .encoder is what is frozen, one file for all checkpoints; .reasoner what trains.
     """
-    n_token = 0                          # positions of a row that an image takes
+    n_slot = 0                           # positions of a row that an image takes
 
     def __init__(self, vlm, n_class, *, parts, qformer, heads, answer, width, n_head, n_query, dropout, pad_id):
         super().__init__()

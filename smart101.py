@@ -17,7 +17,7 @@ import checkpoint
 import common
 import costs
 from common import lr_at
-from configurator import configure
+from configurator import config_keys, configure
 from data import Mixture, collate
 from errors import BadSample, UserError, leave, user_error_hook
 from files import write_whole
@@ -39,14 +39,9 @@ rows_per_puzzle = 2000                  # [>= 1] the first rows of each puzzle; 
 percent = (80, 5, 15)                   # [>= 0] of these rows, in order, that are train, val and test
 few_shot = 10                           # [>= 0] rows of each held-out puzzle in train, of split='few_shot'
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder, for its tokenizer and its decoder's features
-encoder = 'base'                        # ['base' | 'siglip' | 'dinov2' | 'dinosiglip' | 'patch'] 'base' = init_from's;
-                                        # the next six are for the others, and as in pretrain.py
+encoder = 'base'                        # ['base' | 'siglip' | 'dinov2' | 'dinosiglip'] init_from's, or that of a file
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir
-encoder_fusion = 'channel'              # ['channel' | 'interleave']
-encoder_layer = -2                      # as in pretrain.py
-encoder_norm = False                    # as in pretrain.py
-image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] of the pictures
 seq_len = 110                           # [>= 1] longest question in ids; the release's have up to 110 words
 parts = 'both'                          # ['both' | 'image' | 'question'] what the reasoner is shown
@@ -66,8 +61,6 @@ micro_batch_size = 128                  # [>= 1, free] upper limit: the largest 
 lr = 3e-4                               # [> 0] peak
 warmup_steps = 10                       # [>= 0]
 weight_decay = 0.2                      # [>= 0] of matrices
-beta1 = 0.9                             # [>= 0, < 1]
-beta2 = 0.98                            # [>= 0, < 1]
 grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
 eval_every = 500                        # [>= 1, free] steps between scores on val
 seed = 7                                # [>= 0, < 9e12] order of the data, initial weights, dropout
@@ -122,9 +115,11 @@ else:
     vlm, tokenizer, _ = checkpoint.load_vlm(run.folder)
     if parts == 'question':
         vlm.encoder = None
-    elif encoder != 'base':
+    elif encoder != 'base':                                      # at the layer that pretrain.py takes
         common.require(dict.fromkeys(encoder_files(config).values(), 'a folder of Hugging Face'))
-        vlm.encoder = build_encoder(encoder_spec({**config, 'token_mode': 'native', 'image_tokens': 0}))
+        keys = config_keys(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain.py'))
+        usual = {key: rule.default for key, rule in keys.items()}
+        vlm.encoder = build_encoder(encoder_spec({**usual, **config}))
         fill_encoder(vlm.encoder, encoder_files(config))
     elif vlm.encoder is None:
         raise UserError(f"{run.folder} is text-only: give --encoder=siglip and --encoder_path=FOLDER, or another base")
@@ -147,7 +142,7 @@ if run.resumed:
     checkpoint.load_weights(model, run.folder, run.meta)
 model.to(process.device).train()
 curve = dict(kind='main', peak=lr, final=0.0, warmup=warmup_steps, total=max_steps)
-optimizer = common.make_optimizer(model, {'reasoner': 1.0}, weight_decay=weight_decay, betas=(beta1, beta2),
+optimizer = common.make_optimizer(model, {'reasoner': 1.0}, weight_decay=weight_decay, betas=(0.9, 0.98),
                                   decay='matrices')
 if run.resumed:
     run.load_moments(optimizer, ('reasoner.image_heads.', 'reasoner.answers.'))      # of puzzles that have not come yet

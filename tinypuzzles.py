@@ -21,47 +21,35 @@ from shards import new_folder
 from tinyworld import COLOURS, CELLS, GRID, SHAPES, Draws, encode_image, make_scene, render
 
 ICON = dict(star='star', ring='ball', square='books', triangle='tree')
-DIGITS = [str(n) for n in range(5)]
+WORD = {'+': 'and', '-': 'but', 'x': 'of', '/': 'or'}
 
 
 def tiny_puzzle(puzzle, scene, draw):
     """One instance of a puzzle about a scene: (question, right option, what options are drawn from; () = pictures)."""
     things, thing = scene.objects, draw.pick(scene.objects)
-    row, column = divmod(thing.cell, GRID)
-    colour, shape = draw.pick(list(COLOURS)), draw.pick(SHAPES)
-    n = sum(other.colour == colour for other in things)
-    if puzzle == 1:
-        return f'what shape is at {CELLS[thing.cell]}?', ICON[thing.shape], ['hat', 'moon', *ICON.values()]
-    if puzzle == 2:
-        return f'how many {shape} are there?', str(sum(other.shape == shape for other in things)), DIGITS
-    if puzzle == 3:
-        return f'how many {colour} are there?', str(n), DIGITS
-    if puzzle == 7:
-        k = draw.pick((2, 3))
-        return f'how many {colour} are there? times {k}', str(k * n), [str(k * i) for i in range(5)]
-    if puzzle == 16:                                                     # sequences: 16 and 18
-        ends = [f'{a} and {b}' for a, b in itertools.combinations(range(1, 10), 2)]
-        return 'where are the objects?', f'{things[0].cell + 1} and {things[-1].cell + 1}', ends
-    if puzzle == 18:
-        order = ['-'.join(map(str, draw.sample((1, 2, 3, 1, 2, 3), len(things)))) for _ in range(40)]
-        return 'where are the objects?', '-'.join(str(other.cell % GRID + 1) for other in things), order
-    if puzzle == 25:
-        half = draw.pick(('AM', 'PM'))
-        return (f'where is the {thing.name}? {"early" if half == "AM" else "late"}', f'{thing.cell + 1}:00 {half}',
-                [f'{hour}:00 {half}' for hour in range(1, 13)])
-    if puzzle == 44:
-        return f'where is the {thing.name}?', LETTERS[column], ()
-    if puzzle == 58:
-        sign = draw.pick('+-x/')
-        word = {'+': 'and', '-': 'but', 'x': 'of', '/': 'or'}[sign]
-        return f'{word} how many {colour} are there?', f'{sign}{n}', [sign + digit for digit in DIGITS]
-    if puzzle == 62:
-        return f'what is the row of the {thing.name}?', str(row + 1), [str(i) for i in range(1, 8)]
-    if puzzle == 77:
-        return f'what colour is at {CELLS[thing.cell]}?', LETTERS[list(COLOURS).index(thing.colour)], ()
     other = draw.pick([other for other in things if other != thing])
-    steps = abs(row - other.cell // GRID) + abs(column - other.cell % GRID)
-    return f'from the {thing.name} to the {other.name}?', f'{steps} cm', [f'{i} cm' for i in range(1, 8)]
+    (row, column), (row_2, column_2) = divmod(thing.cell, GRID), divmod(other.cell, GRID)
+    colour, shape, k = draw.pick(list(COLOURS)), draw.pick(SHAPES), draw.pick((2, 3))
+    half, sign = draw.pick(('AM', 'PM')), draw.pick('+-x/')
+    n = sum(one.colour == colour for one in things)
+    many, where, at = f'how many {colour} are there?', f'where is the {thing.name}?', CELLS[thing.cell]
+    columns = ['-'.join(map(str, draw.sample((1, 2, 3, 1, 2, 3), len(things)))) for _ in range(40)]
+    return {
+        1: (f'what shape is at {at}?', ICON[thing.shape], ['hat', 'moon', *ICON.values()]),
+        2: (f'how many {shape} are there?', str(sum(one.shape == shape for one in things)), [*'01234']),
+        3: (many, str(n), [*'01234']),
+        7: (f'{many} times {k}', str(k * n), [str(k * i) for i in range(5)]),
+        16: ('where are the objects?', f'{things[0].cell + 1} and {things[-1].cell + 1}',
+             [f'{a} and {b}' for a, b in itertools.combinations(range(1, 10), 2)]),
+        18: ('where are the objects?', '-'.join(str(one.cell % GRID + 1) for one in things), columns),
+        25: (f'{where} {"early" if half == "AM" else "late"}', f'{thing.cell + 1}:00 {half}',
+             [f'{hour}:00 {half}' for hour in range(1, 13)]),
+        44: (where, LETTERS[column], ()),
+        58: (f'{WORD[sign]} {many}', f'{sign}{n}', [f'{sign}{i}' for i in range(5)]),
+        62: (f'what is the row of the {thing.name}?', str(row + 1), [*'1234567']),
+        77: (f'what colour is at {at}?', LETTERS[list(COLOURS).index(thing.colour)], ()),
+        92: (f'from the {thing.name} to the {other.name}?', f'{abs(row - row_2) + abs(column - column_2)} cm',
+             [f'{i} cm' for i in range(1, 8)])}[puzzle]
 
 
 PUZZLES = (1, 2, 3, 7, 16, 18, 25, 44, 58, 62, 77, 92)

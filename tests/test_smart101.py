@@ -189,7 +189,7 @@ def test_killed_and_resumed_gives_the_same_bits(smart, scripts, whole, tmp_path)
     ['--parts=question', '--split=answer', '--answer=value'],
     ['--parts=image', '--qformer=false', '--split=few_shot', '--few_shot=3'],
     ['--split=puzzle', '--heads=shared', '--encoder=siglip', '--encoder_path=encoder'],
-    ['--encoder=patch', '--image_size=28', '--percent=(60, 20, 20)', '--rows_per_puzzle=10']])
+    ['--percent=(60, 20, 20)', '--rows_per_puzzle=10']])
 def test_parts_splits_encoders_and_heads(smart, scripts, tmp_path, options):
     scripts(*smart, *options, '--max_steps=2', '--stop_after=1', f'--out_dir={tmp_path}')
     scripts(*smart, *options, '--max_steps=2', f'--out_dir={tmp_path}')
