@@ -7,6 +7,7 @@ A new benchmark is one function, which reads its rows with read_table and return
 """
 import functools
 import glob
+import itertools
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import string
 from errors import NUMBER, Field, UserError, check, reading
 from files import read_whole
 from metrics import gqa_match, pope_answer, pope_metrics
-from puzzles import CATEGORY, read_puzzles, same_value, split_rows, usable
+from puzzles import CATEGORY, read_puzzles, same_value, split_rows
 from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same,
                      score_box, subset, unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
@@ -371,7 +372,8 @@ def read_smart101(path, name, opt, by_value=False):
     instances, so that a category's mean over these is the mean over its puzzles.
     """
     examples = []
-    for row in usable(split_rows(read_puzzles(path), 'instance', 'test'), opt.max_bad_samples):
+    files = read_puzzles(path, max_bad=opt.max_bad_samples)
+    for row in itertools.chain(*split_rows(files, 'instance', 'test').values()):
         (prompt, letters), answer = lettered(row.question, row.options), row.answer
         if by_value:
             prompt, letters = row.question + opt.short_suffix, None

@@ -350,12 +350,8 @@ class Run:
                       n_worker=self.config['n_worker'] if n_worker is None else n_worker,
                       pin_memory=self.process.device.type == 'cuda', **options)
 
-    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments='',
-              count_flops=True):
-        """
-        Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta.
-        count_flops  False = of a model that is no VLM: the log has no mfu
-        """
+    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments=''):
+        """Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta."""
         self.model, self.optimizer, self.tokenizer, self.mixture = model, optimizer, tokenizer, mixture
         self.schedule, self.saved = schedule, None
         self.about = dict(stage=stage, spec=spec, schedule=schedule, moments=moments, init_from=self.init_from,
@@ -363,8 +359,9 @@ class Run:
         self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
         self.image_flops, self.trains = 0, costs.what_trains(model.decoder)
-        self.count_flops = count_flops and self.process.device.type == 'cuda'    # else no share of a peak is logged
-        if self.count_flops:
+        # else no share of a peak is logged
+        self.counts_flops = self.process.device.type == 'cuda' and hasattr(model, 'projector')
+        if self.counts_flops:
             self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config))
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
@@ -433,8 +430,9 @@ class Run:
                     + self.image_flops * (0 if batch.images is None else len(batch.images)) for batch in self.micro)
         line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
                     mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,
-                    mfu=self.count_flops and costs.model_flops_utilisation(flops / (now - before), self.process.device)
-                    or None)                                             # of this GPU
+                    mfu=None)
+        if self.counts_flops:
+            line['mfu'] = costs.model_flops_utilisation(flops / (now - before), self.process.device)     # of this GPU
         line['sources'] = {name: dict(self.seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(loss_share[i]))
                            for i, name in enumerate(names)}
         line['time'] = now

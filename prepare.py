@@ -330,7 +330,7 @@ def smart101(folder, out, split='instance', short_suffix=''):
     apart for the value, worded as in evaluate.py. Returns how many conversations there are.
     """
     entries = []
-    for row in puzzles.usable(puzzles.split_rows(puzzles.read_puzzles(folder), split, 'train')):
+    for row in itertools.chain(*puzzles.split_rows(puzzles.read_puzzles(folder), split, 'train').values()):
         asked = {'letter': (lettered(row.question, row.options)[0], puzzles.LETTERS[row.answer]),
                  'value': (row.question + short_suffix, row.options[row.answer])}
         entries += [{'id': f'smart101-{row.puzzle}-{row.number}-{form}', 'image': os.path.relpath(row.image, folder),

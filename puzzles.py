@@ -2,9 +2,9 @@
 SMART-101 (arXiv 2212.09993), second-graders' puzzles about pictures: the released files, the four splits, answers as
 numbers, S_acc and O_acc. smart101.py trains on it, benchmarks.py asks a VLM, prepare.py makes conversations of it.
 
-    files = read_puzzles('data/SMART101-Data')           # {puzzle: its Rows in the file's order}
+    files = read_puzzles('data/SMART101-Data')           # {puzzle: its rows in the file's order}
     rows = split_rows(files, 'instance', 'test')         # {puzzle: those of one part}
-    accuracies(usable(rows), predictions)                # of all, by category, by puzzle
+    accuracies(rows[2], predictions)                     # of all, by category, by puzzle
 
 The folder is the release's: <puzzle>/puzzle_<puzzle>.csv and <puzzle>/img/, the puzzles 1 to 101, 2000 rows each.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from errors import BadSample, UserError, reading
 from files import Shards, read_whole, stamp_of
-from images import RESIZE, open_image
+from images import letterbox, open_image
 from kernels import IGNORE_INDEX
 from mixture import Sample
 
@@ -142,65 +142,61 @@ def _row(record, puzzle, i, folder, images):
     return Row(puzzle, i, record['Question'].strip(), image, options, answer, values[answer], values)
 
 
-def read_puzzles(folder, n_row=2000):
-    """{puzzle: read_puzzle's list} of the puzzles that a folder holds; UserError where it holds none."""
+def read_puzzles(folder, n_row=2000, max_bad=0):
+    """
+    {puzzle: read_puzzle's list} of the puzzles that a folder holds. UserError where it holds none, and with the first
+    reason where more than max_bad rows cannot be used.
+    """
     found = [puzzle for puzzle in sorted(CATEGORY) if os.path.isdir(os.path.join(folder, str(puzzle)))]
     if not found:
         raise UserError(f"{folder}: no puzzle there; expected the release's SMART101-Data, with folders 1 to 101")
-    return {puzzle: read_puzzle(folder, puzzle, n_row) for puzzle in found}
+    files = {puzzle: read_puzzle(folder, puzzle, n_row) for puzzle in found}
+    if bad := [row for rows in files.values() for row in rows if isinstance(row, str)]:
+        if len(bad) > max_bad:
+            raise UserError(f"{bad[0]}; {len(bad)} rows cannot be used, max_bad_samples={max_bad}")
+        print(f"!!! {len(bad)} rows left out, the first: {bad[0]}")
+    return files
 
 
 def n_class(files):
     """{puzzle: how many values its answers can have} of read_puzzles' result: one more than the largest of the file."""
-    largest = {puzzle: max((int(np.max(row.value)) for row in rows if isinstance(row, Row)), default=0)
-               for puzzle, rows in files.items()}
-    return {puzzle: 1 + (PADS[puzzle] if puzzle in PADS and puzzle != 63 else n) for puzzle, n in largest.items()}
-
-
-def usable(rows, max_bad=0):
-    """The Rows of a {puzzle: list} as one list; UserError with the first reason where more than max_bad are not."""
-    every = [row for group in rows.values() for row in group]
-    bad = [row for row in every if not isinstance(row, Row)]
-    if len(bad) > max_bad:
-        raise UserError(f"{bad[0]}; {len(bad)} rows cannot be used, max_bad_samples={max_bad}")
-    if bad:
-        print(f"!!! {len(bad)} rows left out, the first: {bad[0]}")
-    return [row for row in every if isinstance(row, Row)]
+    return {puzzle: 1 + max((int(np.max(row.value)) for row in rows if isinstance(row, Row)), default=0)
+            for puzzle, rows in files.items()}
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 PARTS, SPLITS = ('train', 'val', 'test'), ('instance', 'puzzle', 'few_shot', 'answer')
+FEW_SHOT = 10                            # rows of each held-out puzzle in train
 
 
-def split_rows(files, split, part, percent=(80, 5, 15), few_shot=10):
+def split_rows(files, split, part):
     """
-    The rows of one of PARTS, {puzzle: list}, of read_puzzles' result; UserError where none are left.
-    split    'instance': rows of each puzzle by `percent`, in order. 'puzzle': the same, but VALIDATION's and TEST's
+    The Rows of one of PARTS, {puzzle: list}, of read_puzzles' result; UserError where none are left.
+    split    'instance': 80, 5 and 15 % of each puzzle's rows, in order. 'puzzle': the same, but VALIDATION's and TEST's
              are all that 'val' and 'test' have, and 'train' has none of these. 'few_shot': 'train' has their first
-             rows, too. 'answer': the rows with a puzzle's median answer are the test (sequences and 58, whose answers
-             hardly recur, are split as by 'instance')
+             rows, too. 'answer': the rows with a puzzle's median answer are the test, the others 95 and 5 % (sequences
+             and 58, whose answers hardly recur, are split as by 'instance')
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     at, found = PARTS.index(part), {}
 
-    def cut(rows, percent):
-        low, high = (len(rows) * sum(percent[:n]) for n in (at, at + 1))
-        return rows[-(-low // 100):high // 100 if at < 2 else None]
+    def cut(rows, ends=(0, 80, 85, 100)):
+        return rows[-(-len(rows) * ends[at] // 100):len(rows) * ends[at + 1] // 100]
     for puzzle, rows in files.items():
         home = 2 if puzzle in TEST else 1 if puzzle in VALIDATION else 0
         if split == 'answer' and puzzle not in PADS and puzzle != 58:
-            values = sorted(row.value for row in rows if isinstance(row, Row)) or [None]
             # the release's code takes the largest answer of those that are no more frequent than the median frequency
+            values = sorted(row.value for row in rows if isinstance(row, Row))
             tested = [isinstance(row, Row) and row.value == values[len(values) // 2] for row in rows]
-            rest = [row for row, t in zip(rows, tested) if t == (at == 2)]
-            found[puzzle] = rest if at == 2 else cut(rest, (percent[0] + percent[2], percent[1]))
+            rest = [row for row, held_out in zip(rows, tested) if held_out == (part == 'test')]
+            found[puzzle] = rest if part == 'test' else cut(rest, (0, 95, 100))
         elif split in ('instance', 'answer') or at == home:
-            found[puzzle] = cut(rows, percent)
-        elif split == 'few_shot' and part == 'train' and home:
-            found[puzzle] = cut(rows, percent)[:few_shot]
-    found = {puzzle: rows for puzzle, rows in found.items() if rows}
+            found[puzzle] = cut(rows)
+        elif split == 'few_shot' and part == 'train':
+            found[puzzle] = cut(rows)[:FEW_SHOT]
+    found = {puzzle: kept for puzzle, rows in found.items() if (kept := [row for row in rows if isinstance(row, Row)])}
     if not found:
         raise UserError(f"split={split!r}: no row for {part} in the puzzles {', '.join(map(str, files))}")
     return found
@@ -260,10 +256,9 @@ class PuzzleSource:
     One puzzle's rows as a source of mixture.py: the ids of the question, at most seq_len; the first target is the
     answer's value, the first N_STEP those of a sequence. image_size 0 = without the picture.
     """
-    def __init__(self, puzzle, rows, folder, tokenizer, seq_len, image_size, resize):
-        self.name, self.rows, self.tokenizer, self.seq_len = f'puzzle_{puzzle}', rows, tokenizer, seq_len
-        self.image_size, self.resize = image_size, resize
-        self.damaged = [row for row in rows if not isinstance(row, Row)]
+    def __init__(self, puzzle, rows, folder, tokenizer, seq_len, image_size):
+        self.name, self.rows, self.tokenizer = f'puzzle_{puzzle}', rows, tokenizer
+        self.seq_len, self.image_size = seq_len, image_size
         self.shards = Shards()
         self.shards.add(stamp_of(puzzle_file(folder, puzzle)), len(rows))
 
@@ -272,14 +267,12 @@ class PuzzleSource:
 
     def __getitem__(self, index):
         row = self.rows[index]
-        if not isinstance(row, Row):
-            raise BadSample(row)
         ids, values = self.tokenizer.encode(row.question)[:self.seq_len], np.atleast_1d(row.value)
         tokens = np.full(max(len(ids), len(values)), self.tokenizer.pad_id, np.int64)
         targets = np.full(len(tokens), IGNORE_INDEX, np.int64)
         tokens[:len(ids)], targets[:len(values)] = ids, values
         try:
-            images = [RESIZE[self.resize](open_image(row.image), self.image_size)] if self.image_size else []
+            images = [letterbox(open_image(row.image), self.image_size)] if self.image_size else []
         except UserError as e:
             raise BadSample(str(e)) from e
         return Sample(tokens, targets, images=images, source=self.name, id=f'{row.puzzle}-{row.number}')

@@ -7,9 +7,16 @@ import torch.nn.functional as F
 
 from puzzles import N_STEP, PADS
 
+N_HEAD = 8                               # of the Q-Former's attention
 
-def mlp(n_in, n_out, dropout=0.0):
-    return nn.Sequential(nn.Linear(n_in, n_out), nn.GELU(), nn.Dropout(dropout), nn.Linear(n_out, n_out))
+
+def mlp(n_in, n_out, dropout):
+    """LayerNorm and two layers; with PyTorch's smaller weights what a picture changes fades on its way to the answer."""
+    layers = nn.LayerNorm(n_in), nn.Linear(n_in, n_in), nn.GELU(), nn.Dropout(dropout), nn.Linear(n_in, n_out)
+    for layer in (layers[1], layers[4]):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 class QFormer(nn.Module):
@@ -17,11 +24,11 @@ class QFormer(nn.Module):
     One layer of BLIP-2's Q-Former (arXiv 2301.12597): learned queries attend to themselves and the question, then to
     every patch. patches (B,P,D), text (B,T,D), hidden (B,T) bool, true at pads -> (B,n_query,D)
     """
-    def __init__(self, width, n_head, n_query, dropout):
+    def __init__(self, width, n_query, dropout):
         super().__init__()
         self.queries = nn.Parameter(0.02 * torch.randn(n_query, width))          # alike, they would stay one query
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
-        self.to_text, self.to_patches = (nn.MultiheadAttention(width, n_head, dropout, batch_first=True)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.to_text, self.to_patches = (nn.MultiheadAttention(width, N_HEAD, dropout, batch_first=True)
                                          for _ in range(2))
         self.feed_forward = mlp(width, width, dropout)
 
@@ -32,7 +39,7 @@ class QFormer(nn.Module):
         x = x + self.to_text(keys[:, :n_query], keys, keys, key_padding_mask=hidden, need_weights=False)[0]
         patches = self.norms[1](patches)
         x = x + self.to_patches(self.norms[2](x), patches, patches, need_weights=False)[0]
-        return x + self.feed_forward(self.norms[3](x))
+        return x + self.feed_forward(x)
 
 
 class AnswerHead(nn.Module):
@@ -40,7 +47,7 @@ class AnswerHead(nn.Module):
     def __init__(self, width, n_out, n_step, dropout):
         super().__init__()
         self.n_step, self.gru = n_step, nn.GRU(width, width, batch_first=True) if n_step > 1 else None
-        self.out = nn.Sequential(mlp(width, width, dropout), nn.GELU(), nn.Linear(width, n_out))
+        self.out = mlp(width, n_out, dropout)
 
     def forward(self, x):
         x = x[:, None].expand(-1, self.n_step, -1)                               # (b,S,D)
@@ -52,26 +59,27 @@ class Reasoner(nn.Module):
     vlm      VLM whose decoder reads questions and whose encoder, where `parts` shows images, pictures: frozen
     n_class  {puzzle: how many values its answers have}
     parts    'both', 'image' or 'question'; qformer False = means over patches instead
-    heads    'puzzle' = each has its own, for its picture (as in the paper) and its answers; 'shared' = one for all
+    shared   False = each puzzle has heads of its own, for its picture (as in the paper) and its answers; True = one
+             for all
     answer   'class' = a score for each value; 'value' = the value itself
     .encoder is what is frozen, one file for all checkpoints; .reasoner what trains.
     """
     n_slot = 0                           # positions of a row that an image takes
 
-    def __init__(self, vlm, n_class, *, parts, qformer, heads, answer, width, n_head, n_query, dropout, pad_id):
+    def __init__(self, vlm, n_class, *, parts, qformer, shared, answer, width, n_query, dropout, pad_id):
         super().__init__()
-        self.parts, self.shared, self.pad_id = parts, heads == 'shared', pad_id
+        self.parts, self.shared, self.pad_id = parts, shared, pad_id
         self.encoder = nn.ModuleDict({'text': vlm.decoder, 'image': vlm.encoder}).requires_grad_(False)
         sizes = {'0': max(n_class.values())} if self.shared else {str(puzzle): n for puzzle, n in n_class.items()}
         r = self.reasoner = nn.ModuleDict()
         if parts != 'image':
-            r['text'] = mlp(vlm.decoder.config.n_embd, width, dropout)
+            r['text'] = nn.Linear(vlm.decoder.config.n_embd, width)
         if parts != 'question':
-            r['patches'] = mlp(vlm.encoder.width, width, dropout)
+            r['patches'] = nn.Linear(vlm.encoder.width, width)
             r['image_heads'] = nn.ModuleDict({key: mlp(width, width, dropout) for key in sizes})
             if qformer:
-                r['qformer'] = QFormer(width, n_head, n_query, dropout)
-        r['fuse'] = nn.Sequential(mlp(width * (1 + (parts == 'both')), width, dropout), nn.GELU())
+                r['qformer'] = QFormer(width, n_query, dropout)
+        r['fuse'] = mlp(width * (1 + (parts == 'both')), width, dropout)
         r['answers'] = nn.ModuleDict({
             key: AnswerHead(width, n if answer == 'class' else 1, N_STEP if int(key) in PADS else 1, dropout)
             for key, n in sizes.items()})
@@ -85,8 +93,7 @@ class Reasoner(nn.Module):
         """
         r, vectors, hidden = self.reasoner, [], tokens == self.pad_id            # (B,T)
         if self.parts == 'image':        # a question of no ids
-            hidden, text = hidden[:, :0], torch.zeros(len(tokens), 0, r['fuse'][0][-1].out_features,
-                                                      device=tokens.device)
+            hidden, text = hidden[:, :0], torch.zeros(len(tokens), 0, r['patches'].out_features, device=tokens.device)
         else:
             with torch.no_grad():        # causal: no id sees the pads behind it
                 text = self.decoder.trunk(self.decoder.tok_embeddings(tokens))

@@ -1,7 +1,6 @@
 """
 A small SMART-101 in the release's layout, of the tiny world's scenes (tinyworld.py): twelve puzzles of all categories.
-    python tinypuzzles.py data --out=data/tiny/SMART101-Data           # the release's slip included: 62/puzzle_63.csv
-    python tinypuzzles.py table out/tiny/smart101_*                    # means of runs over seeds, with 95 % t intervals
+    python tinypuzzles.py --out=data/tiny/SMART101-Data                # the release's slip included: 62/puzzle_63.csv
 
 Most questions name a colour or a shape, so that neither the picture nor the question is enough.
 """
@@ -9,13 +8,10 @@ import argparse
 import csv
 import io
 import itertools
-import json
-import os
 import sys
 
-from errors import UserError, reading, user_error_hook
+from errors import user_error_hook
 from files import write_file, writing
-from findings import mean_and_interval
 from puzzles import COLUMNS, LETTERS
 from shards import new_folder
 from tinyworld import COLOURS, CELLS, GRID, SHAPES, Draws, encode_image, make_scene, render
@@ -73,31 +69,11 @@ def write_puzzles(out, n_row, seed, puzzles=PUZZLES):
             write_file(f'{part}/{puzzle}/puzzle_{63 if puzzle == 62 else puzzle}.csv', table.getvalue())
 
 
-def table(folders):
-    """Lines with the test scores of runs of smart101.py, those alike but for their seed taken together."""
-    groups = {}
-    for folder in folders:
-        path = os.path.join(folder, 'smart101.json')
-        with reading(path, 'results of smart101.py'), open(path, encoding='utf-8') as f:
-            content = json.load(f)
-            shown = content['config']['parts'], 'Q-Former' if content['config']['qformer'] else 'means'
-            groups.setdefault(shown, []).append([100 * content['test'][key] for key in ('S_acc', 'O_acc')])
-    return [f"{'shown':<10}{'by':<10}{'seeds':>5}   S_acc           O_acc"] + [
-        f'{what:<10}{by:<10}{len(scores):>5}   '
-        + '   '.join('{:5.1f} +- {:4.1f}'.format(*mean_and_interval(column)) for column in zip(*scores))
-        for (what, by), scores in groups.items()]
-
-
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=('data', 'table'))
-    parser.add_argument('folders', nargs='*', help='of runs, for the table')
-    parser.add_argument('--out', default='data/tiny/SMART101-Data')
-    parser.add_argument('--n_row', type=int, default=2000)
-    parser.add_argument('--seed', type=int, default=7)
-    args = parser.parse_args()
     sys.excepthook = user_error_hook
-    if args.command == 'data':
-        write_puzzles(args.out, args.n_row, args.seed)
-    else:
-        print('\n'.join(table(args.folders)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default='data/tiny/SMART101-Data')
+    parser.add_argument('--n_row', type=int, default=2000, help='instances of each puzzle')
+    parser.add_argument('--seed', type=int, default=7)
+    parser.add_argument('--puzzles', type=int, nargs='+', choices=PUZZLES, default=PUZZLES)
+    write_puzzles(**vars(parser.parse_args()))

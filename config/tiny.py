@@ -51,11 +51,11 @@ if stage == 'finetune':
     final_lr = 1e-5
     split_turns = True                  # several questions in a row leak into each other at this size
     loss_average = 'answer'             # boxes are long answers
-if stage == 'smart101':                 # the puzzles are made by: python tinypuzzles.py data
+if stage == 'smart101':                 # the puzzles are made by: python tinypuzzles.py
     data_dir = 'data/tiny'
-    width, n_head, n_query = 64, 4, 8
+    width, n_query = 64, 8
     dropout = 0.0
-    global_batch_size = 64
-    n_epoch = 8                         # a question about one cell is read after 13,000 of its kind, not before
-    lr = 1.5e-3
+    global_batch_size = micro_batch_size = 64
+    max_steps = 600                     # of four puzzles: a question about one cell is read after 9,000 of its kind
+    lr = 1e-3                           # at 3e-3 no picture was ever read
     n_worker, save_every, log_every = 0, 0, 100

@@ -1,7 +1,7 @@
 """puzzles.py and tinypuzzles.py: the release's layout, encodings, splits and scores; SMART-101 as asked of a VLM."""
 import csv
+import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -17,8 +17,8 @@ from benchmarks import find_tasks
 from data import InstructSource
 from errors import UserError
 from evaluate import default_options
-from puzzles import (N_STEP, PADS, Row, accuracies, answer_value, n_class, read_puzzle, read_puzzles, same_value, score,
-                     split_rows, usable)
+from puzzles import (N_STEP, PADS, Row, accuracies, answer_value, n_class, read_puzzles, same_value, score,
+                     split_rows)
 from scorers import score_predictions
 
 
@@ -106,7 +106,7 @@ def test_the_small_set_has_the_releases_layout(folder):
     assert len(names) == 8
     for puzzle, rows in files.items():
         assert [r.number for r in rows] == list(range(20)) and all(os.path.isfile(r.image) for r in rows)
-        assert all(r.values[r.answer] == r.value and len(r.options) == 5 for r in usable({0: rows}))
+        assert all(r.values[r.answer] == r.value and len(r.options) == 5 for r in rows)
     assert files[44][0].options == list('ABCDE')                                             # pictures
     sizes = n_class(files)
     assert (sizes[16], sizes[18], sizes[58]) == (27, 6, 1 + max(r.value for r in files[58]))
@@ -119,15 +119,14 @@ def fake(n=40, puzzle=2):
 
 def test_splits_are_by_row_order():
     files = {puzzle: fake(2000, puzzle) for puzzle in (2, 7, 61)}
-    part = lambda split, part, **more: {puzzle: [r.number for r in rows]
-                                        for puzzle, rows in split_rows(files, split, part, **more).items()}
+    part = lambda split, part: {puzzle: [r.number for r in rows]
+                                for puzzle, rows in split_rows(files, split, part).items()}
     for name, numbers in (('train', range(1600)), ('val', range(1600, 1700)), ('test', range(1700, 2000))):
         assert part('instance', name) == dict.fromkeys((2, 7, 61), list(numbers))
     assert part('puzzle', 'train') == {2: list(range(1600))} and part('puzzle', 'val') == {7: list(range(1600, 1700))}
     assert part('puzzle', 'test') == {61: list(range(1700, 2000))}
     assert part('few_shot', 'train') == {2: list(range(1600)), 7: list(range(10)), 61: list(range(10))}
     assert part('few_shot', 'test') == part('puzzle', 'test')
-    assert [len(v) for v in part('instance', 'val', percent=(60, 20, 20)).values()] == [400] * 3
     files = {2: fake(41)}                        # 32.8 and 34.85 rows: down where a part ends, up where one begins
     assert [part('instance', p)[2] for p in puzzles.PARTS] == [[*range(32)], [33], [*range(35, 41)]]
     with pytest.raises(UserError, match="no row for test in the puzzles 2"):
@@ -171,13 +170,14 @@ def test_a_row_that_cannot_be_used_is_one_line_and_counted(folder, tmp_path, puz
         for i in columns:
             rows[5][i] = value
     root = edit(folder, tmp_path, puzzle, change)
-    rows = read_puzzles(root)
-    assert [isinstance(r, Row) for r in rows[puzzle]] == [True] * 4 + [False] + [True] * 15
     with pytest.raises(UserError, match=f'row 5: .*{reason}.*1 rows cannot be used') as caught:
-        usable(rows)
+        read_puzzles(root)
     assert '\n' not in str(caught.value)
-    assert len(usable(rows, 1)) == 19 and '!!! 1 rows left out' in capsys.readouterr().out
-    assert len(split_rows(rows, 'instance', 'train')[puzzle]) == 16                          # places are kept
+    rows = read_puzzles(root, max_bad=1)
+    assert [isinstance(r, Row) for r in rows[puzzle]] == [True] * 4 + [False] + [True] * 15
+    assert '!!! 1 rows left out' in capsys.readouterr().out
+    train = split_rows(rows, 'instance', 'train')[puzzle]
+    assert [r.number for r in train] == [0, 1, 2, 3, *range(5, 16)]                          # places are kept
 
 
 def test_files_that_are_not_the_releases_are_one_line(folder, tmp_path):
@@ -198,8 +198,8 @@ def test_files_that_are_not_the_releases_are_one_line(folder, tmp_path):
 
     def short(rows):
         del rows[1][4:]
-    rows = read_puzzles(edit(folder, tmp_path / 'b', 2, short))[2]
-    assert 'row 1: fewer fields than columns' in rows[0]
+    with pytest.raises(UserError, match='row 1: fewer fields than columns'):
+        read_puzzles(edit(folder, tmp_path / 'b', 2, short))
 
 
 # --- asked of a VLM ---------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_files_that_are_not_the_releases_are_one_line(folder, tmp_path):
 def test_a_vlm_is_asked_for_letters_and_for_values(folder):
     opt = default_options(eval_dir=str(folder.parent.parent), tasks='smart101,smart101_value')
     letters, values = find_tasks(opt)
-    asked = usable(split_rows(read_puzzles(str(folder)), 'instance', 'test'))
+    asked = [*itertools.chain(*split_rows(read_puzzles(str(folder)), 'instance', 'test').values())]
     assert [e.id for e in letters.examples] == [f'{r.puzzle}-{r.number}' for r in asked] and len(asked) == 36
     assert all(os.path.isfile(e.image) for e in letters.examples) and letters.examples[0].choices == list('ABCDE')
     assert f'\nA. {asked[0].options[0]}\n' in letters.examples[0].prompt
@@ -237,7 +237,7 @@ def test_prepare_makes_conversations_of_the_training_rows(folder, tmp_path):
     out = str(tmp_path / 'smart101.json')
     assert prepare.main(['smart101', str(folder), '--out', out, '--split', 'puzzle']) == 0
     entries = json.load(open(out))
-    rows = usable(split_rows(read_puzzles(str(folder)), 'puzzle', 'train'))
+    rows = [*itertools.chain(*split_rows(read_puzzles(str(folder)), 'puzzle', 'train').values())]
     assert len(entries) == 2 * len(rows) and {e['id'].split('-')[1] for e in entries} == {
         str(p) for p in tinypuzzles.PUZZLES if p not in (7, 62, 77)}
     letter, value = entries[:2]
@@ -249,16 +249,3 @@ def test_prepare_makes_conversations_of_the_training_rows(folder, tmp_path):
     assert len(source) == len(entries) and not source.damaged                  # all images are there
     with pytest.raises(UserError, match='split=.other.: expected one of instance'):
         prepare.main(['smart101', str(folder), '--out', str(tmp_path / 'x'), '--split', 'other'])
-
-
-def test_the_table_takes_seeds_together(tmp_path):
-    for seed, s in enumerate((0.2, 0.4)):
-        for qformer in (True, False):
-            path = tmp_path / f'{qformer}{seed}' / 'smart101.json'
-            path.parent.mkdir()
-            path.write_text(json.dumps(dict(config=dict(parts='both', qformer=qformer), test=dict(S_acc=s, O_acc=0.5))))
-    lines = tinypuzzles.table([str(p) for p in sorted(tmp_path.iterdir())])
-    half = 12.7062 * 100 * math.sqrt(0.02) / math.sqrt(2)                # Student's t of one degree of freedom
-    assert len(lines) == 3 and f' 30.0 +- {half:4.1f}' in lines[1] and ' 50.0 +-  0.0' in lines[2]
-    with pytest.raises(UserError, match='not readable as results of smart101.py'):
-        tinypuzzles.table([str(tmp_path)])

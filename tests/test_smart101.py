@@ -23,12 +23,12 @@ PAD = 31
 N_CLASS = {2: 5, 3: 7, 18: 6}
 
 
-def reasoner(parts='both', qformer=True, heads='puzzle', answer='class', seed=0):
+def reasoner(parts='both', qformer=True, shared=False, answer='class', seed=0):
     torch.manual_seed(seed)
     decoder = Decoder(ModelConfig(2, 2, 16, vocab_size=32, seq_len=16, n_ffn=32))
     vlm = VLM(decoder, SigLIP(SigLIPConfig(12, 24, 2, 2, 7, 14)) if parts != 'question' else None)
-    n_class = N_CLASS if heads == 'puzzle' else {2: 5, 3: 7}
-    return Reasoner(vlm, n_class, parts=parts, qformer=qformer, heads=heads, answer=answer, width=8, n_head=2,
+    n_class = {2: 5, 3: 7} if shared else N_CLASS
+    return Reasoner(vlm, n_class, parts=parts, qformer=qformer, shared=shared, answer=answer, width=8,
                     n_query=3, dropout=0.0, pad_id=PAD)
 
 
@@ -46,7 +46,7 @@ def test_the_qformer_reads_the_question_and_the_patches():
     """The released layer gives the same for every text (its keys are one pooled image vector): this one must not."""
     g = torch.Generator().manual_seed(1)
     torch.manual_seed(2)
-    layer = QFormer(8, 2, 3, 0.0)
+    layer = QFormer(8, 3, 0.0)
     patches, text = torch.randn(2, 4, 8, generator=g), torch.randn(2, 5, 8, generator=g)
     hidden = torch.zeros(2, 5, dtype=torch.bool)
     out = layer(patches, text, hidden)
@@ -68,18 +68,19 @@ def test_the_qformer_reads_the_question_and_the_patches():
 
 def test_attention_is_softmax_over_queries_and_question():
     torch.manual_seed(3)
-    layer, patches, text = QFormer(8, 1, 3, 0.0).double(), torch.randn(1, 4, 8).double(), torch.randn(1, 5, 8).double()
+    layer, patches, text = QFormer(16, 3, 0.0).double(), torch.randn(1, 4, 16).double(), torch.randn(1, 5, 16).double()
     hidden = torch.tensor([[False, False, False, True, True]])
+    heads = lambda y: y.unflatten(-1, (8, 2)).transpose(0, 1)            # (8,T,2)
 
     def attend(m, q, kv):
         (wq, wk, wv), (bq, bk, bv) = m.in_proj_weight.chunk(3), m.in_proj_bias.chunk(3)
-        a = torch.softmax((q @ wq.T + bq) @ (kv @ wk.T + bk).T / 8 ** 0.5, -1)
-        return m.out_proj(a @ (kv @ wv.T + bv))
+        a = torch.softmax(heads(q @ wq.T + bq) @ heads(kv @ wk.T + bk).mT / 2 ** 0.5, -1)
+        return m.out_proj((a @ heads(kv @ wv.T + bv)).transpose(0, 1).flatten(1))
     n, x = layer.norms, layer.queries
     keys = n[0](torch.cat((x, text[0, :3])))                             # without the pads
     x = x + attend(layer.to_text, keys[:3], keys)
     x = x + attend(layer.to_patches, n[2](x), n[1](patches[0]))
-    x = x + layer.feed_forward(n[3](x))
+    x = x + layer.feed_forward(x)
     assert torch.allclose(layer(patches, text, hidden)[0], x, atol=1e-12)
 
 
@@ -92,14 +93,14 @@ def test_each_part_sees_what_it_is_shown(parts, qformer):
     images, other_images = (None, None) if parts == 'question' else (images, other_images)
     out = said(model, tokens, images, puzzles)
     assert [tuple(out[i].shape) for i in range(6)] == [(N_STEP if p == 18 else 1, N_CLASS[p]) for p in puzzles]
-    same = lambda a, b: all(torch.allclose(a[i], b[i], atol=1e-6) for i in a)
+    same = lambda a, b: all(torch.allclose(a[i], b[i], atol=1e-3) for i in a)       # queries are small, their norm not
     assert same(out, said(model, other_tokens, images, puzzles)) == (parts == 'image')
     if images is not None:
         assert not same(out, said(model, tokens, other_images, puzzles))
     padded = F.pad(tokens, (0, 4), value=PAD)                            # pads and company change no answer
     assert same(out, said(model, padded, images, puzzles))
     alone = said(model, tokens[2:3], None if images is None else images[2:3], [18])
-    assert torch.allclose(alone[0], out[2], atol=1e-6)
+    assert torch.allclose(alone[0], out[2], atol=1e-3)
     model(torch.full_like(tokens, PAD), images, puzzles)                 # an empty question is no nan
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(n.startswith('reasoner.') for n in trained) and ('qformer' in model.reasoner) == (
@@ -113,7 +114,7 @@ def test_each_part_sees_what_it_is_shown(parts, qformer):
 
 def test_heads_are_of_one_puzzle_or_of_all():
     tokens, images = rows()
-    own, shared = reasoner(), reasoner(heads='shared')
+    own, shared = reasoner(), reasoner(shared=True)
     a, b = (model(tokens, images, [2, 2, 3, 3, 2, 3]) for model in (own, shared))
     assert [w.tolist() for w, _ in a] == [[0, 1, 4], [2, 3, 5]] and [s.shape[-1] for _, s in a] == [5, 7]
     assert [w.tolist() for w, _ in b] == [[0, 1, 2, 3, 4, 5]] and b[0][1].shape == (6, 1, 7)
@@ -137,6 +138,20 @@ def test_losses_against_a_loop(answer):
     assert torch.allclose(total, (weights * expected).sum(), atol=1e-5)
 
 
+def test_it_learns():
+    """Enough steps to know six rows by heart, of which no two share question and picture, but some share one of them."""
+    model, (tokens, images) = reasoner(), rows()
+    tokens, images, targets = tokens[[0, 0, 1, 1, 2, 2]], images[[0, 1, 0, 1, 0, 1]], torch.zeros(6, N_STEP).long()
+    targets[[1, 2]] = 1
+    optimizer = torch.optim.Adam(model.reasoner.parameters(), 1e-2)
+    for _ in range(100):
+        loss, _ = answer_loss(model(tokens, images, [2, 2, 2, 2, 18, 18]), targets, torch.full((6,), 1 / 6), 'class')
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
 # --- the script -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
@@ -145,8 +160,8 @@ def smart(world, stage_2):
     folder = world / 'data' / 'SMART101-Data'
     tinypuzzles.write_puzzles(str(folder), 20, seed=5, puzzles=(2, 7, 18, 25, 44, 58, 62))
     return ['smart101.py', f'--data_dir={world / "data"}', f'--init_from={stage_2 / "ckpt_100"}', '--width=16',
-            '--n_head=2', '--n_query=3', '--n_thread=1', '--n_worker=0', '--global_batch_size=12',
-            '--micro_batch_size=6', '--max_steps=6', '--lr=3e-3', '--warmup_steps=1', '--eval_every=3', '--log_every=1']
+            '--n_query=3', '--n_thread=1', '--n_worker=0', '--global_batch_size=12',
+            '--micro_batch_size=6', '--max_steps=6', '--lr=3e-3', '--eval_every=3', '--log_every=1']
 
 
 @pytest.fixture(scope='session')
@@ -164,7 +179,7 @@ def test_a_run_is_scored_logged_and_kept(whole, stage_2):
     result = json.loads((whole / 'smart101.json').read_text())
     assert [line['step'] for line in scores] == [3, 6] and scores[-1]['S_acc'] == result['val']['S_acc']
     assert result['test']['n'] == 21 and set(result['test']['puzzles']) == set('2 7 18 25 44 58 62'.split())
-    assert result['test']['left_out'] == 0 and result['config']['parts'] == 'both'
+    assert result['config']['parts'] == 'both'
     meta = meta_of(whole / 'ckpt_100')
     assert meta['stage'] == 'smart101' and meta['base']['stage'] == 'mix'
     assert (whole / 'ckpt_100' / 'encoder.safetensors').stat().st_size > 0
@@ -172,7 +187,7 @@ def test_a_run_is_scored_logged_and_kept(whole, stage_2):
 
 def test_killed_and_resumed_gives_the_same_bits(smart, scripts, whole, tmp_path):
     args = [*smart, '--save_every=1', f'--out_dir={tmp_path}']
-    for i, place in enumerate(('common.optimizer_step:3', 'torn torch.save:1', 'os.rename:2')):
+    for i, place in enumerate(('common.optimizer_step:3', 'torn torch.save:1')):
         run = scripts.start(*args, f'--n_worker={i % 2}', hook=KILL, env={'KILL': place})
         assert run.wait() == -signal.SIGKILL, f'{place}: {run.out}{run.err}'
     scripts(*args, '--micro_batch_size=6')
@@ -187,52 +202,37 @@ def test_killed_and_resumed_gives_the_same_bits(smart, scripts, whole, tmp_path)
 
 @pytest.mark.parametrize('options', [
     ['--parts=question', '--split=answer', '--answer=value'],
-    ['--parts=image', '--qformer=false', '--split=few_shot', '--few_shot=3'],
-    ['--split=puzzle', '--heads=shared', '--encoder=siglip', '--encoder_path=encoder'],
-    ['--percent=(60, 20, 20)', '--rows_per_puzzle=10']])
-def test_parts_splits_encoders_and_heads(smart, scripts, tmp_path, options):
-    scripts(*smart, *options, '--max_steps=2', '--stop_after=1', f'--out_dir={tmp_path}')
+    ['--parts=image', '--qformer=false', '--split=few_shot'],
+    ['--split=puzzle', '--encoder=siglip', '--encoder_path=encoder', '--rows_per_puzzle=10']])
+def test_parts_splits_and_encoders(smart, scripts, tmp_path, options):
     scripts(*smart, *options, '--max_steps=2', f'--out_dir={tmp_path}')
     result = json.loads((tmp_path / 'smart101.json').read_text())['test']
-    if '--split=puzzle' in options:
-        assert set(result['puzzles']) == {'62'} and result['n'] == 3
-    if '--rows_per_puzzle=10' in options:
-        assert result['n'] == 14
+    if '--split=puzzle' in options:                                      # one head, for a puzzle not trained on
+        assert set(result['puzzles']) == {'62'} and result['n'] == 2
     assert (meta_of(tmp_path / 'ckpt_100')['spec']['encoder'] is None) == ('--parts=question' in options)
 
 
-def test_it_learns(smart, scripts, tmp_path):
-    """Enough steps to know fourteen rows by heart."""
-    scripts(*smart, '--rows_per_puzzle=5', '--percent=(40, 20, 40)', '--max_steps=40', '--eval_every=99', '--lr=1e-2',
-            '--dropout=0', '--micro_batch_size=12', f'--out_dir={tmp_path}')
-    losses = [line['loss'] for line in steps(tmp_path)]
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_bad_rows_stop_a_run_or_are_replaced_and_counted(smart, scripts, world, tmp_path):
+def test_bad_rows_stop_a_run_or_are_replaced_and_counted(smart, scripts, tmp_path):
     data = tmp_path / 'SMART101-Data'
-    os.symlink(world / 'data' / 'tokenizer.model', tmp_path / 'tokenizer.model')
     tinypuzzles.write_puzzles(str(data), 20, seed=6, puzzles=(2, 44))
     path = data / '2' / 'puzzle_2.csv'
     lines = path.read_text().splitlines()
     lines[3] = re.sub('puzzle_2_3', 'puzzle_44_3', lines[3])             # of another puzzle, in train
     path.write_text('\n'.join(lines) + '\n')
-    (data / '44' / 'img' / 'puzzle_44_20.png').write_bytes(b'no image')  # in test
+    (data / '44' / 'img' / 'puzzle_44_1.png').write_bytes(b'no image')   # in train
     args = [*smart, f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "out"}']
     assert 'row 3: its image' in scripts.refuses(*args)
-    run = scripts(*args, '--max_bad_samples=9')
-    result = json.loads((tmp_path / 'out' / 'smart101.json').read_text())
-    assert result['test']['left_out'] == 1 and result['test']['n'] == 5, run.out
-    assert any('of another puzzle' in message for message in meta_of(tmp_path / 'out' / 'ckpt_100')['bad_samples'])
+    assert '1 rows left out' in scripts(*args, '--max_bad_samples=9').out
+    bad = meta_of(tmp_path / 'out' / 'ckpt_100')['bad_samples']
+    assert bad and all('puzzle_44_1.png' in message for message in bad)
+    (data / '44' / 'img' / 'puzzle_44_20.png').write_bytes(b'no image')  # in test, whose scores are of all rows
+    assert 'puzzle_44_20.png' in scripts.refuses(*args, '--max_bad_samples=9', f'--out_dir={tmp_path / "two"}')
 
 
 def test_mistakes_are_one_line(smart, scripts, stage_1, tmp_path):
     out = f'--out_dir={tmp_path / "x"}'
-    for options, words in ((['--split=puzzle'], '--heads=shared'), (['--width=15'], 'width=15, n_head=2'),
-                           (['--percent=(80, 5, 5)'], 'three of sum 100'), (['--puzzles=none'], 'zenodo'),
-                           ([f'--init_from={stage_1 / "ckpt_100"}'], 'text-only: give --encoder=siglip'),
-                           (['--parts=text'], "expected 'both' | 'image' | 'question'")):
+    for options, words in ((['--width=15'], 'width=15: expected a multiple of 8'), (['--puzzles=none'], 'zenodo'),
+                           ([f'--init_from={stage_1 / "ckpt_100"}'], 'text-only: give --encoder=siglip')):
         assert words in scripts.refuses(*smart, out, *options)
-    assert not (tmp_path / 'x').exists()
     dry = scripts(*smart, out, '--dry_run=true').out
     assert '7 puzzles, 112 rows to train on: 6 steps' in dry and not (tmp_path / 'x').exists()
