@@ -56,6 +56,6 @@ if stage == 'smart101':                 # the puzzles are made by: python tinypu
     width, n_query = 64, 8
     dropout = 0.0
     global_batch_size = micro_batch_size = 64
-    max_steps = 600                     # of four puzzles: a question about one cell is read after some thousands of its kind
+    max_steps = 600                     # of four puzzles: questions about one cell are read after thousands of a kind
     lr = 1e-3                           # at 3e-3 no picture was ever read
     n_worker, save_every, log_every = 0, 0, 100
