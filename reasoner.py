@@ -11,7 +11,7 @@ N_HEAD = 8                               # of the Q-Former's attention
 
 
 def mlp(n_in, n_out, dropout):
-    """LayerNorm and two layers; with PyTorch's smaller weights what a picture changes fades on the way to the answer."""
+    """LayerNorm and two layers; with PyTorch's smaller weights, what a picture changes fades on the way."""
     layers = nn.LayerNorm(n_in), nn.Linear(n_in, n_in), nn.GELU(), nn.Dropout(dropout), nn.Linear(n_in, n_out)
     for layer in (layers[1], layers[4]):
         nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
