@@ -7,6 +7,7 @@ A new benchmark is one function, which reads its rows with read_table and return
 """
 import functools
 import glob
+import itertools
 import json
 import os
 import string
@@ -14,6 +15,7 @@ import string
 from benchmark_files import ROWS, check_known, check_rows, example_of, find_images, read_refs, read_table
 from errors import Field, UserError, check, reading
 from metrics import gqa_match, pope_answer, pope_metrics
+from puzzles import CATEGORY, read_puzzles, same_value, split_rows
 from scorers import (TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Task, caption_task, same, score_box, subset,
                      unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
@@ -202,6 +204,25 @@ def read_ai2d(path, name, opt):
     return Task(name, 'ai2d', examples, same, variant='first token, letters')
 
 
+def read_smart101(path, name, opt, by_value=False):
+    """
+    SMART-101's instance split, test: which letter (O_acc), or by_value which value (S_acc). Each puzzle has as many
+    instances, so that a category's mean over these is the mean over its puzzles.
+    """
+    examples = []
+    files = read_puzzles(path, max_bad=opt.max_bad_samples)
+    for row in itertools.chain(*split_rows(files, 'instance', 'test').values()):
+        (prompt, letters), answer = lettered(row.question, row.options), row.answer
+        if by_value:
+            prompt, letters = row.question + opt.short_suffix, None
+            answer = f'{row.options[row.answer]} (puzzle {row.puzzle})'
+        examples.append(example_of({}, f'{row.puzzle}-{row.number}', prompt, [answer],
+                                   os.path.relpath(row.image, os.path.dirname(path)),
+                                   (CATEGORY[row.puzzle], f'puzzle {row.puzzle}'), letters))
+    return Task(name, 'smart101', examples, same_value if by_value else same,
+                variant='S_acc: the value' if by_value else 'O_acc: first token, letters')
+
+
 def read_captions(path, name, opt):
     """Captions: what the model writes about an image without being asked; an image may have several captions."""
     captions = {}
@@ -263,13 +284,15 @@ READERS = {
     'vsr': ('vsr*/test.jsonl', '{folder}', read_vsr),
     'tallyqa': ('tallyqa*/test.json', '{folder}', read_tallyqa),
     'ai2d': ('ai2d*/questions/*.json', '{folder}', read_ai2d),
+    'smart101': ('smart101*/SMART101-Data', '{folder}', read_smart101),
+    'smart101_value': ('smart101*/SMART101-Data', '{folder}_value', functools.partial(read_smart101, by_value=True)),
     'captions': ('*/captions.jsonl', '{folder}', read_captions),
     'text': ('text/*.jsonl', '{file}', read_text),
 }
 
 
 # only when named: the paper leaves them out
-NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d')
+NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d', 'smart101', 'smart101_value')
 # task: the files under eval_dir that it needs; the paper's tasks are the first sixteen and VizWiz
 NEEDS = {
     'vqav2': 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/',
@@ -287,6 +310,7 @@ NEEDS = {
     'vsr': 'vsr/test.jsonl, train2017/, val2017/',
     'tallyqa': 'tallyqa/test.json, train2014/, val2014/, VG_100K/, VG_100K_2/',
     'ai2d': 'ai2d/questions/, images/',
+    **dict.fromkeys(('smart101', 'smart101_value'), 'smart101/SMART101-Data/, the folders 1 to 101'),
 }
 PAPER = (*VISION_BASELINES, 'vizwiz', *TEXT_BASELINES_10)
 

@@ -257,15 +257,15 @@ class Run:
                 self.process.print(f"!!! {line}")
         return sources
 
-    def load_moments(self, optimizer):
+    def load_moments(self, optimizer, untouched=()):
         """
         AdamW's moments of the checkpoint that this run goes on from, and for a resumed run the random state. Parts that
-        a base lacks start with fresh moments.
+        a base lacks start with fresh moments, and so may `untouched`, prefixes of what no step may have needed yet.
         Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
         # untouched without images
-        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.', 'cross.')
+        may_lack = untouched if self.resumed and seen_images else ('projector.', 'encoder.', 'cross.', *untouched)
         if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
             may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
@@ -296,7 +296,9 @@ class Run:
         self.seen = self.seen or {name: dict.fromkeys(COUNTS, 0) for name in mixture.names}
         self.bad_samples, self.n_bad_sample = [], len(self.bad_before)
         self.image_flops, self.trains = 0, costs.what_trains(model.decoder)
-        if self.process.device.type == 'cuda':                   # else no share of a peak is logged
+        # else no share of a peak is logged
+        self.counts_flops = self.process.device.type == 'cuda' and hasattr(model, 'projector')
+        if self.counts_flops:
             self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config))
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
@@ -365,7 +367,9 @@ class Run:
                     + self.image_flops * (0 if batch.images is None else len(batch.images)) for batch in self.micro)
         line = dict(step=self.step, tokens=self.tokens(), lr=lr, data_wait_s=self.waited,
                     mem_gib=memory_gib(self.process.device), n_kept=int(counts['n_kept'].sum()), tokens_per_s=rate,
-                    mfu=costs.model_flops_utilisation(flops / (now - before), self.process.device))   # of this GPU
+                    mfu=None)
+        if self.counts_flops:
+            line['mfu'] = costs.model_flops_utilisation(flops / (now - before), self.process.device)     # of this GPU
         line['sources'] = {name: dict(self.seen[name], n_kept_now=int(counts['n_kept'][i]), share=float(loss_share[i]))
                            for i, name in enumerate(names)}
         line['time'] = now

@@ -14,8 +14,8 @@ eval_dir holds a folder for each benchmark. The files in it say which kind it is
 FILES
     captions: captions/captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
     your own: text/NAME.jsonl, one {"query", "choices", "gold": index} a line
-vsr, tallyqa and ai2d are asked only when tasks names them. Images are .jpg, .jpeg or .png in the folder itself or in
-one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
+vsr, tallyqa, ai2d, smart101 and smart101_value are asked only when tasks names them. Images are .jpg, .jpeg or .png in
+the folder itself or in one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
 `question_type` (a string or a list of them, each reported apart) and `blind_answers` (what one could guess from the
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.

@@ -154,7 +154,7 @@ class Logger:
             self.mark = now, tokens
             eta = (now - self.begin) / (line['step'] - self.start) * (self.max_steps - line['step'])
             split = ' '.join(f'{name} {loss:.3f}' for name, loss in by_source.items())
-            split = f' ({split})' if len(by_source) > 1 else ''
+            split = f' ({split})' if 1 < len(by_source) < 9 else ''           # of SMART-101 one a puzzle
             self.process.print(f"step {line['step']}/{self.max_steps}  loss {line['loss']:.4f}{split}  "
                                f"lr {line['lr']:.2e}  norm {line['grad_norm']:.2f}  {rate:.0f} tok/s  eta {eta:.0f} s")
 

@@ -4,6 +4,7 @@ Data preparation: from your own files to the formats that data.py reads, and a l
     python prepare.py tokenize texts/ more.jsonl.zst --tokenizer data/tokenizer.model --out data/text
     python prepare.py pair photos/ more/ --out data/captions       # a.jpg + a.txt, or --captions captions.jsonl
     python prepare.py merge images/ --captions datacompdr/ --synthetic 0.5 --out data/captions         # see captions.py
+    python prepare.py smart101 data/SMART101-Data --out smart101.json          # its training rows as conversations
     python prepare.py index data/captions                         # tar indexes, before many processes want them
     python prepare.py check data/captions --tokenizer data/tokenizer.model
     python prepare.py show llava.json --image_root images/ --tokenizer data/tokenizer.model
@@ -26,6 +27,8 @@ from tqdm import tqdm
 import captions
 import data
 import files
+import puzzles
+from benchmarks import lettered
 from errors import UserError, first_line, reading, user_error_hook
 from files import whole, write_whole, writing
 from images import View
@@ -322,6 +325,23 @@ def _members(i, folder, image, caption):
     return [(key + suffix.lower(), content), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
 
 
+def smart101(folder, out, split='instance', short_suffix=''):
+    """
+    Write a SMART-101 split's training rows as LLaVA JSON, its images under `folder`: a row is asked for the letter, and
+    apart for the value, worded as in evaluate.py. Returns how many conversations there are.
+    """
+    entries = []
+    for row in itertools.chain(*puzzles.split_rows(puzzles.read_puzzles(folder), split, 'train').values()):
+        asked = {'letter': (lettered(row.question, row.options)[0], puzzles.LETTERS[row.answer]),
+                 'value': (row.question + short_suffix, row.options[row.answer])}
+        entries += [{'id': f'smart101-{row.puzzle}-{row.number}-{form}', 'image': os.path.relpath(row.image, folder),
+                     'conversations': [{'from': 'human', 'value': f'<image>\n{question}'},
+                                       {'from': 'gpt', 'value': answer}]}
+                    for form, (question, answer) in asked.items()]
+    write_whole(out, json.dumps(entries))
+    return len(entries)
+
+
 # --- a look at a data set -------------------------------------------------------------------------
 def open_source(paths, tokenizer, seq_len, view, image_root='', caption_field='auto', **instruct):
     """Return the source that reads `paths`: of text, of captions or of conversations, by what is there."""
@@ -417,6 +437,8 @@ def parse(argv=None):
             ('samples_per_shard', 1000, 'images'))
     command('merge', out, ('captions', '', 'tars of DataCompDR'), n_process,
             ('synthetic', 1.0, 'share of images with a synthetic caption'))
+    command('smart101', out, ('split', 'instance', ', '.join(puzzles.SPLITS)),
+            ('short_suffix', '\nAnswer the question using a single word or phrase.', 'after questions for the value'))
     command('index', ('cache_dir', '', 'for indexes of read-only data'))
     command('check', *look)
     command('show', *look, ('n', 4, 'samples'), ('seed', 0, 'of the order'), ('image_out', '', 'folder for PNGs'))
@@ -444,6 +466,8 @@ def run(a):
         left_out = ', '.join(f'{k:,} {why}' for why, k in n['left_out'].items())
         print(f"{a.out}: {n['samples']:,} samples, {n['synthetic']:,} of them with synthetic captions of "
               f"{n.get('captions', 0):,}; left out: {left_out}; {a.out}/report.jsonl names them")
+    elif a.command == 'smart101':
+        print(f"{a.out}: {smart101(a.paths[0], a.out, a.split, a.short_suffix):,} conversations")
     elif a.command == 'index':
         damaged = [d for *_, d in files.open_tars(files.find(a.paths, '.tar'), a.cache_dir) if d]
         print('\n'.join(damaged) or "every tar is whole and indexed")

@@ -51,3 +51,11 @@ if stage == 'finetune':
     final_lr = 1e-5
     split_turns = True                  # several questions in a row leak into each other at this size
     loss_average = 'answer'             # boxes are long answers
+if stage == 'smart101':                 # the puzzles are made by: python tinypuzzles.py
+    data_dir = 'data/tiny'
+    width, n_query = 64, 8
+    dropout = 0.0
+    global_batch_size = micro_batch_size = 64
+    max_steps = 600                     # of four puzzles: questions about one cell are read after thousands of a kind
+    lr = 1e-3                           # at 3e-3 no picture was ever read
+    n_worker, save_every, log_every = 0, 0, 100
