@@ -443,7 +443,7 @@ def how_to_make(path, scale):
     if not os.path.exists(os.path.join(here, 'config', f'{name}.py')):
         return 'give another --init_from: a checkpoint folder'
     scale_file = f' config/{scale}.py' if os.path.exists(os.path.join(here, 'config', f'{scale}.py')) else ''
-    script = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
+    script = next((f'{stage}.py' for stage in ('finetune', 'dpo') if name.startswith(stage)), 'pretrain.py')
     return f'make it with: python {script} config/{name}.py{scale_file}'
 
 

@@ -165,12 +165,18 @@ def paper_spec(config):
 
 def run_flops(config, model, per_image, max_steps):
     """FLOPs of a whole run, in parts; every row at seq_len, and every target kept but those at images."""
-    images = config['image_ratio'] if 'image_ratio' in config else 1 - config['text_share']
+    images = config['image_ratio'] if 'image_ratio' in config else 1 - config.get('text_share', 0.0)
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
     n_token = model.encoder.n_token if model.encoder is not None else 0
     how = what_trains(model.decoder)
     with_image, without = decoder_flops(c, 1, T, max(1, T - n_token), **how), decoder_flops(c, 1, T, T, **how)
-    return {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
+    return {'decoder': rows_of(config) * G * (images * with_image + (1 - images) * without),
+            'images': G * images * per_image}
+
+
+def rows_of(config):
+    """The rows of a sample: two answers to one question, which share their image, in dpo.py."""
+    return 2 if 'preferences' in config else 1
 
 
 def memory_of(config, model, per_image, *, n_process=1, **changed):
@@ -179,8 +185,9 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
     n_token = model.encoder.n_token if model.encoder is not None else 0
-    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if n_token else 0,
-                  per_image=per_image, n_kept=B * (config['seq_len'] - n_token * (images == 1)), width=width,
+    n_row = B * rows_of(config)
+    return memory(model, n_row=n_row, n_position=config['seq_len'], n_image=math.ceil(B * images) if n_token else 0,
+                  per_image=per_image, n_kept=n_row * (config['seq_len'] - n_token * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 
@@ -190,7 +197,7 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     Say what a run will do and need, from its config and its model's description; nothing is read or written.
     n_keep   checkpoints that stay for good; ckpt_step_N come on top
     """
-    tokens = config['global_batch_size'] * config['seq_len']
+    tokens = config['global_batch_size'] * rows_of(config) * config['seq_len']
     print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
     model = meta_vlm(spec, config)
     flops, kept = image_costs(model)
