@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from errors import Field, UserError, check, reading
+from errors import UserError, reading
 from images import RESIZE, open_image
 from instruct import caption_prompt, instruct_prompt
 
 
 def share(task, rank=0, world_size=1):
     """
-    The questions of one of several processes: a list of lists of their numbers, those about one image together, the
-    longest first, so that batches hold little padding and a lack of memory shows at once.
+    The questions of one of several processes: lists of their numbers, those about one image together, the longest
+    first, so that batches hold little padding and a lack of memory shows at once.
     """
     groups = {}
     for n, e in enumerate(task.examples):
@@ -47,7 +47,7 @@ def autocast(opt):
 
 def prompt_ids(example, task, model, tokenizer, opt):
     """The ids that the model reads before its answer."""
-    n_token = model.encoder.n_token if example.image else 0
+    n_token = model.n_token if example.image else 0
     if task.layout == 'text':
         return tokenizer.encode(example.prompt.rstrip()) or [tokenizer.eot_id]
     if task.layout == 'caption':
@@ -56,9 +56,7 @@ def prompt_ids(example, task, model, tokenizer, opt):
 
 
 def pair_ids(context, continuation, tokenizer):
-    """
-    Two texts tokenised as one, as lm-eval does it: the ids of context without its last spaces, and what follows them.
-    """
+    """Two texts tokenised as one, as lm-eval does it: the ids of context without its last spaces, and what follows."""
     start = context.rstrip()
     if not start:
         return [tokenizer.eot_id], tokenizer.encode(context + continuation)
@@ -80,75 +78,60 @@ def choice_ids(example, task, tokenizer):
     return [c[:first + 1] for c in ids]
 
 
-class Feed:
+def prefilled(model, task, opt, groups, unreadable):
     """
-    Hands out questions with what generate_each and choice_nats want, a few at a time. Images are decoded in threads
-    while others are asked about; each is encoded and prefilled once. The numbers of questions whose image cannot be
-    read gather in `unreadable`, with the reason.
+    Yield ({number: row of its image}, the images' prefix) of at least batch_size questions at a time. Images are
+    decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read goes into
+    `unreadable`, {number: why}.
     """
-    def __init__(self, model, tokenizer, task, opt, groups):
-        self.model, self.tokenizer, self.task, self.opt = model, tokenizer, task, opt
-        self.pool, self.unreadable = ThreadPoolExecutor(max(1, opt.n_worker)), {}
-        self.batches, batch = [], []                            # of groups, at least batch_size questions each
-        for group in groups:
-            batch.append(group)
-            if sum(map(len, batch)) >= opt.batch_size:
-                self.batches.append(batch)
-                batch = []
-        self.batches = iter(self.batches + [batch] if batch else self.batches)
-        self.numbers, self.prefix, self.row = [], None, {}
-        self._decode_ahead()
-
-    def _decode_ahead(self):
-        self.ahead, self.loading = next(self.batches, None), []
-        if self.ahead and self.task.examples[self.ahead[0][0]].image:
-            self.loading = [self.pool.submit(load_image, self.task.examples[group[0]].image,
-                                             self.model.encoder.image_size, self.opt.resize, self.task.upright)
-                            for group in self.ahead]
-
-    def _next_batch(self):
-        groups, loading = self.ahead, self.loading
-        self._decode_ahead()
-        self.prefix, self.numbers, images = None, [], []
-        for i, group in enumerate(groups):
-            try:
-                if loading:
-                    images.append(loading[i].result())
-            except UserError as e:
-                self.unreadable.update(dict.fromkeys(group, str(e)))
-                check_bad(self.task, self.unreadable, self.opt)
-            else:
-                self.numbers += group
-                self.row.update(dict.fromkeys(group, len(images) - 1))
-        if images:
-            self.prefix = self.model.prefill_images(torch.stack(images).to(self.opt.device))
-
-    def __call__(self, n):
-        """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""
-        while not self.numbers:
-            if self.ahead is None:
-                self.pool.shutdown()
-                return None
-            self._next_batch()
-        now, self.numbers = self.numbers[:n], self.numbers[n:]
-        prompts = [prompt_ids(self.task.examples[i], self.task, self.model, self.tokenizer, self.opt) for i in now]
-        index = None if self.prefix is None else torch.tensor([self.row[i] for i in now])
-        return now, prompts, None, index, self.prefix
+    batches = [[]]                                              # of groups
+    for group in groups:
+        if sum(map(len, batches[-1])) >= opt.batch_size:
+            batches.append([])
+        batches[-1].append(group)
+    with ThreadPoolExecutor(max(1, opt.n_worker)) as pool:
+        def load(batch):
+            paths = [task.examples[group[0]].image for group in batch]
+            return [path and pool.submit(load_image, path, model.encoder.image_size, opt.resize, not task.boxes)
+                    for path in paths]
+        ahead = load(batches[0])
+        for batch, following in zip(batches, [*batches[1:], []]):
+            loading, ahead = ahead, load(following)
+            rows, images = {}, []
+            for group, image in zip(batch, loading):
+                try:
+                    images += [image.result()] if image else []
+                except UserError as e:
+                    unreadable.update(dict.fromkeys(group, str(e)))
+                    check_bad(task, unreadable, opt)
+                else:
+                    rows.update(dict.fromkeys(group, len(images) - 1))
+            if rows:
+                yield rows, model.prefill_images(torch.stack(images).to(opt.device)) if images else None
 
 
 def ask(model, tokenizer, task, opt, groups):
-    """
-    Yield (n, answer) for each question number in `groups`, a list of lists as share gives it, in any order.
-    Raises UserError for an image that cannot be read when opt.max_bad_samples is 0.
-    """
+    """Yield (n, answer) for each question number in `groups`, a list of lists as share gives it, in any order."""
     if not groups:
         return
-    feed = Feed(model, tokenizer, task, opt, groups)
+    unreadable, rows, prefix = {}, {}, None
+    batches = prefilled(model, task, opt, groups, unreadable)
+
+    def feed(n):
+        """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""
+        nonlocal rows, prefix
+        if not rows:
+            rows, prefix = next(batches, ({}, None))
+        if not rows:
+            return None
+        now = [*rows][:n]
+        index = torch.tensor([rows.pop(i) for i in now])
+        prompts = [prompt_ids(task.examples[i], task, model, tokenizer, opt) for i in now]
+        return now, prompts, None, None if prefix is None else index, prefix
     way = choose_each if task.examples[0].choices else write_each
     with autocast(opt):
-        for answer in way(model, tokenizer, task, opt, groups, feed):
-            yield answer
-    for n, reason in feed.unreadable.items():
+        yield from way(model, tokenizer, task, opt, groups, feed)
+    for n, reason in unreadable.items():
         yield n, {'unreadable': reason}
 
 
@@ -197,43 +180,39 @@ def choose_each(model, tokenizer, task, opt, groups, feed):
 
 # --- a journal: an evaluation that was killed goes on -------------------------------------------------------------
 
-ANSWER = {True: {'nats': Field(list, of=Field(float)), 'n_token': Field(list, of=Field(int, 1))},     # with choices
-          False: {'text': Field(str), 'cut': Field(bool)}}
+def question_keys(task, settings):
+    """What the answer to each question of a task depends on, as a hash; settings: any JSON value, part of it."""
+    start = hashlib.sha256(json.dumps([settings, task.layout, task.delimiter]).encode())
+    keys = []
+    for e in task.examples:
+        key = start.copy()
+        key.update(json.dumps([e.prompt, e.image, e.choices]).encode())
+        keys.append(key.hexdigest()[:24])
+    return keys
 
 
-def journal_files(folder, task, settings=''):
-    """
-    The files under `folder` that hold answers to the questions of a task under some settings, and the start of a name
-    for another. settings: any JSON value that answers depend on; '' = under any settings.
-    """
-    asked = [[e.prompt, e.image, e.choices] for e in task.examples]
-    key = hashlib.sha256(json.dumps([settings, task.layout, task.delimiter, asked]).encode()).hexdigest()[:16]
-    start = os.path.join(folder, f'{task.name}.{key}' if settings else task.name)
-    return sorted(glob.glob(glob.escape(start) + '.*jsonl')), start
+def journal_files(folder, task):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f'{glob.escape(task.name)}.*jsonl')))
 
 
-def journal_read(files, task):
-    """The answers {n: answer} of journals; what a kill has torn is passed over."""
+def journal_read(files):
+    """{one of question_keys: answer} of journals; what a kill has torn is passed over."""
     answers = {}
     for path in files:
         with reading(path, 'a journal'), open(path, encoding='utf-8', errors='replace') as f:
             for line in f:
-                with contextlib.suppress(ValueError, RecursionError):        # UserError is a ValueError
-                    n, answer = json.loads(line)
-                    choices = task.examples[n].choices if type(n) is int and 0 <= n < len(task.examples) else None
-                    check(n, Field(int, 0, len(task.examples) - 1), path)
-                    check(answer, Field(dict, of=ANSWER[choices is not None]), path)
-                    if choices is None or len(choices) == len(answer['nats']) == len(answer['n_token']):
-                        answers[n] = answer
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    key, answer = json.loads(line)
+                    answers[str(key)] = answer
     return answers
 
 
 @contextlib.contextmanager
 def journal_open(path):
-    """Gives write(n, answer), which appends a line to the journal; a kill leaves the lines before it."""
+    """Gives write(key, answer), which appends a line to the journal; a kill leaves the lines before it."""
     with reading(path, 'a journal'):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, 'a', encoding='utf-8', buffering=1)
     with file:
         file.write('\n')                                     # ends a line that a kill has torn
-        yield lambda n, answer: file.write(json.dumps([n, answer]) + '\n')
+        yield lambda key, answer: file.write(json.dumps([key, answer]) + '\n')

@@ -34,7 +34,7 @@ from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, TextSource, collate, load_tokenizer
 from errors import UserError, user_error_hook
 from model import ModelConfig, build_vlm
-from vision import SigLIP, SigLIPConfig, build_encoder
+from vision import SigLIP, SigLIPConfig, sides
 
 
 def stage_config(argv, script='pretrain.py'):
@@ -42,42 +42,25 @@ def stage_config(argv, script='pretrain.py'):
     return configure({'__file__': os.path.join(HERE, script), '__doc__': __doc__}, argv)
 
 
-class Phases:
-    """Wall time of named phases, the GPU waited for at each boundary."""
-    def __init__(self, device):
-        self.device, self.times = device, {}
-        self.last = self._now()
-
-    def _now(self):
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self, name):
-        now = self._now()
-        self.times.setdefault(name, []).append(now - self.last)
-        self.last = now
-
-
-def synthetic_batch(c, encoder, image_id, device):
+def synthetic_batch(c, model, image_id, device):
     """A micro-batch in pretrain.py's layout: text rows, and image_ratio caption rows of 40 tokens, the rest pads."""
     B, T = c['micro_batch_size'], c['seq_len']
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image = round(B * c['image_ratio']) if encoder is not None else 0
+    n_image, n = round(B * c['image_ratio']) * bool(model.n_token), model.n_token
     images = None
     if n_image:
-        n, size = encoder.n_token, encoder.image_size
         tokens[:n_image, :n] = image_id
         targets[:n_image, :n] = targets[:n_image, n + 41:] = kernels.IGNORE_INDEX
-        images = torch.randint(0, 256, (n_image, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
+        size = sides(model.encoder.image_size)
+        images = torch.randint(0, 256, (n_image, 3, *size), generator=generator, dtype=torch.uint8).to(device)
     kept = (targets.flatten() != kernels.IGNORE_INDEX).nonzero().squeeze(1)
     return tokens.to(device), targets.to(device), images, kept.to(device)
 
 
 def step(argv):
-    """Time one optimizer step's phases for a recipe; prints a table and the share of Python in the step."""
+    """Time one optimizer step's phases for a recipe; prints a table."""
     own, argv = options(argv, peer=False)
     if own['peer']:
         return peer(argv)
@@ -88,8 +71,7 @@ def step(argv):
     image_id = c['vocab_size'] - 1
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
-        with torch.device('meta'):
-            n_token = build_encoder(spec['encoder']).n_token
+        n_token = costs.meta_vlm(spec, c).n_token
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
@@ -102,52 +84,48 @@ def step(argv):
             block.compile(dynamic=None)
     optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
-    tokens, targets, images, kept = synthetic_batch(c, encoder, image_id, device)
+    tokens, targets, images, kept = synthetic_batch(c, model, image_id, device)
 
-    def one(phases):
+    marks = []                                                     # (name, when that phase of a step was over)
+
+    def mark(name):
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        marks.append((name, time.perf_counter()))
+    for _ in range(23):
+        mark('')
         optimizer.zero_grad(set_to_none=True)
         with process.autocast():
             if images is not None:
                 with torch.no_grad():
                     encoder(images)                                # once more, only to time it
-                phases.mark('encoder')
+                mark('encoder')
             loss, weight, _ = model(tokens, targets, images, kept=kept)
-        phases.mark('forward')
+        mark('forward')
         (loss / weight).backward()
-        phases.mark('backward')
+        mark('backward')
         common.optimizer_step(optimizer, c['lr'], c['grad_clip'])
-        phases.mark('optimizer')
-
-    for _ in range(3):
-        one(Phases(device))
-    phases = Phases(device)
-    for _ in range(20):
-        one(phases)
-    median = {name: statistics.median(times) for name, times in phases.times.items()}
+        mark('optimizer')
+    times = {}
+    for (_, begin), (name, end) in zip(marks, marks[1:]):
+        times.setdefault(name, []).append(end - begin)
+    times.pop('')
+    median = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}           # three warm up
     if 'encoder' in median:
         median['forward'] -= median['encoder']
     total = sum(median.values())
     n = tokens.numel()
-    per_image, _ = costs.image_costs(costs.meta_vlm(spec, c)) if images is not None else (0, 0)
+    n_image = 0 if images is None else len(images)
     flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
-    flops += per_image * (0 if images is None else len(images))
+    if n_image:
+        flops += n_image * costs.image_costs(costs.meta_vlm(spec, c))[0]
     mfu = costs.model_flops_utilisation(flops / total, device)
     print(conditions(device))
-    n_image = 0 if images is None else len(images)
     print(f"{n} positions, {len(kept)} with loss, {n_image} images, one process, one micro-step")
     for name, seconds in median.items():
         print(f"  {name:<10} {seconds * 1e3:9.2f} ms  {seconds / total:6.1%}")
     rate = f"{n / total:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else '')
     print(f"  {'sum':<10} {total * 1e3:9.2f} ms          {rate}")
-    if device.type == 'cpu':
-        with profile(activities=[ProfilerActivity.CPU]) as p:
-            begin = time.perf_counter()
-            for _ in range(5):
-                one(phases)
-            wall = time.perf_counter() - begin
-        inside = sum(e.self_cpu_time_total for e in p.key_averages() if '::' in e.key and 'autograd' not in e.key) / 1e6
-        share = 1 - inside / wall
-        print(f"  outside torch's operators (Python, autograd, the profiler itself): {share:.1%} of the step")
 
 
 # --- against transformers ---------------------------------------------------------------------------------------------
@@ -157,7 +135,7 @@ PEER = dict(n_layer=8, n_head=4, n_embd=512, vocab_size=50432, seq_len=1024, tow
 
 
 def peer_models(shape):
-    """{'ours', 'peer'}: a function of a batch that runs forward and backward and returns the loss; and their models."""
+    """{'ours', 'peer'}: a function of a batch that returns the loss, and its model."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
     tower, image_id = SigLIPConfig(*shape['tower']), shape['vocab_size'] - 1
     spec = dict(decoder={k: v for k, v in shape.items() if k != 'tower'}, encoder=SigLIP(tower).spec(),
@@ -170,22 +148,19 @@ def peer_models(shape):
                        tie_word_embeddings=False)
     theirs = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=SiglipVisionConfig(**vision), text_config=text, image_token_index=image_id,
-        vision_feature_layer=-2, vision_feature_select_strategy='full', image_seq_length=ours.encoder.n_token)).train()
+        vision_feature_layer=-2, vision_feature_select_strategy='full', image_seq_length=ours.n_token)).train()
     ours.encoder.requires_grad_(False)
     theirs.model.vision_tower.requires_grad_(False)
 
-    def run_ours(tokens, targets, images):
+    def loss_of_ours(tokens, targets, images):
         loss, weight, _ = ours(tokens, targets, images)
-        (loss / weight).backward()
         return loss / weight
 
-    def run_theirs(tokens, targets, images):
+    def loss_of_theirs(tokens, targets, images):
         pixels = None if images is None else images.float() / 127.5 - 1
         labels = torch.cat((targets.new_full((len(targets), 1), kernels.IGNORE_INDEX), targets[:, :-1]), 1)
-        loss = theirs(input_ids=tokens, pixel_values=pixels, labels=labels, use_cache=False).loss
-        loss.backward()
-        return loss
-    return {'ours': (run_ours, ours), 'peer': (run_theirs, theirs)}
+        return theirs(input_ids=tokens, pixel_values=pixels, labels=labels, use_cache=False).loss
+    return {'ours': (loss_of_ours, ours), 'peer': (loss_of_theirs, theirs)}
 
 
 def peer(argv, shape=None):
@@ -201,28 +176,24 @@ def peer(argv, shape=None):
     models, times, peaks = peer_models(shape), {}, {}
     optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
                   for name, (_, model) in models.items()}
-    n_token, T = models['ours'][1].encoder.n_token, shape['seq_len']
+    n_token, T = models['ours'][1].n_token, shape['seq_len']
     for repeat in tqdm(range(own['repeat'] + 1), unit='round', disable=None):
         for n_image in (0, 1, 2):
             c = dict(micro_batch_size=2, seq_len=T, seed=repeat, image_ratio=n_image / 2)
-            tokens, targets, images, _ = synthetic_batch(c, models['ours'][1].encoder, shape['vocab_size'] - 1,
+            tokens, targets, images, _ = synthetic_batch(c, models['ours'][1], shape['vocab_size'] - 1,
                                                          torch.device('cpu'))
             used = min(T, -(-(n_token + 41) // 8) * 8)                       # the columns that collate leaves in
             cut = (tokens[:, :used], targets[:, :used], images)
             for kind, batch in (('ours', cut if n_image == 2 else (tokens, targets, images)),
                                 ('peer', (tokens, targets, images)), *([('peer, cut', cut)] if n_image == 2 else [])):
-                run, model = models[kind[:4]]
+                loss_of, model = models[kind[:4]]
+                train, update = lambda: loss_of(*batch).backward(), optimizers[kind[:4]].step
                 if repeat == 0:                                              # warms up, and its memory is watched
-                    peaks[kind, n_image] = allocated_at_peak(lambda: run(*batch))
-                phases = Phases(torch.device('cpu'))
-                if repeat:
-                    run(*batch)
-                    phases.mark((kind, n_image))
-                optimizers[kind[:4]].step()
-                phases.mark((kind, 'optimizer'))
+                    peaks[kind, n_image] = allocated_at_peak(train)
+                else:
+                    keep_shortest(times, (kind, n_image), train)
+                keep_shortest(times, (kind, 'optimizer'), update)
                 model.zero_grad(set_to_none=True)
-                for key, (seconds,) in phases.times.items():
-                    times[key] = min(seconds, times.get(key, math.inf))
     held = {name: sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())      # and moments
             for name, (_, model) in models.items()}
     print(conditions(torch.device('cpu')))
@@ -235,6 +206,12 @@ def peer(argv, shape=None):
         print(f"{share:<12}{total['ours']:9.2f}{total['peer']:9.2f}{total['ours'] / total['peer']:8.2f}"
               f"{memory[0] / memory[1]:8.2f}"
               + (f"{total['ours'] / total['peer, cut']:24.2f}" if 'peer, cut' in total else ''))
+
+
+def keep_shortest(times, key, f):
+    begin = time.perf_counter()
+    f()
+    times[key] = min(time.perf_counter() - begin, times.get(key, math.inf))
 
 
 def allocated_at_peak(f):

@@ -1,6 +1,5 @@
 """
-Benchmark files to Tasks: the official releases as they are, found under a folder. The first lines of evaluate.py say
-which files go where. Nothing here asks a model.
+Benchmark files to Tasks: the official releases as they are, found under a folder (NEEDS). Nothing here asks a model.
 
     for task in find_tasks(opt): ...            # opt: evaluate.default_options(eval_dir='data/eval', tasks='pope,copa')
 
@@ -14,9 +13,10 @@ import pickle
 import string
 
 from errors import NUMBER, Field, UserError, check, reading
+from files import read_whole
 from metrics import gqa_match, pope_answer, pope_metrics
-from scorers import (TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same, score_box,
-                     subset, unanswerable_metrics, unit_box, vqa_task)
+from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same,
+                     score_box, subset, unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
 
 IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset')
@@ -28,30 +28,29 @@ IMAGE_ENDINGS = ('.jpg', '.png', '.jpeg')
 ID = Field((int, str))
 TEXT = Field(str, 1, 20_000)
 TEN = Field(list, 10, 10, of=Field(dict, of={'answer': Field(str)}))      # annotators, for whom the scores are defined
-FREE = {                        # what any row of any benchmark may have: see example_of
+FREE = {                        # any row: labels by which it is also reported; what "blind" is, in no official file
     'question_type': Field((str, list), optional=True), 'blind_answers': Field(list, of=Field(str), optional=True)}
 ROWS = {                        # what the rows of each official file have
     'vqav2 question': {'question_id': ID, 'question': TEXT},
-    'vqav2 answers': {'question_id': ID, 'image_id': Field(int, 0), 'answers': TEN, **FREE},
-    'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, **FREE,
-                'answers': Field(list, 10, 10, of=Field(str))},
+    'vqav2 answers': {'question_id': ID, 'image_id': Field(int, 0), 'answers': TEN},
+    'textvqa': {'question_id': ID, 'image_id': ID, 'question': TEXT, 'answers': Field(list, 10, 10, of=Field(str))},
     'textvqa ocr': {'text': Field(str, 1)},
-    'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str), **FREE},
+    'pope': {'question_id': ID, 'image': TEXT, 'text': TEXT, 'label': Field(str)},
     'refcoco image': {'id': ID, 'width': Field(NUMBER, 1, 1e6), 'height': Field(NUMBER, 1, 1e6)},
     'refcoco object': {'id': ID, 'image_id': Field(int, 0), 'bbox': Field(list, 4, 4, of=Field(NUMBER, -1e6, 1e6))},
-    'refcoco ref': {'ann_id': ID, 'image_id': Field(int, 0), 'split': Field(str), **FREE,
+    'refcoco ref': {'ann_id': ID, 'image_id': Field(int, 0), 'split': Field(str),
                     'sentences': Field(list, of=Field(dict, of={'sent': TEXT}))},
-    'gqa': {'question': TEXT, 'imageId': ID, 'answer': Field(str), 'isBalanced': Field(bool, optional=True), **FREE,
+    'gqa': {'question': TEXT, 'imageId': ID, 'answer': Field(str), 'isBalanced': Field(bool, optional=True),
             'types': Field(dict, of={'structural': Field(str)})},
-    'vizwiz': {'image': TEXT, 'question': TEXT, 'answerable': Field(int, 0, 1), 'answers': TEN, **FREE},
-    'ocid_ref': {'scene_path': TEXT, 'sentence': TEXT, 'bbox': Field(str, 7, 99), 'take_id': Field(int, 0, 20), **FREE},
-    'vsr': {'image': TEXT, 'caption': TEXT, 'label': Field(int, 0, 1), 'relation': Field(str), **FREE},
+    'vizwiz': {'image': TEXT, 'question': TEXT, 'answerable': Field(int, 0, 1), 'answers': TEN},
+    'ocid_ref': {'scene_path': TEXT, 'sentence': TEXT, 'bbox': Field(str, 7, 99), 'take_id': Field(int, 0, 20)},
+    'vsr': {'image': TEXT, 'caption': TEXT, 'label': Field(int, 0, 1), 'relation': Field(str)},
     'tallyqa': {'question_id': ID, 'image': TEXT, 'question': TEXT, 'answer': Field(int, 0, 15),
-                'issimple': Field(bool), **FREE},
+                'issimple': Field(bool)},
     'ai2d': {'imageName': TEXT, 'questions': Field(dict, of=Field(dict, of={
         'questionId': ID, 'correctAnswer': Field(int, 0, 3), 'answerTexts': Field(list, 4, 4, of=Field(str))}))},
     'captions': {'image': TEXT, 'caption': TEXT},
-    'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0), **FREE},
+    'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0)},
 }
 
 
@@ -99,11 +98,22 @@ def read_refs(path):
     return check_rows(refs, path, ROWS['refcoco ref'])
 
 
+RESULTS = {'tasks': Field(dict, 1, of=Field(dict, of=RESULT))}
+
+
+def read_results(path, fields=RESULTS):
+    """The content of evaluate.py's results.json, with these fields."""
+    with reading(path, 'a results.json of evaluate.py'):
+        content = json.loads(read_whole(path, 64 << 20))
+        check(content, Field(dict, of=fields), path)
+    return content
+
+
 def check_rows(rows, path, fields, unique=''):
     """`rows` if each has the fields and no two agree in the field `unique`; else UserError."""
     seen = set()
     for i, row in enumerate(rows):
-        check(row, Field(dict, of=fields), f"{path}: entry {i}")
+        check(row, Field(dict, of=FREE | fields), f"{path}: entry {i}")
         if unique and row[unique] in seen:
             raise UserError(f"{path}: entry {i} has the {unique} {row[unique]!r} of an entry before it")
         seen.add(row[unique] if unique else i)
@@ -119,10 +129,7 @@ def check_known(rows, path, field, known, other):
 
 def example_of(row, id, prompt, answers, image='', labels=(), choices=None, names=None, guesses=None):
     """
-    The Example of a row, with two fields that any row of any benchmark may have:
-    question_type   a label or a list of labels; questions are also reported by label. VQAv2's files have it
-    blind_answers   a list of answers that somebody could give who sees the image, but not what is asked about it: what
-                    "blind" in the table can be. No official file has it
+    The Example of a row, with the two fields that any row of any benchmark may have: FREE.
     image    a file's name, whose ending does not matter
     labels   stand before the row's own
     names    of the choices in the row, where they differ from `choices`
@@ -137,41 +144,41 @@ def example_of(row, id, prompt, answers, image='', labels=(), choices=None, name
 
 # --- images -------------------------------------------------------------------------------------------------------
 
+def image_path(name, folders, endings, there=os.path.isfile):
+    """The first name + ending that is there in one of the folders or their IMAGE_FOLDERS; '' = none, or elsewhere."""
+    if os.path.isabs(name) or '..' in name.split('/'):       # not among the benchmark's files, whatever it is
+        return ''
+    paths = (os.path.join(folder, sub, name + ending) for folder in folders for sub in IMAGE_FOLDERS
+             for ending in endings)
+    return next(filter(there, paths), '')
+
+
 def find_images(folder, task, max_missing=0):
     """
-    Replace the `image` of each example, a file's name without its ending, by the file's path. Where images of at most
-    max_missing examples are missing, these examples are left out: their ids are task.skipped.
-    Raises UserError that says how many are missing, and the first of them.
+    Replace the `image` of each example, a file's name without its ending, by the file's path. At most max_missing
+    examples without one are left out, into task.skipped; else UserError says how many they are, and the first.
     """
     @functools.cache
     def names(place):
         return frozenset(os.listdir(place)) if os.path.isdir(place) else frozenset()
 
-    def path_of(stem):
-        inside, name = os.path.split(stem)
-        if os.path.isabs(stem) or '..' in stem.split('/'):   # not among the benchmark's files, whatever it is
-            return ''
-        for base in (folder, os.path.dirname(folder)):
-            for place in (os.path.join(base, sub, inside) for sub in IMAGE_FOLDERS):
-                for ending in IMAGE_ENDINGS:
-                    if name + ending in names(place):
-                        return os.path.join(place, name + ending)
-        return ''
-    stems = dict.fromkeys(e.image for e in task.examples if e.image)
-    paths = {'': ''} | {stem: path_of(stem) for stem in stems}
-    missing = [stem for stem in stems if not paths[stem]]
+    def there(path):
+        return os.path.basename(path) in names(os.path.dirname(path))
+    paths = {e.image: image_path(e.image, (folder, os.path.dirname(folder)), IMAGE_ENDINGS, there)
+             for e in task.examples if e.image}
+    missing = [stem for stem, path in paths.items() if not path]
     task.skipped = [e.id for e in task.examples if e.image and not paths[e.image]]
     if len(task.skipped) > max_missing:
-        raise UserError(f"{folder}: {len(missing)} of {len(stems)} images missing, first {missing[0][:99]}.jpg; "
+        raise UserError(f"{folder}: {len(missing)} of {len(paths)} images missing, first {missing[0][:99]}.jpg; "
                         f"expected there or in {os.path.dirname(folder)}, or in the folders "
                         f"{', '.join(IMAGE_FOLDERS[1:])} of either, or max_bad_samples={len(task.skipped)} to leave "
                         "their questions out")
     if missing:
         print(f"!!! {task.name}: {len(task.skipped)} questions left out, {len(missing)} images missing, first "
               f"{missing[0][:99]}.jpg in {folder}")
-        task.examples = [e for e in task.examples if paths[e.image] or not e.image]
+        task.examples = [e for e in task.examples if not e.image or paths[e.image]]
     for example in task.examples:
-        example.image = paths[example.image]
+        example.image = paths.get(example.image, '')
 
 
 # --- benchmarks: each function gets the first file of a benchmark, the task's name and the options ------------------
@@ -210,10 +217,7 @@ def read_textvqa(path, name, opt):
 
 
 def read_pope(path, name, opt):
-    """
-    POPE: the more probable of two first tokens is the answer, or with opt.pope_by = 'text' LLaVA's reading of the whole
-    answer; the mean accuracy of the splits that are there.
-    """
+    """POPE: the mean accuracy of the splits that are there; the answer is by opt.pope_by."""
     words = [word.lower() for word in opt.pope_words if isinstance(word, str)]
     if len(opt.pope_words) != 2 or len(set(words)) != 2:
         raise UserError(f"pope_words={opt.pope_words}: expected two different words, the one for yes first")
@@ -238,15 +242,17 @@ def read_pope(path, name, opt):
 
     def by_llava(prediction, answers):
         return float(pope_answer(prediction) == answers[0])
-    return Task(name, 'pope', examples, by_llava if by_text else same, by_label=True, split_mean=True,
+    return Task(name, 'pope', examples, by_llava if by_text else same, by_label=True,
                 variant="text, LLaVA's rule" if by_text else 'first token', extra={'yes_no': metrics})
 
 
+def box_task(name, kind, examples, opt, threshold, split='', **more):
+    return Task(name, kind, examples, functools.partial(score_box, threshold=threshold), boxes=True,
+                variant=f'{split}IoU>={threshold:g}, {opt.box_frame} frame, images as stored', **more)
+
+
 def read_refcoco(path, name, opt):
-    """
-    One split of RefCOCO, RefCOCO+ or RefCOCOg: the model writes a box, right at IoU >= 0.5. The gold boxes count the
-    pixels of the image as stored, so that an EXIF orientation is not applied to it.
-    """
+    """One split of RefCOCO, RefCOCO+ or RefCOCOg: the model writes a box, right at IoU >= 0.5."""
     instances = os.path.join(os.path.dirname(path), 'instances.json')
     images = read_table(instances, 'images', ROWS['refcoco image'], unique='id')
     objects = read_table(instances, 'annotations', ROWS['refcoco object'], unique='id')
@@ -269,10 +275,8 @@ def read_refcoco(path, name, opt):
     if not examples:
         splits = sorted({ref['split'] for ref in refs})
         raise UserError(f"{path}: no ref of split {opt.refcoco_split!r}; it has {splits}")
-    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
-    return Task(name, 'refcoco', examples, score_box, upright=False, n_candidate=100, max_fit=300,
-                variant=f'{opt.refcoco_split}, IoU>=0.5, {opt.box_frame} frame, images as stored',
-                extra={'split': lambda records: opt.refcoco_split})
+    return box_task(name, 'refcoco', examples, opt, 0.5, f'{opt.refcoco_split}, ',
+                    extra={'split': lambda records: opt.refcoco_split})
 
 
 def read_gqa(path, name, opt):
@@ -298,9 +302,7 @@ def read_vizwiz(path, name, opt):
         answers = [answer['answer'] for answer in row['answers']]
         examples.append(example_of(row, i, row['question'] + VIZWIZ_HINT + opt.short_suffix, answers, row['image'],
                                    (label,)))
-    task = vqa_task(name, 'vizwiz', examples, 'vizwiz', ('official', 'vlm-eval'))
-    task.extra['unanswerable'] = unanswerable_metrics
-    return task
+    return vqa_task(name, 'vizwiz', examples, 'vizwiz', ('official', 'vlm-eval'))
 
 
 def read_ocid_ref(path, name, opt):
@@ -318,9 +320,7 @@ def read_ocid_ref(path, name, opt):
         clutter = 'minimum' if row['take_id'] <= 9 else 'medium' if row['take_id'] <= 16 else 'maximum'
         examples.append(example_of(row, row['id'], opt.box_prompt.replace('{sent}', row['sentence']), [row['box']],
                                    row['scene_path'], (clutter,), guesses=list(in_image[row['scene_path']])))
-    return Task(name, 'ocid_ref', examples, functools.partial(score_box, threshold=opt.ocid_iou), by_label=True,
-                upright=False, n_candidate=100, max_fit=300,
-                variant=f'IoU>={opt.ocid_iou:g}, {opt.box_frame} frame, images as stored')
+    return box_task(name, 'ocid_ref', examples, opt, opt.ocid_iou, by_label=True)
 
 
 def read_vsr(path, name, opt):
@@ -374,16 +374,17 @@ def read_captions(path, name, opt):
 
 def read_text(path, name, opt):
     """
-    Multiple choice, zero-shot: which choice goes on best after the prompt? The rows are what lm-evaluation-harness
-    reads, or {"query", "choices", "gold": index or list of indices}: AGIEval's there, DCLM's, one's own.
+    Which choice goes on best after the prompt? The rows are what lm-evaluation-harness reads (textbench.py), or
+    {"query", "choices", "gold": index or list of indices}: AGIEval's there, DCLM's, one's own.
     """
     known = TEXT_ALIAS.get(name, name)
     dclm = opt.text_variant == 'dclm'
-    rows = read_table(path, None, FREE)
+    rows = read_table(path, None, {})
     own = bool(rows) and 'query' not in rows[0] and known in FORMS
     if own and dclm:
         raise UserError(f"{path}: text_variant='dclm' asks DCLM's own files, with query, choices and gold in each row")
-    check_rows(rows, path, FORMS[known].fields if own else ROWS['text'])
+    if not own:
+        check_rows(rows, path, ROWS['text'])
     delimiter = DCLM_DELIMITER.get(known, ' ')
     examples = []
     for i, row in enumerate(rows):
@@ -393,6 +394,7 @@ def read_text(path, name, opt):
             if question is None:
                 continue
             prompt, choices, gold = question
+            check(prompt, Field(str, 1), f"{path}: entry {i}: prompt")
             check(choices, Field(list, 2, 999, of=Field(str)), f"{path}: entry {i}: choices")
         else:
             prompt, choices, gold = row['query'], row['choices'], row['gold']
@@ -433,7 +435,7 @@ NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d')
 # task: the files under eval_dir that it needs; the paper's tasks are the first sixteen and VizWiz
 NEEDS = {
     'vqav2': 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/',
-    'pope': 'pope/coco_pope_{random,popular,adversarial}.json, val2014/',
+    'pope': 'pope/coco_pope_{random,popular,adversarial}.json or some of them, val2014/',
     'textvqa': 'textvqa/TextVQA_0.5.1_val.json, train_images/',
     'gqa': 'gqa/testdev_balanced_questions.json, images/',
     'refcoco': 'refcoco/refs(unc).p, instances.json, train2014/',
@@ -489,7 +491,7 @@ def find_tasks(opt, images=True):
     Raises UserError for a folder without any, an unknown name, or the first file or image that is missing or broken.
     """
     if not os.path.isdir(opt.eval_dir):
-        raise UserError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py's first lines say which files go there")
+        raise UserError(f"eval_dir={opt.eval_dir}: no such folder; evaluate.py --help says which files go there")
     found = list_tasks(opt.eval_dir)
     names = [name.strip() for name in opt.tasks.split(',') if name.strip()]
     asked, missing = asked_tasks(names, found)
@@ -498,8 +500,7 @@ def find_tasks(opt, images=True):
     if unknown or not asked:
         raise UserError(f"eval_dir={opt.eval_dir}: no {unknown[0] if unknown else 'benchmark'} found; there is "
                         f"{', '.join(sorted(found)) or 'nothing that can be read'}; "
-                        f"{lacking[0] + '; ' if len(lacking) == 1 else ''}evaluate.py's first lines say which files go "
-                        "there")
+                        f"{lacking[0] + '; ' if len(lacking) == 1 else ''}evaluate.py --help says which files go there")
     for line in lacking:
         print(f"not found: {line}")
     tasks = []

@@ -46,7 +46,8 @@ META = {                        # what every meta.json holds
         'decoder': Field(dict, of={key: DECODER[key] for key in (
             'n_layer', 'n_head', 'n_embd', 'n_ffn', 'vocab_size', 'seq_len')}),     # the others have defaults
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
-        'projector': Field(dict, of={'kind': Field(str)}, optional=True), 'image_id': COUNT,
+        'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
+                           optional=True), 'image_id': COUNT,
         'adapters': Field(dict, of=SPEC, optional=True)}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -429,8 +430,10 @@ def _tuples(value):
 def check_spec(meta, spec, folder):
     """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
     for part in ('decoder', 'encoder', 'projector'):
-        for key, old in (meta['spec'].get(part) or {}).items():
-            new = (spec[part] or {}).get(key)
+        there, here = meta['spec'].get(part) or {}, spec[part] or {}
+        keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
+        for key in keys:
+            old, new = there.get(key), here.get(key)
             if spec[part] is not None and key != 'seq_len' and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")

@@ -385,6 +385,9 @@ class Run:
             f"{config['global_batch_size']} sequences, {self.n_micro} micro-steps, {self.process.world_size} processes "
             f"on {self.process.device.type} in {str(self.process.dtype)[6:]}, lr {lr_at(0, schedule):.3e} -> "
             f"{lr_at(self.max_steps - 1, schedule):.3e}")
+        if model.n_token:                                        # whatever their number: the same samples, and seq_len
+            self.process.print(f"an image takes {model.n_token} of a row's {config['seq_len']} positions: "
+                               f"{config['seq_len'] - model.n_token} are left for text")
 
     def take(self, batches):
         """

@@ -14,8 +14,9 @@ import torch
 import kernels
 from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
+from connectors import projector_spec
 from model import build_vlm, vlm_spec
-from vision import SigLIP, SigLIPConfig, encoder_files
+from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
 PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12,
@@ -69,15 +70,16 @@ def image_costs(model):
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    size, kept = model.encoder.image_size, {}
+    n, kept = model.n_token, {}
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
-        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
+        if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
             storage = t.untyped_storage()
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(1, 3, size, size, dtype=torch.uint8, device='meta'))
+        features = model.image_features(torch.empty(1, 3, *sides(model.encoder.image_size), dtype=torch.uint8,
+                                                    device='meta'))
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -150,8 +152,9 @@ def described(config, image_id, images):
     if missing:
         print(f"{missing[0]} not found: SigLIP so400m/14 at 384 px instead")
         with torch.device('meta'):
-            tower = SigLIP(SigLIPConfig(), config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=dict(kind='mlp2'))
+            shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
+            tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
+        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token))
     return spec
 
 
@@ -167,15 +170,15 @@ def run_flops(config, model, per_image, max_steps):
     """FLOPs of a whole run, in parts; every row at seq_len, and every target kept but those at images."""
     images = config['image_ratio'] if 'image_ratio' in config else 1 - config.get('text_share', 0.0)
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
-    n_token = model.encoder.n_token if model.encoder is not None else 0
     how = what_trains(model.decoder)
-    with_image, without = decoder_flops(c, 1, T, max(1, T - n_token), **how), decoder_flops(c, 1, T, T, **how)
+    with_image = decoder_flops(c, 1, T, max(1, T - model.n_token), **how)
+    without = decoder_flops(c, 1, T, T, **how)
     return {'decoder': rows_of(config) * G * (images * with_image + (1 - images) * without),
             'images': G * images * per_image}
 
 
 def rows_of(config):
-    """The rows of a sample: two answers to one question, which share their image, in dpo.py."""
+    """The rows of a sample: in dpo.py two, the answers to one question, which share their image."""
     return 2 if 'preferences' in config else 1
 
 
@@ -184,10 +187,9 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     config = {**config, **changed}
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
-    n_token = model.encoder.n_token if model.encoder is not None else 0
-    n_row = B * rows_of(config)
-    return memory(model, n_row=n_row, n_position=config['seq_len'], n_image=math.ceil(B * images) if n_token else 0,
-                  per_image=per_image, n_kept=n_row * (config['seq_len'] - n_token * (images == 1)), width=width,
+    R = B * rows_of(config)
+    return memory(model, n_row=R, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_token else 0,
+                  per_image=per_image, n_kept=R * (config['seq_len'] - model.n_token * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 

@@ -112,8 +112,8 @@ spec = dict(run.meta['spec'])
 model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.encoder.n_token, model.encoder.image_size,
-                          resize, system_prompt, name='preferences', cache_dir=cache_dir, boxes=boxes)
+source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
+                          system_prompt, name='preferences', cache_dir=cache_dir, boxes=boxes)
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images

@@ -88,7 +88,7 @@ def check(value, field, where):
     if isinstance(field.of, dict):
         for key, inner in field.of.items():
             check(value.get(key), inner, f"{where}: '{key}'")
-    elif field.of is not None:
+    elif field.of is not None and type(value) not in NUMBER:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             check(item, field.of, f"{where}: {key}")
 

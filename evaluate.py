@@ -11,28 +11,18 @@ Zero-shot evaluation of a checkpoint on the official benchmark files (paper 2.2,
     python evaluate.py --ckpt=DIR --prompt="Once upon a time"                 # continues the text
 
 eval_dir holds a folder for each benchmark. The files in it say which kind it is; its name stands in the table:
-    vqav2/     v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json; COCO_val2014_%012d.jpg
-    pope/      coco_pope_{random,popular,adversarial}.json (an object a line; any of the three); `image` names the file
-    textvqa/   TextVQA_0.5.1_val.json, {image_id}.jpg; with textvqa_val_v051_ocr.jsonl also the task textvqa_ocr
-    refcoco/   instances.json, refs(unc).p or refs(umd).p; COCO_train2014_%012d.jpg
-    captions/  captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
-    gqa/       testdev_balanced_questions.json; {imageId}.jpg
-    ocid_ref/  val_expressions.json; OCID-dataset/
-    vizwiz/    val.json; its images. It is in no stable score
-    refcoco+/, refcocog/ as refcoco/; vsr/ test.jsonl, tallyqa/ test.json, ai2d/ questions/ only when tasks names them
-    text/      TASK.jsonl, the name is TASK: the rows that lm-evaluation-harness reads (`--tasks=text` names each data
-               set), or one {"query", "choices", "gold"} a line
-Images are .jpg, .jpeg or .png in the folder itself, in images/, val2014/, train2014/, train_images/, train2017/,
-val2017/, val/ or OCID-dataset/ there, or in those folders of eval_dir (COCO is needed once). A question may also carry
+FILES
+    captions: captions/captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
+    your own: text/NAME.jsonl, one {"query", "choices", "gold": index} a line
+vsr, tallyqa and ai2d are asked only when tasks names them. Images are .jpg, .jpeg or .png in the folder itself or in
+one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
 `question_type` (a string or a list of them, each reported apart) and `blind_answers` (what one could guess from the
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.
 
-out_dir gets table.txt, results.json (each task with its score, n, interval, baselines and how many answers were
-malformed, empty or cut short, how many questions skipped for want of an image) and predictions/TASK.jsonl, a question
-a line: id, prompt, image (its path), prediction, answers, score, malformed, types; with choices also choices and,
-for each, nats (-ln of its probability) and n_token. Until all is done, journal/ holds the answers so far: the same
-command goes on after them.
+out_dir gets table.txt, results.json and predictions/TASK.jsonl, a question a line; where there are choices, with nats
+(-ln of its probability) and n_token of each. Until all is done, journal/ holds the answers so far: the same command
+goes on after them.
 """
 import contextlib
 import json
@@ -48,17 +38,19 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from ask import ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, share
-from benchmarks import READERS, find_tasks, read_table
+from ask import (ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, question_keys,
+                 share)
+from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
 from configurator import config_keys, configure
-from errors import NUMBER, Field, UserError, check, leave, printable, reading, user_error_hook, world_size
+from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
 from instruct import caption_prompt, instruct_prompt
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
-from scorers import (RESULT, TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
+from scorers import (TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
                      summarise, table)
 
+__doc__ = __doc__.replace('FILES', '\n'.join(f'    {name}: {files}' for name, files in NEEDS.items()))
 __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', 'vqa_accuracy', 'default_options',
            'evaluate_task', 'find_tasks', 'READERS']
 
@@ -70,11 +62,9 @@ out_dir = ''                  # [free] for results.json, table.txt, predictions/
 scale = '1b'                  # [free] a scale file's name; recorded in results.json
 name = ''                     # [free] only recorded in results.json
 tasks = ''                    # [free] names separated by commas, or paper, vision, text; '' = every benchmark found
-n_example = 0                 # [>= 0] per task (POPE, OCID-Ref, TallyQA: per split), of one fixed shuffle; 0 = all. The
-                              # shuffle is vlm-evaluation's (but that one shuffles the three RefCOCOs together)
+n_example = 0                 # [>= 0] per task (POPE, OCID-Ref, TallyQA: per split), in vlm-evaluation's order; 0 = all
 batch_size = 16               # [>= 1, free] questions at a time; float32 scores do not depend on it
-max_len = 2048                # [>= 1] tokens of a text benchmark's context and choice: a longer context loses its left
-                              # end. It is the same for every checkpoint, whatever lengths it was trained on
+max_len = 2048                # [>= 1] tokens of a text's context and choice; a longer context loses its left end
 max_new_tokens = 128          # [>= 1] the longest answer
 device = 'auto'               # ['auto' | 'cpu' | 'cuda' | 'mps']
 dtype = ''                    # ['' | 'float32' | 'bfloat16'] '' = bfloat16 on CUDA, else float32
@@ -92,11 +82,9 @@ ocid_iou = 0.25               # [> 0, <= 1] a box of OCID-Ref is right from here
 pope_by = 'probability'       # ['probability' | 'text'] POPE's answer: see pope_words, or its text by LLaVA's rule
 text_variant = 'lm-eval'      # ['lm-eval' | 'dclm'] of text benchmarks: lm-evaluation-harness's prompts and scores (its
                               # acc_norm where it has one, else acc), or DCLM's files and nats per token
-max_bad_samples = 0           # [>= 0, free] so many questions of a task may have no image that can be read: they are
-                              # left out and counted
+max_bad_samples = 0           # [>= 0, free] so many questions of a task without a readable image are left out, counted
 vqav2_baseline = 0.5          # [>= 0, <= 1] our reading; table 9 fixes only the sum of its five baselines, 1.0
-image = ''                    # ask about one photo ('' = benchmarks); without a prompt: questions on a terminal, else
-                              # its caption
+image = ''                    # ask about one photo ('' = benchmarks)
 prompt = ''                   # the question about image, or a text to continue
 temperature = 0.0             # [>= 0] with image or prompt: 0 = always the most probable token, else tokens are drawn
 top_k = 0                     # [>= 0] draw among so many of the most probable tokens; 0 = among all
@@ -113,6 +101,8 @@ def default_options(**changes):
     return SimpleNamespace(**{**values, **changes})
 
 
+TUNED = ('finetune', 'dpo')         # the stages that teach to answer questions
+
 # --- scores -------------------------------------------------------------------------------------------------------
 
 ALONE = Process(0, 1, torch.device('cpu'), torch.float32)
@@ -125,21 +115,19 @@ def evaluate_task(model, tokenizer, task, opt, process=ALONE, journal='', settin
     journal  '' = none, else a folder in which answers are kept until all is done: what stands there under the same
              settings (any JSON value) is not asked again
     """
-    start, groups = time.perf_counter(), share(task, process.rank, process.world_size)
-    files, journal = journal_files(journal, task, settings) if journal else ([], '')
-    before = journal_read(files, task)
-    answers = {n: before[n] for group in groups for n in group if n in before}
+    start, groups, bar = time.perf_counter(), share(task, process.rank, process.world_size), bar or tqdm(disable=True)
+    keys, before = question_keys(task, settings), journal_read(journal_files(journal, task)) if journal else {}
+    answers = {n: before[keys[n]] for group in groups for n in group if keys[n] in before}
     unasked = [left for group in groups if (left := [n for n in group if n not in answers])]
-    if bar is not None:
-        bar.update(len(answers) * process.world_size)
+    bar.update(len(answers) * process.world_size)
+    path = os.path.join(journal, f'{task.name}.{process.rank}.jsonl')
     try:
-        with journal_open(f'{journal}.{process.rank}.jsonl') if journal else contextlib.nullcontext() as write:
+        with journal_open(path) if journal else contextlib.nullcontext() as write:
             for n, answer in ask(model, tokenizer, task, opt, unasked):
                 answers[n] = answer
                 if write and 'unreadable' not in answer:
-                    write(n, answer)
-                if bar is not None:
-                    bar.update(process.world_size)
+                    write(keys[n], answer)
+                bar.update(process.world_size)
     except torch.OutOfMemoryError as e:
         raise UserError(f"batch_size={opt.batch_size} does not fit into the GPU's memory; give a smaller one") from e
     answers = dict(process.gather(answers.items()))
@@ -176,10 +164,9 @@ def earlier_results(path, content):
     if not os.path.exists(path):
         return {}
     try:
-        with reading(path, 'results'), open(path, encoding='utf-8') as f:
-            before = json.load(f)
-            old, tasks = settings_of(before), before['tasks']
-            check(tasks, Field(dict, of=Field(dict, of=RESULT)), path)
+        with reading(path, 'results'):
+            before = read_results(path)
+            old = settings_of(before)
     except UserError as e:
         print(f"!!! {printable(str(e))} and is replaced")
         return {}
@@ -187,7 +174,7 @@ def earlier_results(path, content):
     changed = [key for key in new if key not in old or old[key] != new[key]]
     if changed:
         print(f"!!! {path} was made with another {changed[0]} and is replaced: give --out_dir to keep both")
-    return {} if changed else tasks
+    return {} if changed else before['tasks']
 
 
 def write_results(out, content, asked, opt):
@@ -240,17 +227,14 @@ def load(opt):
 
 
 def answer(opt):
-    """
-    Print what the model writes about opt.image or after opt.prompt. An image without a prompt is asked about on a
-    terminal until an empty line, and gets a caption elsewhere.
-    """
+    """Print what the model writes about opt.image or after opt.prompt; without a prompt, questions on a terminal."""
     model, tokenizer, meta = load(opt)
     if opt.image and model.encoder is None:
         raise UserError(f"image={opt.image}: {opt.ckpt} is a text-only checkpoint; give one of stage 2 or 3")
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
     n_token, prefix = 0, None
     if opt.image:
-        n_token = model.encoder.n_token
+        n_token = model.n_token
         pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
         with autocast(opt):
             prefix = model.prefill_images(pixels)                                        # once for all questions
@@ -269,15 +253,12 @@ def answer(opt):
     elif opt.prompt:
         print(reply(opt.prompt))
     else:
-        tuned, terminal = meta['stage'] == 'finetune', sys.stdin.isatty()
-        if not (tuned and terminal):
-            caption = write(caption_prompt(n_token, tokenizer))
-            if caption.strip() or not tuned:
-                print(caption)
-        if terminal:
+        if meta['stage'] not in TUNED:
+            print(write(caption_prompt(n_token, tokenizer)))
+        if sys.stdin.isatty():
             print(f"ask about {opt.image}; an empty line ends")
             converse(reply)
-        elif tuned:
+        elif meta['stage'] in TUNED:
             print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
 
 
@@ -291,10 +272,7 @@ def converse(reply):
 
 
 def run(opt):
-    """
-    Evaluate every task found, printing the table; writes results.json when all are done. Returns its content. Under
-    torchrun the processes share the questions, and the first one writes.
-    """
+    """Evaluate every task found, printing the table; writes results.json when all are done, and returns its content."""
     found = find_tasks(opt)                                  # first: missing files should not wait for the model
     process = start(opt)
     model, tokenizer, meta = load(opt)
@@ -308,7 +286,7 @@ def run(opt):
     for task in found:
         if task.examples[0].image and model.encoder is None:
             process.print(f"{task.name}: skipped, {opt.ckpt} is text-only")
-        elif task.layout == 'caption' and meta['stage'] == 'finetune' and not opt.tasks:
+        elif task.layout == 'caption' and meta['stage'] in TUNED and not opt.tasks:
             process.print(f"{task.name}: skipped, a fine-tuned model answers questions; --tasks={task.name} asks all "
                           "the same")
         else:
@@ -327,7 +305,7 @@ def run(opt):
                 write_whole(out / 'predictions' / f'{task.name}.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
     if process.master:
         write_results(out, content, asked, opt)
-        for file in (file for task in tasks for file in journal_files(journal, task)[0]):
+        for file in (file for task in tasks for file in journal_files(journal, task)):
             with contextlib.suppress(OSError):
                 os.remove(file)
         with contextlib.suppress(OSError):                   # another evaluation's answers may be there
@@ -337,10 +315,7 @@ def run(opt):
 
 
 def score(opt, name, path):
-    """
-    Score another model's answers to one benchmark, a JSON object {"id", "prediction"} a line, as this one's are; with
-    an out_dir its results.json and predictions are written there, for compare and report.py.
-    """
+    """Score another model's answers to one benchmark; with an out_dir they are written there as this one's are."""
     tasks = find_tasks(SimpleNamespace(**{**vars(opt), 'tasks': name}), images=False)
     if len(tasks) > 1:
         raise UserError(f"evaluate.py score {name!r}: expected one task, such as {tasks[0].name}")
@@ -359,7 +334,6 @@ def score(opt, name, path):
 
 USES = {'score': 'score TASK predictions.jsonl, then config files and keys such as --eval_dir=data/eval',
         'compare': 'compare A B: two results.json, or folders that hold them, or checkpoints'}
-COMPARED = {'kind': Field(str), 'variant': Field(str)}         # of a task in results.json
 RECORD = {'id': Field(str), 'score': Field(NUMBER, 0, 1), 'types': Field(list, of=Field(str))}
 
 
@@ -369,12 +343,9 @@ def compare(a, b):
     paired bootstrap over the questions. a, b: results.json, its folder, or a checkpoint with eval/results.json.
     Returns {task: paired_bootstrap's dict}.
     """
-    folders, tasks, found = [Path(p).parent if Path(p).is_file() else Path(p) for p in (a, b)], [], {}
+    folders, found = [Path(p).parent if Path(p).is_file() else Path(p) for p in (a, b)], {}
     folders = [f / 'eval' if (f / 'eval' / 'results.json').is_file() else f for f in folders]
-    for folder in folders:
-        with reading(folder / 'results.json', 'results'), open(folder / 'results.json', encoding='utf-8') as f:
-            tasks.append(json.load(f)['tasks'])
-            check(tasks[-1], Field(dict, of=Field(dict, of=COMPARED)), folder / 'results.json')
+    tasks = [read_results(folder / 'results.json')['tasks'] for folder in folders]
     for i, (one, other) in enumerate((tasks, tasks[::-1])):
         if only := sorted(set(one) - set(other)):
             print(f"only in {folders[i]}: {', '.join(only)}")

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import read_results
 from errors import reading
 from files import write_whole
 from page import link, page, picture, table, tag
-from report import STYLES, curves, read_log
+from report import STYLES, curves, new_figure, read_log, save_figure
+from scorers import TEXT_BASELINES_9
 
 # a finding of the paper: its name, the cell that should be higher, the cell it is compared with, and the scores it is
 # about; a cell says only where it differs from the reference
@@ -45,8 +47,7 @@ CONTRASTS = (
 ALPHA = 0.05
 # what the paper prints, in percent, for the tables of a study whose benchmarks are the paper's
 SIX = ('vqav2', 'gqa', 'textvqa', 'refcoco', 'pope', 'ocid_ref')
-NINE = ('agieval', 'arc_easy', 'conceptual_combinations', 'cs_algorithms', 'copa', 'hellaswag', 'math_qa', 'piqa',
-        'pubmed_qa')
+NINE = tuple(TEXT_BASELINES_9)
 PUBLISHED = {
     'table3': ((*SIX, 'vizwiz'), {'images from 53 % on, 7B': (76.39, 61.08, 46.83, 64.17, 87.48, 46.11, 10.88),
                                   'text only from 53 % on, 7B': (74.69, 60.6, 41.62, 58.89, 87.11, 39.70, 11.69)}),
@@ -80,14 +81,12 @@ def t_tail(t, df):
 
 @functools.cache
 def t_quantile(p, df):
-    """The t with P(T > t) = p < 1/2, by bisection."""
-    low, high = 0.0, 1.0
-    while t_tail(high, df) > p:
-        high *= 2
+    """The t with P(T > t) = p < 1/2, by bisection of the angle."""
+    low, high, t_of = 0.0, math.pi / 2, lambda angle: math.sqrt(df) * math.tan(angle)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > p else (low, middle)
-    return (low + high) / 2
+        low, high = (middle, high) if t_tail(t_of(middle), df) > p else (low, middle)
+    return t_of(low)
 
 
 def mean_and_interval(values):
@@ -100,9 +99,8 @@ def mean_and_interval(values):
 
 def paired(differences):
     """
-    A paired t test of differences, one a seed.
-    returns  dict mean, half (of the 95 % interval), p (two-sided), n; p is nan for fewer than two seeds, and 1 where
-             all differences are the same: no spread was seen, so nothing says how far chance reaches
+    A paired t test of differences, one a seed: dict mean, half (of the 95 % interval), p (two-sided), n. p is nan for
+    fewer than two, and 1 where all are the same: no spread was seen, so nothing says how far chance reaches.
     """
     mean, half = mean_and_interval(differences)
     n, p = len(differences), math.nan
@@ -136,15 +134,6 @@ def seeds_needed(differences, n_test):
 
 # --- what the runs left -----------------------------------------------------------------------------------------------
 
-def score_of(results, task):
-    """The score 0..1 of a task, or of 'task/type'; None where the checkpoint was not asked."""
-    name, _, part = task.partition('/')
-    entry = results['tasks'].get(name)
-    if entry is not None and part:
-        entry = entry['types'].get(part)
-    return entry and (entry['score'], (entry['high'] - entry['low']) / (2 * 1.96))
-
-
 def score_names(settings):
     """The names of all scores of a study, the two stable scores first."""
     tasks = (*settings['vision_tasks'], *settings['text_tasks'])
@@ -152,12 +141,14 @@ def score_names(settings):
                                settings['vision_example'], settings['text_example']]))
 
 
-def scores(results, settings):
+def scores(tasks, settings):
     """
-    {one of score_names: (score, its standard error from the questions)}, of those that are there; a stable score when
-    all of its tasks are.
+    {one of score_names: (score 0..1, its standard error from the questions)}, of those that the `tasks` of a
+    results.json have, 'task/type' for a type of question; a stable score when all of its tasks are there.
     """
-    found = {name: score for name in score_names(settings)[2:] if (score := score_of(results, name))}
+    entries = tasks | {f'{name}/{label}': part for name, task in tasks.items() for label, part in task['types'].items()}
+    found = {name: (entry['score'], (entry['high'] - entry['low']) / (2 * 1.96))
+             for name in score_names(settings)[2:] if (entry := entries.get(name))}
     for title in BOTH:
         tasks = settings[f'{title}_tasks']
         if tasks and found.keys() >= dict(tasks).keys():
@@ -184,7 +175,7 @@ class Cells:
         paths = [self.study.results(cell, seed, order, step) for order in range(self.study.settings['n_order'])]
         if not all(map(os.path.exists, paths)):
             return {}
-        each = [scores(read_json(path, 'a results.json of evaluate.py'), self.study.settings) for path in paths]
+        each = [scores(read_results(path)['tasks'], self.study.settings) for path in paths]
         # the questions are the same in every order, so their error does not shrink with the number of orders
         return {name: tuple(np.mean([one[name] for one in each], axis=0).tolist())
                 for name in each[0] if all(name in one for one in each)}
@@ -236,10 +227,7 @@ def read_json(path, what):
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 def findings(study, cells):
-    """
-    The paper's contrasts as far as the cells are there: list of dicts name, score, mean, half, p, adjusted, n, verdict,
-    needed. 'shown' and 'opposite' at 5 % after Holm's adjustment over all of them, never from one seed.
-    """
+    """The paper's contrasts as far as the cells are there, with verdicts after Holm's adjustment over all of them."""
     rows = []
     for name, better, other, about in CONTRASTS:
         a, b = ({**study.reference, **cell} for cell in (better, other))
@@ -257,19 +245,19 @@ def findings(study, cells):
 
 
 def findings_table(rows):
-    """The findings as a Markdown table."""
+    """The findings as rows of a table."""
     known = lambda value, form: form.format(value) if value == value else '-'
-    return markdown(['finding', 'score', 'difference, points', '95 % interval', 'seeds', 'p, Holm', 'verdict',
-                     'seeds it would take'],
-                    [[row['name'], row['score'], f"{100 * row['mean']:+.1f}", known(100 * row['half'], '+-{:.1f}'),
-                      str(row['n']), known(row['adjusted'], '{:.3f}'), row['verdict'], str(row['needed'] or '-')]
-                     for row in rows])
+    return [['finding', 'score', 'difference, points', '95 % interval', 'seeds', 'p, Holm', 'verdict',
+             'seeds it would take'],
+            *([row['name'], row['score'], f"{100 * row['mean']:+.1f}", known(100 * row['half'], '+-{:.1f}'),
+               str(row['n']), known(row['adjusted'], '{:.3f}'), row['verdict'], str(row['needed'] or '-')]
+              for row in rows)]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables: lists of rows, the first one its head ------------------------------------------------------------------
 
-def markdown(head, rows):
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
+def markdown(rows):
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
 
 
 def title_of(line, label):
@@ -277,7 +265,7 @@ def title_of(line, label):
 
 
 def grid_table(study, cells, grid):
-    """A Markdown table of a grid's finished cells: scores with their 95 % intervals over seeds, and what they read."""
+    """The table of a grid's finished cells: scores with their 95 % intervals over seeds, and what they read."""
     rows, names, settings = [], score_names(study.settings), study.settings
     for (line, label), cell in study.cells_of(grid).items():
         if found := cells.seeds(cell):
@@ -295,11 +283,11 @@ def grid_table(study, cells, grid):
             rows.append([f'paper: {title}', '-', *row, *('-' for _ in COST)])
     blind = settings['blind_caption_loss']
     cost = [f'{name} (blind: {blind:.2f})' if name == 'caption loss' and blind else name for name in COST]
-    return markdown(['cell', 'seeds', *names, *cost], rows) if rows else ''
+    return [['cell', 'seeds', *names, *cost], *rows] if rows else []
 
 
 def steps_table(study, cells, grid):
-    """A Markdown table: the first evaluated step of stage 3 at which a task reaches the threshold, seed by seed."""
+    """A table: the first evaluated step of stage 3 at which a task reaches the threshold, seed by seed."""
     names, threshold, rows = score_names(study.settings)[2:], study.settings['threshold'], []
     for (line, label), cell in study.cells_of(grid).items():
         row = [title_of(line, label)]
@@ -310,7 +298,7 @@ def steps_table(study, cells, grid):
             row.append(' '.join(first) or '-')
         if {*row[1:]} != {'-'}:
             rows.append(row)
-    return markdown([f'step at which a task reaches {100 * threshold:g}', *names], rows) if rows else ''
+    return [[f'step at which a task reaches {100 * threshold:g}', *names], *rows] if rows else []
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -318,6 +306,9 @@ def steps_table(study, cells, grid):
 def style_of(k):
     """(colour, line style) of line k: 24 different ones, the first six those of all figures."""
     return STYLES[k % len(STYLES)][0], STYLES[(k + k // len(STYLES)) % len(STYLES)][1]
+
+
+MARKERS = 'os^DvPX<>'
 
 
 def panel(axes, study, cells, grid, names):
@@ -328,36 +319,32 @@ def panel(axes, study, cells, grid, names):
     of_grid = study.cells_of(grid)
     ticks = list(dict.fromkeys(label for line, label in of_grid if line is not None))
     beside = [label for line, label in of_grid if line is None]
-    lines = list(dict.fromkeys(line for line, _ in of_grid))
+    x_of = {label: i for i, label in enumerate(ticks)} | {
+        label: len(ticks) + 0.5 + 1.5 * i for i, label in enumerate(beside)}
     for i, name in enumerate(names):
         side = axes.twinx() if i else axes
-        for k, line in enumerate(lines):
+        for k, line in enumerate(dict.fromkeys(line for line, _ in of_grid)):
             k = k if line is not None else 0                                     # beside it: like the first line
-            color, marker = STYLES[i if len(names) > 1 else k % len(STYLES)][0], 'os^DvPX<>'[(i + k) % 9]
+            color = STYLES[i if len(names) > 1 else k % len(STYLES)][0]
             points = []
-            for label in ticks if line is not None else beside:
-                cell = of_grid.get((line, label))
-                found = [one[name] for one in cells.seeds(cell).values() if name in one] if cell else []
-                if found:
-                    x = ticks.index(label) if line is not None else len(ticks) + 0.5 + 1.5 * beside.index(label)
-                    mean, half = mean_and_interval([value for value, _ in found])
-                    points.append((x + 0.07 * i, mean, half, np.mean([e for _, e in found]), cell['start'] == '100 %'))
+            for label, cell in ((label, cell) for (its, label), cell in of_grid.items() if its == line):
+                if found := [one[name] for one in cells.seeds(cell).values() if name in one]:
+                    values, errors = zip(*found)
+                    points.append((x_of[label] + 0.07 * i, *mean_and_interval(values), np.mean(errors),
+                                   cell['start'] == '100 %'))
             if not points:
                 continue
             x, mean, half, error, hollow = map(np.array, zip(*points))
             side.errorbar(x, 100 * mean, 196 * error, fmt='none', ecolor=color, alpha=0.25, elinewidth=5)
-            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), fmt='none', ecolor=color, capsize=3)
-            style = dict(color=color, linestyle=('-', '--', '-.', ':')[k % 4], linewidth=1.3)
-            side.plot(x, 100 * mean, **(style if line is not None else dict(linestyle='')))
-            for hole in (False, True):
-                side.plot(x[hollow == hole], 100 * mean[hollow == hole], linestyle='', marker=marker, markersize=6,
-                          color=color, markerfacecolor='white' if hole else color)
-            if label := ', '.join(filter(None, (name if len(names) > 1 else '', line))):
-                axes.plot([], [], **style, marker=marker, label=label)
+            style = dict(color=color, marker=MARKERS[(i + k) % 9], capsize=3)
+            drawn = dict(linestyle='') if line is None else dict(
+                linestyle=('-', '--', '-.', ':')[k % 4],
+                label=', '.join(filter(None, (name if len(names) > 1 else '', line))) or None)
+            side.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), **style, **drawn)
+            side.errorbar(x[hollow], 100 * mean[hollow], **style, linestyle='', markerfacecolor='white')
         side.set_ylabel(f"{'stable score, ' * (name in BOTH)}{name} (percent)",
                         color=STYLES[i][0] if len(names) > 1 else 'black')
-    axes.set_xticks([*range(len(ticks)), *(len(ticks) + 0.5 + 1.5 * i for i in range(len(beside)))],
-                    [textwrap.fill(label, 11) for label in (*ticks, *beside)], fontsize=7)
+    axes.set_xticks([*x_of.values()], [textwrap.fill(label, 11) for label in x_of], fontsize=7)
     x = study.grids[grid]['x']
     axes.set_xlabel(AXIS_TITLES.get(x, x))
     axes.grid(alpha=0.3)
@@ -369,20 +356,17 @@ AXIS_TITLES = {'start': 'share of the text schedule before images', 'ratio': 'sh
 
 def draw(study, cells, grid, panels, path, draw_panel=panel):
     """A figure of panels, each the scores it shows."""
-    from matplotlib.figure import Figure                             # without pyplot: no window, nothing global
     n_column = min(4, len(panels))
     n_row = math.ceil(len(panels) / n_column)
-    figure = Figure(figsize=(max(5.5, 12 / n_column) * n_column, 4.2 * n_row), layout='constrained')
+    figure = new_figure(max(5.5, 12 / n_column) * n_column, 4.2 * n_row)
     spaces = figure.subplots(n_row, n_column, squeeze=False).flat
     for names, axes in zip(panels, spaces):
         draw_panel(axes, study, cells, grid, names)
     for axes in spaces:
         axes.set_axis_off()
-    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
     n, settings = max(len(cells.seeds(cell)) for cell in study.cells_of(grid).values()), study.settings
     figure.suptitle(f"{grid}, {settings['scale']}: seeds {n}, orders of fine-tuning {settings['n_order']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 4)
     return figure
 
 
@@ -395,7 +379,7 @@ def steps_panel(axes, study, cells, grid, names):
             x, mean, half = map(np.array, zip(*points))
             color, style = style_of(k)
             axes.errorbar(x, 100 * mean, 100 * np.nan_to_num(half), color=color, linestyle=style, capsize=2,
-                          marker='os^DvPX<>'[k % 9], markerfacecolor='white' if cell['start'] == '100 %' else color,
+                          marker=MARKERS[k % 9], markerfacecolor='white' if cell['start'] == '100 %' else color,
                           label=title_of(line, label))
     axes.set(xlabel='step of fine-tuning', ylabel=f'{names[0]} (percent)')
     axes.grid(alpha=0.3)
@@ -403,10 +387,8 @@ def steps_panel(axes, study, cells, grid, names):
 
 def draw_schedules(study, cells, path):
     """Figure 3: the lr of stage 1 and of figure 4's stage 2, by the runs' own meta.json; returns what it drew."""
-    from matplotlib.figure import Figure
-
     from common import lr_at                                         # imports torch
-    figure, drawn = Figure(figsize=(7, 4.5), layout='constrained'), set()
+    figure, drawn = new_figure(7, 4.5), set()
     axes = figure.subplots()
     for (_, label), cell in study.cells_of('fig4').items():
         schedules = {stage: meta['schedule'] for stage, (_, meta) in cells.runs(cell).items()}
@@ -420,8 +402,7 @@ def draw_schedules(study, cells, path):
                 drawn.add(title)
     axes.set(xlabel='step', ylabel='learning rate', yscale='log')
     axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 3)
     return figure
 
 
@@ -429,47 +410,46 @@ def draw_schedules(study, cells, path):
 
 def report(study, grids):
     """
-    Write a table and, for a figure of the paper, its pictures for each grid that has a finished cell, then findings.md,
-    and print that. Returns [(title, Markdown, names of its pictures in study.root)], empty where no cell is finished.
+    Write tables and pictures for each grid that has a finished cell, then findings.md, and print that. Returns [(title,
+    its tables, names of its pictures in study.root)], empty where no cell is finished.
     """
     cells, parts, names = Cells(study), [], score_names(study.settings)
     examples = study.settings['vision_example'], study.settings['text_example']
     path = lambda name: os.path.join(study.root, name)
     for grid in grids:
-        if not (text := grid_table(study, cells, grid)):
+        if not (rows := grid_table(study, cells, grid)):
             continue
-        pictures = []
-        if grid.startswith('fig') and text.count('\n') > 2:          # two cells at least
+        tables, pictures = [rows], []
+        if grid.startswith('fig') and len(rows) > 2:                 # two cells at least
             pictures = [f'{grid}.png', f'{grid}_tasks.png']
             draw(study, cells, grid, [BOTH, examples], path(pictures[0]))
             draw(study, cells, grid, [(name,) for name in names[2:]], path(pictures[1]))
         if steps := pictures and study.along and steps_table(study, cells, grid):
             pictures.append(f'{grid}_steps.png')
             draw(study, cells, grid, [(name,) for name in names], path(pictures[-1]), steps_panel)
-            text = f'{text}\n\n{steps}'
-        parts.append((grid, text, pictures))
+            tables.append(steps)
+        parts.append((grid, tables, pictures))
     if parts:
         if any(cells.runs(cell) for cell in study.cells_of('fig4').values()):
             draw_schedules(study, cells, path('fig3.png'))
-            parts.append(('fig3', '', ['fig3.png']))
+            parts.append(('fig3', [], ['fig3.png']))
         if len(runs := cells.runs(study.reference)) == 3:
             curves([runs[stage][0] for stage in ('text', 'mix', 'finetune')], path('curves.png'))
-            parts.append(('curves', '', ['curves.png']))
-        parts.append(('findings', findings_table(findings(study, cells)), []))
-        for title, text, _ in parts:
-            if text:
-                write_whole(Path(path(f'{title}.md')), text + '\n')
+            parts.append(('curves', [], ['curves.png']))
+        parts.append(('findings', [findings_table(findings(study, cells))], []))
+        for title, tables, _ in parts:
+            text = '\n\n'.join(map(markdown, tables)) + '\n'
+            if tables:
+                write_whole(Path(path(f'{title}.md')), text)
         write_page(study, cells, parts)
-        print(f"{parts[-1][1]}\n{', '.join(title for title, *_ in parts)}: in {path('study.html')} and beside it")
+        print(f"{text}{', '.join(title for title, *_ in parts)}: in {path('study.html')} and beside it")
     return parts
 
 
 def write_page(study, cells, parts):
     """study.html: what report() made, links to the pages that report.py wrote for cells, and the settings."""
     sections = []
-    for title, text, pictures in parts:
-        tables = [[line.strip('| ').split(' | ') for line in one.splitlines() if '| --- |' not in line]
-                  for one in text.split('\n\n') if one]
+    for title, tables, pictures in parts:
         shown = [picture(Path(study.root, name).read_bytes(), 'png', name) for name in pictures]
         sections.append((title, [*shown, *map(table, tables)]))
     pages = [os.path.relpath(path, study.root) for seed in study.settings['seeds'] for path in sorted(glob.glob(

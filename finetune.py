@@ -39,13 +39,16 @@ boxes = 'original'                      # ['original' | 'letterbox'] its boxes a
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
 text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
-encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next six are for a
-                                        # base without an encoder, and as in pretrain.py
+encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next nine are for
+                                        # a base without an encoder, and as in pretrain.py
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir
 encoder_fusion = 'channel'              # ['channel' | 'interleave']
 encoder_layer = -2                      # as in pretrain.py
 encoder_norm = False                    # as in pretrain.py
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] as pretrain.py's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] as pretrain.py's
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
@@ -137,16 +140,16 @@ if fresh_projector:
 elif not run.resumed:
     default = {key: rule.default for key, rule in config_keys(__file__).items()}
     for key in ('encoder', 'encoder_path', 'dinov2_path', 'encoder_fusion', 'encoder_layer', 'encoder_norm',
-                'image_size'):
+                'projector', 'token_mode', 'image_tokens', 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
-            process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder")
+            process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder, projector")
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
 model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.encoder.n_token,
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_token,
                       model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
                       boxes=boxes, shuffle_turns=shuffle_turns)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)

@@ -9,22 +9,21 @@ from collections import Counter
 from itertools import zip_longest
 from random import Random
 
-from benchmarks import IMAGE_ENDINGS, IMAGE_FOLDERS
+from benchmarks import IMAGE_ENDINGS, image_path
 from errors import NUMBER, Field, UserError, check, reading
 from files import regular
 from metrics import box_iou, parse_box
-from page import data_url, table, tag
+from page import data_url, tag
 
 MAX_ITEMS = 48                # of a task
 MAX_CHARS = 2000              # of a text; of a choice or a label a tenth
-MAX_CHOICES = 20
 THUMBNAIL = 320               # longest side of an image, pixels
 MAX_LINE = 1 << 22            # characters of a line of predictions
 TEXTS = Field(list, of=Field(str))
 RECORD = {'id': Field(str), 'prompt': Field(str), 'prediction': Field(str, optional=True), 'answers': TEXTS,
-          'score': Field(NUMBER, 0, 1), 'malformed': Field(bool), 'types': TEXTS, 'image': Field(str),
-          'choices': Field(list, optional=True, of=Field(str)), 'nats': Field(list, optional=True),
-          'n_token': Field(list, optional=True)}
+          'score': Field(NUMBER, 0, 1), 'malformed': Field(bool), 'image': Field(str),
+          'types': Field(list, 0, 99, of=Field(str, 0, 999)),
+          'choices': Field(list, optional=True, of=Field(str)), 'nats': Field(list, optional=True)}
 STATES = {'wrong': '✗ wrong', 'partly': '◐ partly right', 'right': '✓ right'}
 GOLD, SAID = '#E69F00', '#0072B2'
 
@@ -36,9 +35,8 @@ def cut(text, limit=MAX_CHARS):
 
 def sample_records(path, name):
     """
-    Right and wrong answers of a predictions file, drawn evenly with a fixed seed, in turns of wrong, partly right (VQA,
-    captions) and right ones as long as there are such; at most MAX_ITEMS.
-    returns  (list of (state, record), Counter of the states of all records)
+    At most MAX_ITEMS answers of a predictions file, drawn evenly with a fixed seed, in turns of STATES as long as there
+    are such; returns (list of (state, record), Counter of the states of all records).
     """
     kept, seen, rng = {state: [] for state in STATES}, Counter(), Random(f'gallery of {name}')
     with reading(path, 'predictions'), open(path, encoding='utf-8', opener=regular) as f:
@@ -58,23 +56,17 @@ def sample_records(path, name):
 def find_image(name, task, was, now):
     """
     The path of a record's image, or ''. What a record has is a path under the eval_dir that `was`, or the benchmark's
-    own name; it is looked for in the folders of benchmarks.find_images under the eval_dir that is `now`, nowhere else.
+    own name; it is looked for by benchmarks.image_path under the eval_dir that is `now`, nowhere else.
     """
     inside = os.path.relpath(name, was or '.')
-    name = name if inside.startswith('..') else inside
-    if os.path.isabs(name) or '..' in name.split('/'):
-        return ''
-    places = [os.path.join(now, folder, sub, name + ending) for folder in ('', task.removesuffix('_ocr'))
-              for sub in IMAGE_FOLDERS for ending in ('', *IMAGE_ENDINGS)]
-    return next((path for path in places if os.path.isfile(path)), '')
+    return image_path(name if inside.startswith('..') else inside, (now, os.path.join(now, task.removesuffix('_ocr'))),
+                      ('', *IMAGE_ENDINGS))
 
 
 def thumbnail(path, boxes, frame):
     """
-    An image as SVG, at most THUMBNAIL pixels wide and high, with boxes drawn on it.
-    boxes    list of ([x1, y1, x2, y2] in shares of the frame, colour, dashes). Boxes count the pixels as stored;
-             without any, the image is turned as its EXIF says, as the model saw it
-    frame    'original' = the image, 'letterbox' = the centred square that it is padded to
+    An image as SVG, at most THUMBNAIL pixels wide and high, with boxes drawn on it; without any, turned as the model
+    saw it. boxes: list of ([x1, y1, x2, y2] in shares of the frame, colour, dashes); frame: evaluate.py's box_frame.
     """
     from images import open_image                            # imports torch
     image, packed = open_image(path, not boxes, THUMBNAIL), io.BytesIO()
@@ -94,17 +86,6 @@ def thumbnail(path, boxes, frame):
                *drawn, viewBox=f'0 0 {width} {height}')
 
 
-def choice_table(record):
-    """The choices of a record, or nothing, with the nats that the model gave to each."""
-    rows = [[cut(choice, MAX_CHARS // 10), f'{nats:.2f}' if type(nats) is float else '-', n if type(n) is int else '-',
-             ' '.join(['gold'] * (choice in record['answers']) + ['chosen'] * (choice == record.get('prediction')))]
-            for choice, nats, n in zip_longest(record['choices'] or (), record.get('nats') or (),
-                                               record.get('n_token') or (), fillvalue='')]
-    if len(rows) > MAX_CHOICES:
-        rows[MAX_CHOICES:] = [[f'and {len(rows) - MAX_CHOICES} more']]
-    return [table([['choice', 'nats', 'tokens', ''], *rows])] if rows else []
-
-
 def card(task, state, record, was, now, frame):
     """One question with its image, the gold answers, the answer and its score; `was`, `now`: see find_image."""
     said, gold = record.get('prediction'), [box for text in record['answers'] if (box := parse_box(text))]
@@ -120,37 +101,29 @@ def card(task, state, record, was, now, frame):
         except UserError as e:
             parts.append(tag('div', f"no image {cut(record['image'], 200)}: {cut(str(e), 300)}", class_='missing'))
     answers = [text if n == 1 else f'{text} (x {n})' for text, n in Counter(record['answers']).items()]
+    choices = [f'{cut(choice, MAX_CHARS // 10)} ({nats:.2f} nats)' if type(nats) is float else choice
+               for choice, nats in zip_longest(record.get('choices') or (), record.get('nats') or ()) if choice]
     facts = {'score': f"{STATES[state]}, {record['score']:.2f}" + ', malformed' * record['malformed'],
-             'gold': cut(' | '.join(answers)) + ' (orange)' * bool(gold),
+             'choices': cut(' | '.join(choices)), 'gold': cut(' | '.join(answers)) + ' (orange)' * bool(gold),
              'answer': (cut(said or '') or ('(none)' if said is None else '(empty)')) + ' (blue, dashed)' * bool(box),
              'IoU': f'{box_iou(gold[0], box):.3f}' if box else '',
              'type': cut(', '.join(record['types']), MAX_CHARS // 10), 'id': cut(record['id'], MAX_CHARS // 10)}
     return tag('article', *parts, tag('div', cut(record['prompt']) or '(no question: a caption)', class_='asked'),
-               *(choice_table(record) if record.get('choices') else ()),
                tag('dl', *(part for key, v in facts.items() if v for part in (tag('dt', key), tag('dd', v)))),
                class_=state, data_task=json.dumps([task]), data_result=json.dumps([state]),
                data_type=json.dumps(record['types']))
 
 
-def cards(task, folder, was, now, frame, limit):
+def cards(task, folder, was, now, frame):
     """
-    The gallery of one task of a results.json.
-    folder   where predictions/ is; was, now: see find_image; frame: see thumbnail; limit: bytes of all cards together
-    returns  (list of blocks for page, set of the question types in it)
-    Raises UserError for a line that is no prediction of evaluate.py's. A missing image is a placeholder.
+    The gallery of one task whose predictions/ are in `folder`: (list of blocks for page, set of its question types).
+    was, now: see find_image. Raises UserError for a line that is no prediction of evaluate.py's.
     """
     path = os.path.join(folder, 'predictions', f'{task}.jsonl')
     if os.path.basename(path) != f'{task}.jsonl' or not os.path.exists(path):
         return [tag('p', f'No answers to show: there is no {path}')], set()
     items, seen = sample_records(path, task)
-    made, shown, types = [], Counter(), set()
-    for state, record in items:
-        made.append(card(task, state, record, was, now, frame))
-        limit -= len(made[-1].encode())
-        if limit < 0:
-            made.pop()
-            break
-        shown[state] += 1
-        types |= set(record['types'])
+    shown, types = Counter(state for state, _ in items), {label for _, record in items for label in record['types']}
     counts = ', '.join(f'{shown[state]} of {seen[state]} {state}' for state in STATES if seen[state])
+    made = [card(task, state, record, was, now, frame) for state, record in items]
     return [tag('p', f'A sample of the answers: {counts}.'), tag('div', *made, class_='cards')], types

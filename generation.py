@@ -60,7 +60,7 @@ def prefill_images(model, images):
     images   (N,3,S,S) uint8 or normalised float
     returns  KVCache of N rows and n_token positions
     """
-    N, n = len(images), model.encoder.n_token
+    N, n = len(images), model.n_token
     prefix = new_cache(model, N, n)
     device = prefix.k.device
     x = model.image_features(images.to(device)).to(model.decoder.tok_embeddings.weight.dtype)   # (N,n,C) as embed
@@ -72,7 +72,7 @@ def prefill_images(model, images):
 
 def images_open_rows(model, tokens, length, image_index):
     """Is every row of tokens (B,T) one whole image, then at least one id, and no further image?"""
-    n = model.encoder.n_token if model.encoder is not None else 0
+    n = model.n_token
     if n == 0 or len(image_index) != len(tokens) or length.min() <= n:
         return False
     slots = tokens == model.image_id                                                   # (B,T)

@@ -52,45 +52,32 @@ class CheckpointLM(LM):
 
     def score_pairs(self, pairs):
         """(log probability, would be written) of each (context, continuation), lists of ids; a context is read once."""
-        rows, found = {}, [(0.0, True)] * len(pairs)                        # context: {continuation: where it is asked}
-        for i, (context, ids) in enumerate(pairs):
+        keys, rows, found = [], {}, {}                                      # rows: context -> its continuations
+        for context, ids in pairs:
+            over = max(0, len(context) + len(ids) - 1 - self.opt.max_len)
+            keys.append((tuple(context[min(over, len(context) - 1):]), tuple(ids)))
             if ids:
-                over = max(0, len(context) + len(ids) - 1 - self.opt.max_len)
-                context = tuple(context[min(over, len(context) - 1):])
-                rows.setdefault(context, {}).setdefault(tuple(ids), []).append(i)
+                rows.setdefault(keys[-1][0], {})[keys[-1][1]] = None
         rows = sorted(rows.items(), key=lambda row: -len(row[0]))
         for start in tqdm(range(0, len(rows), self.opt.batch_size), disable=None):
             batch = rows[start:start + self.opt.batch_size]
             with autocast(self.opt):
                 nats, greedy = self.model.choice_nats([list(context) for context, _ in batch],
                                                       [[list(ids) for ids in asked] for _, asked in batch], greedy=True)
-            for (_, asked), values, likely in zip(batch, nats, greedy):
-                for where, value, would in zip(asked.values(), values, likely):
-                    for i in where:
-                        found[i] = (-value, would)
-        return found
+            for (context, asked), values, likely in zip(batch, nats, greedy):
+                found.update(((context, ids), (-value, would)) for ids, value, would in zip(asked, values, likely))
+        return [found.get(key, (0.0, True)) for key in keys]
 
     def loglikelihood(self, requests):
-        found = self.score_pairs([pair_ids(*request.args, self.tokenizer) for request in requests])
-        for request, answer in zip(requests, found):
-            self.cache_hook.add_partial('loglikelihood', request.args, answer)
-        return found
+        return self.score_pairs([pair_ids(*request.args, self.tokenizer) for request in requests])
 
     def loglikelihood_rolling(self, requests):
         """Windows of max_len positions, each token predicted once with as much before it as fits."""
-        pairs, owner = [], []
-        for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(self.tokenizer.encode(request.args[0]), self.tokenizer.eot_id,
-                                                self.opt.max_len, 1)
-            for pair in map(make_disjoint_window, windows):
-                pairs.append(pair)
-                owner.append(i)
-        total = [0.0] * len(requests)
-        for i, (value, _) in zip(owner, self.score_pairs(pairs)):
-            total[i] += value
-        for request, answer in zip(requests, total):
-            self.cache_hook.add_partial('loglikelihood_rolling', request.args, answer)
-        return total
+        each = [[*map(make_disjoint_window, get_rolling_token_windows(
+            self.tokenizer.encode(request.args[0]), self.tokenizer.eot_id, self.opt.max_len, 1))]
+            for request in requests]
+        found = iter(self.score_pairs([pair for pairs in each for pair in pairs]))
+        return [sum(next(found)[0] for _ in pairs) for pairs in each]
 
     def generate_until(self, requests):
         """Greedy; a text ends before the first of its `until`, at max_gen_toks (256) or at end of text."""
@@ -122,7 +109,6 @@ class CheckpointLM(LM):
                 texts[i] = self.tokenizer.decode(new)
                 for stop in filter(None, stops[i]):
                     texts[i] = texts[i].split(stop)[0]
-                self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
         return texts
 
 

@@ -13,6 +13,26 @@ from PIL import Image, ImageOps
 
 from errors import UserError, first_line
 
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+def sides(size):
+    """(height, width) in pixels of an image size: a number of a square, or the two themselves."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def token_grid(n_token):
+    """
+    The grid (h, w) of so many tokens of an image: the most square one with h <= w, such as 16 x 16, 16 x 32, 27 x 27
+    and 32 x 48 of 256, 512, 729 and 1536. Raises UserError where w is above 2 h.
+    """
+    h = next(h for h in range(math.isqrt(n_token), 0, -1) if n_token % h == 0)
+    if n_token > 2 * h * h:
+        raise UserError(f"image_tokens={n_token}: a grid of {h} x {n_token // h} at best, expected h <= w <= 2 h; take "
+                        "a number such as 256, 512, 729 or 1024")
+    return h, n_token // h
+
+
 # --- opening -----------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 89_478_485       # per decoded image or padded canvas: 268 MB as RGB, and where Pillow starts to warn
@@ -26,7 +46,7 @@ def open_image(source, upright=True, size=0):
     Decode one image (the first frame of an animation) as RGB; transparency becomes white.
     source   path, or the file's bytes
     upright  turn it as its EXIF orientation says; False = the pixels as stored, in which COCO counts its boxes
-    size     it will be resized to so many pixels: a JPEG is decoded at 1/2, 1/4 or 1/8 where each side keeps twice as
+    size     it will be resized to that (see sides): a JPEG is decoded at 1/2, 1/4 or 1/8 where each side keeps twice as
              many and is a multiple of twice 2, 4 or 8, so that nothing shifts. Photos at 384 change by 0.4 of 255 on
              average, 10 at most, and are read twice as fast; 0 = decode the whole
     returns  PIL image, mode RGB
@@ -39,7 +59,8 @@ def open_image(source, upright=True, size=0):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or min(image.size) < 1:   # known from the header alone
                 raise UserError(f"{image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS:,} in all")
-            by = [n for n in (2, 4, 8) if size and all(v >= 2 * n * size and v % (2 * n) == 0 for v in image.size)]
+            most = max(sides(size))
+            by = [n for n in (2, 4, 8) if most and all(v >= 2 * n * most and v % (2 * n) == 0 for v in image.size)]
             if by:
                 image.draft(None, (image.width // by[-1], image.height // by[-1]))
             image.load()
@@ -90,14 +111,15 @@ def letterbox(image, size, fill=(127, 127, 127)):
     """
     Pad towards a square with `fill`, resize the shorter edge to `size` (bicubic), crop the centre.
     image    PIL image, any mode and aspect
+    size     pixels a side, or (height, width): then padded towards that aspect, and resized until it covers both
     fill     grey is int(255 * 0.5), SigLIP's mean; Prismatic takes the mean of each encoder
-    returns  (3, size, size) uint8
+    returns  (3, height, width) uint8
     Raises UserError for a zero side or a canvas above MAX_PIXELS. Prismatic's "letterbox" (arXiv 2402.07865): an odd
     difference leaves the square one pixel short (640x481 becomes 640x639), which the resize and the crop then hide.
     """
     image = to_rgb(image)
-    w, h = image.size
-    pad_x, pad_y = (max(w, h) - w) // 2, (max(w, h) - h) // 2                     # the same on both sides
+    (w, h), (H, W) = image.size, sides(size)
+    pad_x, pad_y = (max(w, h * W // H) - w) // 2, (max(h, w * H // W) - h) // 2  # the same on both sides
     canvas_size = (w + 2 * pad_x, h + 2 * pad_y)
     _check_pixels(image, canvas_size)
     canvas = Image.new('RGB', canvas_size, tuple(fill))
@@ -108,15 +130,15 @@ def letterbox(image, size, fill=(127, 127, 127)):
 def resize_naive(image, size):
     """
     Resize to a square, aspect squashed (bicubic): Prismatic's "resize-naive".
-    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises UserError for a zero side.
+    image PIL image, any mode and aspect -> (3, height, width) uint8, see sides. Raises UserError for a zero side.
     """
-    return _to_tensor(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+    return _to_tensor(to_rgb(image).resize(sides(size)[::-1], Image.Resampling.BICUBIC))
 
 
 def resize_crop(image, size):
     """
     Resize the shorter edge to `size` (bicubic) and crop the centre, borders lost: Prismatic's "resize-crop".
-    image PIL image, any mode and aspect -> (3, size, size) uint8. Raises UserError as letterbox does.
+    image PIL image, any mode and aspect -> (3, height, width) uint8, see sides. Raises UserError as letterbox does.
     """
     return _shorter_edge_and_crop(to_rgb(image), size)
 
@@ -132,13 +154,12 @@ def _check_pixels(image, new_size):
 
 def _shorter_edge_and_crop(image, size):
     # torchvision's Resize(size) and CenterCrop(size), to the pixel; its padding of small images cannot occur here
-    w, h = image.size
-    longer = int(size * max(w, h) / min(w, h))
-    new_w, new_h = (size, longer) if w <= h else (longer, size)
+    (w, h), (H, W) = image.size, sides(size)
+    new_w, new_h = (W, max(H, int(W * h / w))) if w * H <= h * W else (max(W, int(H * w / h)), H)
     _check_pixels(image, (new_w, new_h))
     image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
-    left, top = round((new_w - size) / 2), round((new_h - size) / 2)             # half to even, as torchvision's
-    return _to_tensor(image.crop((left, top, left + size, top + size)))
+    left, top = round((new_w - W) / 2), round((new_h - H) / 2)                   # half to even, as torchvision's
+    return _to_tensor(image.crop((left, top, left + W, top + H)))
 
 
 def _to_tensor(image):

@@ -28,7 +28,7 @@ BOX = re.compile(r'\[([01]\.\d{1,3}(?:, ?[01]\.\d{1,3}){3})\]')
 
 def check_room(name, seq_len, n_token, resize):
     if seq_len < n_token + 2:
-        raise UserError(f"{name}: seq_len={seq_len} does not hold {n_token} image positions, a separator and text; "
+        raise UserError(f"{name}: seq_len={seq_len} does not hold image_tokens={n_token}, a separator and text; "
                         f"expected at least {n_token + 2}")
     if resize not in RESIZE:
         raise UserError(f"{name}: resize={resize!r}: expected one of {', '.join(RESIZE)}")

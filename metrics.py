@@ -170,12 +170,8 @@ def phrase_f1(prediction, references):
     returns     0..1
     """
     said = phrases(prediction)
-    best = 0.0
-    for reference in references:
-        right = phrases(reference)
-        if said & right:
-            best = max(best, 2 * len(said & right) / (len(said) + len(right)))
-    return best
+    return max((2 * len(said & right) / (len(said) + len(right)) for right in map(phrases, references) if said & right),
+               default=0.0)
 
 
 # --- POPE ---------------------------------------------------------------------------------------------------------

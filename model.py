@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import generation
 from adapters import add_adapters
-from connectors import PROJECTORS
+from connectors import build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from fused import layer_norm, qk_norm_rotary
@@ -205,11 +205,13 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model.
+    paper's choice). encoder and projector are None for a text-only model. n_token: positions of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None):
         super().__init__()
         self.decoder, self.encoder, self.projector = decoder, encoder, projector
+        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
@@ -235,7 +237,7 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.encoder.n_token if n_image else 0)
+            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
@@ -281,7 +283,8 @@ class VLM(nn.Module):
 def vlm_spec(config, image_id, images):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
-    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec reads
+    config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
+             connectors.projector_spec read
     images   False = text only, without encoder and projector
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
@@ -291,7 +294,10 @@ def vlm_spec(config, image_id, images):
 
 def add_images(spec, config):
     """A text model's description with the encoder and the projector that a config asks for; as in vlm_spec."""
-    return dict(spec, encoder=encoder_spec(config), projector=dict(kind='mlp2'))
+    encoder = encoder_spec(config)
+    with torch.device('meta'), Undrawn():
+        n_token = build_encoder(encoder).n_token
+    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token))
 
 
 class Undrawn(TorchFunctionMode):
@@ -317,15 +323,16 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = None
+            encoder = projector = n_token = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
                 encoder = build_encoder(spec['encoder'])
                 draw(1)
-                projector = PROJECTORS[spec['projector']['kind']](encoder.width, config.n_embd)
+                projector = build_projector(spec['projector'], encoder.width, config.n_embd)
+                n_token = spec['projector'].get('n_token')
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'])
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token)
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:

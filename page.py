@@ -12,9 +12,8 @@ from urllib.parse import quote
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 0 1rem 4rem }
-h2, th { border-bottom: 1px solid #bbb }
-table { border-collapse: collapse; margin: .5rem 0 }
-th, td { text-align: left; padding: .15rem .7rem .15rem 0; vertical-align: top }
+table { border-collapse: collapse }
+th, td { text-align: left; padding: .15rem .7rem .15rem 0; vertical-align: top; border-bottom: 1px solid #ddd }
 .wide { overflow-x: auto; overflow-wrap: normal; font-variant-numeric: tabular-nums }
 pre, h3, article { overflow-wrap: anywhere; white-space: pre-wrap }
 img, select { max-width: 100% }
@@ -26,13 +25,11 @@ article.right { border-top: 4px solid #0072B2 }
 article.partly { border-top: 4px dotted #E69F00 }
 article.wrong { border-top: 4px double #D55E00 }
 article > svg { width: 100%; max-height: 320px }
-article dl, .asked { max-height: 16rem; overflow: auto; margin: .4rem 0 }
+article dl, .asked { max-height: 16rem; overflow: auto }
 dl { display: grid; grid-template-columns: 4rem 1fr }
-dt { color: #555 }
 dd { margin: 0 }
 .asked { font-weight: 600 }
 .missing { background: #eee; border: 1px dashed #888; padding: 2rem .5rem }
-[hidden] { display: none }
 """
 # the part of the address behind # holds what was picked, so that a selection can be linked to
 SCRIPT = """
@@ -41,10 +38,7 @@ addEventListener('DOMContentLoaded', () => {
   const cards = [...document.querySelectorAll('article')];
   function show() {
     const asked = new URLSearchParams(location.hash.slice(1));
-    for (const select of selects) {
-      select.value = asked.get(select.name) ?? '';
-      if (select.selectedIndex < 0) select.value = '';
-    }
+    for (const select of selects) select.value = asked.get(select.name) ?? '';
     const picked = selects.filter(select => select.value);
     for (const card of cards) card.hidden = !picked.every(s => JSON.parse(card.dataset[s.name]).includes(s.value));
     for (const section of document.querySelectorAll('section section'))

@@ -60,6 +60,11 @@ encoder_fusion = 'channel'              # ['channel' | 'interleave'] of 'dinosig
 encoder_layer = -2                      # index into its hidden states; -2 = all blocks but the last, as Prismatic
 encoder_norm = False                    # apply its final norm; with encoder_layer=-1 that is last_hidden_state
 encoder_weights = 'file'                # ['file' | 'random'] 'random' = an untrained tower of that shape (J.2)
+projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' | 'perceiver'] features to the decoder's
+                                        # width; 'mlp2' is appendix B's
+token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] what makes image_tokens: the grid of features
+                                        # pooled, patches at another image_size, or the queries of a perceiver
+image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
@@ -183,8 +188,7 @@ model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resu
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def caption_mixture(patterns):
-    encoder = model.encoder
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, encoder.n_token, encoder.image_size, resize,
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
                              pattern, cache_dir, caption_field) for pattern, _ in patterns]
     for source in sources:
         if source.note:
@@ -201,8 +205,7 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.encoder.n_token, model.encoder.image_size, resize, cache_dir=cache_dir,
-                              boxes=boxes)
+                              model.n_token, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))

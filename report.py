@@ -7,8 +7,7 @@ What one looks at after a run: pages of scores, answers with their pictures, and
 
 Of a checkpoint that was evaluated: report.html beside results.json, one file with the scores, a sample of right and
 wrong answers with their images (from the eval_dir that results.json names; --eval_dir=DIR where they lie elsewhere now)
-and the curves of its run. Of runs: prints the ladder of their scores, and writes curves.png and report.html into the
-last folder.
+and the curves of its run. Of runs: prints the ladder of their scores, and draws curves.png into the last folder.
 """
 import io
 import json
@@ -16,17 +15,17 @@ import math
 import os
 import re
 import sys
-import time
 from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import NUMBER, Field, UserError, check, reading, user_error_hook
-from files import read_whole, write_whole
+from benchmarks import RESULTS, read_results
+from errors import NUMBER, Field, UserError, reading, user_error_hook
+from files import write_whole
 from gallery import STATES, TEXTS, cards, cut
-from page import filters, fold, link, page, picture, table, tag
-from scorers import PART, RESULT, TABLE_NOTES
+from page import filters, fold, page, picture, table, tag
+from scorers import PART, TABLE_NOTES
 
 # Okabe and Ito's colours, apart for every kind of colour vision; the line styles tell them apart in grey print, too
 STYLES = (('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#56B4E9', '-'), ('#E69F00', '--'))
@@ -42,7 +41,7 @@ def titles(folders):
 # --- scores -------------------------------------------------------------------------------------------------------
 
 def read_scores(folder, title):
-    """The (column title, {task: (score in percent, n)}, eval folder) of each ckpt_NNN of a run that was evaluated."""
+    """The (column title, {task: (score in percent, n)}) of each ckpt_NNN of a run that was evaluated."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; expected the folder of a run, such as out/tiny/text, or a "
                         "results.json")
@@ -50,35 +49,24 @@ def read_scores(folder, title):
     for ckpt in sorted(name for name in os.listdir(folder) if re.fullmatch(r'ckpt_\d{3}', name)):
         path = os.path.join(folder, ckpt, 'eval', 'results.json')
         if os.path.exists(path):
-            with reading(path, 'a results.json of evaluate.py'), open(path, encoding='utf-8') as f:
-                scores = {name: (100 * float(task['score']), int(task['n']))
-                          for name, task in json.load(f)['tasks'].items()}
-            columns.append((f'{title}/{ckpt[5:]}', scores, os.path.dirname(path)))
+            tasks = read_results(path)['tasks']
+            columns.append((f'{title}/{ckpt[5:]}', {name: (100 * t['score'], t['n']) for name, t in tasks.items()}))
     return columns
 
 
-def ladder_rows(folders):
+def ladder(folders):
     """
-    The scores that lie in run folders: a head and a row per task, a column per checkpoint, and its eval folder.
-    folders  run folders, in the order of the columns
-    returns  (list of lists of str, list of paths); cells in percent, '-' where a checkpoint was not asked; n is a range
-             where it was not the same
-    Raises UserError for a folder that is not there, a file that is not evaluate.py's, or no score at all.
+    The scores that lie in run folders as a text table: a row per task, a column per checkpoint, in percent, '-' where a
+    checkpoint was not asked; n is a range where it was not the same.
     """
     columns = [column for run in zip(folders, titles(folders)) for column in read_scores(*run)]
     if not columns:
         raise UserError(f"{', '.join(folders)}: no ckpt_NNN there has eval/results.json; evaluate.py makes it")
-    rows = [['task', 'n'] + [title for title, _, _ in columns]]
-    for task in dict.fromkeys(task for _, scores, _ in reversed(columns) for task in scores):   # the last run's order
-        n = sorted({scores[task][1] for _, scores, _ in columns if task in scores})
+    rows = [['task', 'n'] + [title for title, _ in columns]]
+    for task in dict.fromkeys(task for _, scores in reversed(columns) for task in scores):       # the last run's order
+        n = sorted({scores[task][1] for _, scores in columns if task in scores})
         rows.append([task, str(n[0]) if len(n) == 1 else f'{n[0]}-{n[-1]}']
-                    + [f'{scores[task][0]:.1f}' if task in scores else '-' for _, scores, _ in columns])
-    return rows, [folder for _, _, folder in columns]
-
-
-def ladder(folders):
-    """ladder_rows as one text table."""
-    rows, _ = ladder_rows(folders)
+                    + [f'{scores[task][0]:.1f}' if task in scores else '-' for _, scores in columns])
     width = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(width[0])] + [cell.rjust(w) for cell, w in zip(row[1:], width[1:])])
                      for row in rows)
@@ -90,7 +78,6 @@ def read_log(folder):
     """
     The curves of a run: {'lr': ..., 'norm': ..., 'sources': {name: ...}, 'validation': {key: ...}}, each a list of
     (step, value). A source has a point where the step held a row of it and its loss is finite. Torn lines are skipped.
-    Raises UserError for a log that is not there, is not a run's, or holds no step.
     """
     path, found = os.path.join(folder, 'log.jsonl'), {'lr': [], 'norm': [], 'sources': {}, 'validation': {}}
     with reading(path, 'a log of a run'), open(path, encoding='utf-8', errors='replace') as f:
@@ -119,22 +106,35 @@ def running_mean(values, window):
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 
-def curves(folders, path):
-    """
-    Draw the training curves of run folders side by side: loss by source and validation losses, gradient norm, lr.
-    folders  run folders, left to right; the axes of losses and norms are shared and logarithmic
-    path     .png, .pdf or .svg, is overwritten; or a file object, which gets a PNG
-    Raises UserError for a log that is not there or not readable, or a path that cannot be written.
-    """
-    if isinstance(path, str) and not path.endswith(('.png', '.pdf', '.svg')):
-        raise UserError(f"out={path}: expected a name that ends in .png, .pdf or .svg")
-    logs = [read_log(folder) for folder in folders]
+def new_figure(width, height):
+    """A matplotlib Figure, in inches."""
     try:
         from matplotlib.figure import Figure                     # without pyplot: no window, nothing global
-        from matplotlib.ticker import LogLocator, MaxNLocator
     except ImportError as e:
-        raise UserError(f"the curves need matplotlib ({e}): pip install -r requirements.txt") from e
-    figure = Figure(figsize=(0.6 + 3.4 * len(logs), 5.8), layout='constrained')
+        raise UserError(f"figures need matplotlib ({e}): pip install -r requirements.txt") from e
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def save_figure(figure, path, n_column):
+    """Write a figure to a path or a file object (PNG), with one legend below for the labels of all its axes."""
+    if isinstance(path, str) and not path.endswith(('.png', '.pdf', '.svg')):
+        raise UserError(f"out={path}: expected a name that ends in .png, .pdf or .svg")
+    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc='outside lower center', ncols=n_column, frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as e:
+        raise UserError(f"out={path}: cannot be written ({e.strerror})") from e
+
+
+def curves(folders, path):
+    """
+    Draw the training curves of run folders side by side: loss by source and validation losses, gradient norm, lr. The
+    axes of losses and norms are shared and logarithmic. path: see save_figure.
+    """
+    logs = [read_log(folder) for folder in folders]
+    figure = new_figure(0.6 + 3.4 * len(logs), 5.8)
+    from matplotlib.ticker import LogLocator, MaxNLocator
     losses, norms, rates = figure.subplots(3, len(logs), sharex='col', sharey='row', squeeze=False,
                                            height_ratios=(3, 1, 1))
     names = list(dict.fromkeys(name for log in logs for name in log['sources']))
@@ -165,21 +165,13 @@ def curves(folders, path):
     losses[0].set_ylabel('loss (nats per target)\npale: a step, bold: running mean')
     norms[0].set_ylabel('gradient\nnorm')
     rates[0].set_ylabel('learning\nrate')
-    entries = {label: handle for loss in losses for handle, label in zip(*loss.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), loc='outside lower center', ncols=2 * len(logs), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as e:
-        raise UserError(f"out={path}: cannot be written ({e.strerror})") from e
+    save_figure(figure, path, 2 * len(logs))
 
 
 # --- the page of a checkpoint -------------------------------------------------------------------------------------
 
-GALLERY_BYTES = 24 << 20      # of the cards of all tasks together; each task has an even share
-MAX_RESULTS_BYTES = 64 << 20
 STABLE = Field(dict, of={'score': Field(NUMBER), 'tasks': TEXTS, 'missing': TEXTS})
-CONTENT = {'tasks': Field(dict, 1, of=Field(dict, of=RESULT)), 'config': Field(dict), 'ckpt': Field(str),
-           'meta': Field(dict), 'stable': Field(dict, of=STABLE)}
+CONTENT = {**RESULTS, 'config': Field(dict), 'ckpt': Field(str), 'meta': Field(dict), 'stable': Field(dict, of=STABLE)}
 HEAD = ['', '0 to 100', 'score', '95 % interval', 'n', 'chance', 'blind']
 LEGEND = ('dot: score; blue bar: its 95 % interval; orange tick: chance; diamond: blind; cut: answers that '
           'max_new_tokens ended; skipped: questions without an image that can be read')
@@ -206,7 +198,7 @@ def score_cells(name, part):
 def score_blocks(content):
     """The tables of scores and of stable scores."""
     counts = ('malformed', 'empty', 'skipped')
-    rows = [[*score_cells(tag('a', name, href=f'#task{i}'), result), *(result[key] for key in counts),
+    rows = [[*score_cells(tag('a', name, href=f'#task{i}'), result), *(result.get(key, '-') for key in counts),
              result.get('reached_max_new_tokens', '-'), result['variant']]
             for i, (name, result) in enumerate(content['tasks'].items())]
     stable = [[title, f"{100 * s['score']:.2f}", ', '.join(s['tasks']), ', '.join(s['missing']) or '-']
@@ -218,16 +210,9 @@ def score_blocks(content):
 
 def about_blocks(path, content):
     """What results.json says of the checkpoint."""
-    meta = content['meta']
-    run = meta['config'] if isinstance(meta.get('config'), dict) else {}
-    rows = {'checkpoint': content['ckpt'], 'name': run.get('name'), 'scale': run.get('scale'),
-            **{key: meta.get(key) for key in ('stage', 'step', 'tokens', 'samples', 'init_from', 'commit', 'torch')},
-            'evaluated': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(os.path.getmtime(path)))}
     with reading(path, 'results'):                           # nested too deeply, it could be read and not be written
-        texts = [cut(json.dumps(value, indent=1), 200_000) for value in (meta, content['config'])]
-    return [table([['', ''], *([key, f'{value:,}' if type(value) is int else value] for key, value in rows.items()
-                               if type(value) in (int, str) and value != '')]),
-            fold('meta.json, with the config of its run', tag('pre', texts[0])),
+        texts = [cut(json.dumps(content[key], indent=1), 200_000) for key in ('meta', 'config')]
+    return [content['ckpt'], fold('meta.json, with the config of its run', tag('pre', texts[0])),
             fold('config of the evaluation', tag('pre', texts[1]))]
 
 
@@ -240,60 +225,43 @@ def other_numbers(result):
     return fold('other numbers', table([['', ''], *rows]))
 
 
-def results_page(path, eval_dir=''):
-    """
-    Write report.html beside a results.json, and return its path.
-    eval_dir  where the benchmarks' images lie; '' = where results.json says
-    Raises UserError for a results.json or predictions that are not evaluate.py's, or a page that cannot be written.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    with reading(path, 'a results.json of evaluate.py'):
-        content = json.loads(read_whole(path, MAX_RESULTS_BYTES))
-        check(content, Field(dict, of=CONTENT), path)
-    tasks, frame, was = content['tasks'], content['config'].get('box_frame'), str(content['config'].get('eval_dir', ''))
-    galleries, types = [], set()
-    for i, (name, result) in enumerate(tqdm(tasks.items(), desc='gallery', leave=False, disable=None)):
-        blocks, found = cards(name, folder, was, eval_dir or was, frame, GALLERY_BYTES // len(tasks))
-        by_type = [fold('by type', table([HEAD, *(score_cells(*item) for item in result['types'].items())]))]
-        galleries.append(tag('section', tag('h3', name), *by_type * bool(result['types']), other_numbers(result),
-                             *blocks, id=f'task{i}'))
-        types |= found
+def curve_blocks(folder, ckpt):
+    """The curves of the run of an evaluation's folder as a picture, or why there are none."""
     # in a run: RUN/ckpt_100/eval, and RUN/eval/ckpt_step_5 of checkpoints that it will delete; else where ckpt was
-    places = [os.path.dirname(os.path.dirname(folder)), os.path.dirname(content['ckpt'])]
+    places, png = [os.path.dirname(os.path.dirname(folder)), os.path.dirname(ckpt)], io.BytesIO()
     run = [place for place in places if place and os.path.isfile(os.path.join(place, 'log.jsonl'))][:1]
-    form = filters({'task': list(tasks), 'result': list(STATES), 'type': sorted(types)})
-    title = f"{os.path.basename(content['ckpt']) or 'predictions'}, {content['meta'].get('stage')}"
-    out = os.path.join(folder, 'report.html')
-    write_whole(Path(out), page(title, [
-        ('Scores', score_blocks(content)), ('Checkpoint', about_blocks(path, content)),
-        ('Training curves', curve_blocks(run) if run else ['No log.jsonl of its run was found.']),
-        ('Answers', [form, *galleries])]))
-    return out
-
-
-# --- the page of runs, and the command line -----------------------------------------------------------------------
-
-def curve_blocks(folders):
-    """The curves of runs as a picture, or why there are none."""
-    png = io.BytesIO()
+    if not run:
+        return ['No log.jsonl of its run was found.']
     try:
-        curves(folders, png)
+        curves(run, png)
     except UserError as e:                                   # the scores are worth a page all the same
         return [f'No curves: {e}']
     return [picture(png.getvalue(), 'png', 'loss, gradient norm and learning rate by step')]
 
 
-def runs_page(folders):
-    """Write report.html into the last of some run folders, and return its path: ladder, checkpoints' pages, curves."""
-    (head, *rows), evals = ladder_rows(folders)
-    pages = [os.path.join(folder, 'report.html') for folder in evals]
-    head[2:] = [link(title, os.path.relpath(path, folders[-1])) if os.path.exists(path) else title
-                for title, path in zip(head[2:], pages)]
-    out = os.path.join(folders[-1], 'report.html')
-    write_whole(Path(out), page(', '.join(titles(folders)), [
-        ('Scores', ['In percent.', table([head, *rows])]), ('Training curves', curve_blocks(folders))]))
+def results_page(path, eval_dir=''):
+    """Write report.html beside a results.json, and return its path; eval_dir: where images lie now, '' = as then."""
+    folder = os.path.dirname(os.path.abspath(path))
+    content = read_results(path, CONTENT)
+    tasks, frame, was = content['tasks'], content['config'].get('box_frame'), str(content['config'].get('eval_dir', ''))
+    galleries, types = [], set()
+    for i, (name, result) in enumerate(tqdm(tasks.items(), desc='gallery', leave=False, disable=None)):
+        blocks, found = cards(name, folder, was, eval_dir or was, frame)
+        by_type = [fold('by type', table([HEAD, *(score_cells(*item) for item in result['types'].items())]))]
+        galleries.append(tag('section', tag('h3', name), *by_type * bool(result['types']), other_numbers(result),
+                             *blocks, id=f'task{i}'))
+        types |= found
+    form = filters({'task': list(tasks), 'result': list(STATES), 'type': sorted(types)})
+    title = f"{os.path.basename(content['ckpt']) or 'predictions'}, {content['meta'].get('stage')}"
+    out = os.path.join(folder, 'report.html')
+    write_whole(Path(out), page(title, [
+        ('Scores', score_blocks(content)), ('Checkpoint', about_blocks(path, content)),
+        ('Training curves', curve_blocks(folder, content['ckpt'])),
+        ('Answers', [form, *galleries])]))
     return out
 
+
+# --- the command line ---------------------------------------------------------------------------------------------
 
 def find_results(path):
     """The results.json that a path means, the file or the one in a checkpoint's or an evaluation's folder, or ''."""
@@ -317,7 +285,7 @@ def main(argv):
         print(ladder(paths))
         path = given[0] if given else os.path.join(paths[-1], 'curves.png')
         curves(paths, path)
-        print(f"training curves in {path}, with the scores in {runs_page(paths)}")
+        print(f"training curves in {path}")
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """
-Scores as functions of scores: what choices are compared by, intervals, what guessers score, the paper's stable score
-(arXiv 2503.07603, section 2.2, tables 8 and 9), and the results entry of one benchmark. metrics.py has the score of one
-answer. Nothing here reads a file or asks a model.
+Scores as functions of scores: choices, intervals, what guessers score, the paper's stable score (arXiv 2503.07603,
+section 2.2, tables 8 and 9), the results entry of one benchmark. Nothing here reads a file or asks a model.
 """
 import functools
 import json
@@ -14,8 +13,7 @@ from random import Random
 import numpy as np
 
 from errors import NUMBER, Field, UserError
-from metrics import (box_iou, clean_punctuation, clean_space, clean_words, letterbox_box, normalize_caption, parse_box,
-                     phrase_f1, pope_metrics, vqa_accuracy)
+from metrics import box_iou, letterbox_box, normalize_caption, parse_box, phrase_f1, vqa_accuracy
 
 # --- intervals ----------------------------------------------------------------------------------------------------
 
@@ -23,9 +21,7 @@ Z95 = 1.959963984540054
 
 
 def wilson_interval(share, n):
-    """95 % Wilson interval of a share of n yes/no outcomes, as (low, high) in 0..1; n = 0 gives (0, 1)."""
-    if n == 0:
-        return 0.0, 1.0
+    """95 % Wilson interval of a share of n yes/no outcomes, as (low, high) in 0..1."""
     z2 = Z95 ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -36,15 +32,12 @@ def wilson_interval(share, n):
 def mean_interval(scores):
     """
     95 % interval of a mean of scores in 0..1: Wilson when all are 0 or 1 or all alike, else normal with the sample's
-    deviation.
-    Questions count as independent; several questions on one image make the true interval somewhat wider.
+    deviation. Questions count as independent; several on one image make the true interval somewhat wider.
     """
-    n = len(scores)
+    n, mean = len(scores), sum(scores) / len(scores)
     if all(s in (0, 1) for s in scores) or len(set(scores)) == 1:
-        return wilson_interval(sum(scores) / max(n, 1), n)
-    mean = sum(scores) / n
-    deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / max(n - 1, 1))
-    half = Z95 * deviation / math.sqrt(n)
+        return wilson_interval(mean, n)
+    half = Z95 * math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1)) / math.sqrt(n)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -77,8 +70,7 @@ def paired_bootstrap(a, b, seed=21, n_draw=10_000, strata=None):
 
 def constant_baseline(test, score, n_candidate=20, max_fit=1000):
     """
-    What the best constant answer per question type scores: a guesser that never looks at the image. It is chosen on
-    the test questions themselves, so this is an upper bound.
+    What the best constant answer per question type scores, chosen on the test questions themselves: an upper bound.
     test         list of (type, answers)
     score        score(candidate, answers) -> 0..1
     returns      (mean score on test, {type: constant}); the n_candidate most common answers of a type are tried on up
@@ -89,10 +81,7 @@ def constant_baseline(test, score, n_candidate=20, max_fit=1000):
         groups[kind].append(tuple(answers))
     for kind, rows in groups.items():
         fit = Counter(rows if len(rows) <= max_fit else Random(21).sample(rows, max_fit)).items()   # many are alike
-        common = Counter()
-        for answers, n in fit:
-            for answer in answers:
-                common[answer] += n
+        common = Counter(answer for answers, n in fit for answer in answers * n)
         best[kind] = max((answer for answer, _ in common.most_common(n_candidate)), default='',
                          key=lambda c: sum(n * score(c, answers) for answers, n in fit))
         total += sum(n * score(best[kind], answers) for answers, n in Counter(rows).items())
@@ -108,14 +97,10 @@ def uniform_baseline(test, score, partial=False, n_draw=100):
     known = defaultdict(set)
     for kind, answers in test:
         known[kind].update(answers)
-    if partial:
-        pools = {kind: sorted(answers) for kind, answers in known.items()}
-        rng, total = Random(21), 0.0
-        for kind, answers in test:
-            drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind])))
-            total += sum(score(guess, answers) for guess in drawn) / len(drawn)
-        return total / max(len(test), 1)
-    total = sum(sum(score(a, answers) for a in set(answers)) / len(known[kind]) for kind, answers in test)
+    pools, rng, total = {kind: sorted(answers) for kind, answers in known.items()}, Random(21), 0.0
+    for kind, answers in test:
+        drawn = rng.sample(pools[kind], min(n_draw, len(pools[kind]))) if partial else set(answers)
+        total += sum(score(guess, answers) for guess in drawn) / len(drawn if partial else pools[kind])
     return total / max(len(test), 1)
 
 
@@ -177,12 +162,9 @@ class Task:
     norm: str = 'acc'                           # how choices are compared: see `choose`
     delimiter: str = None                       # 'text': what stands between prompt and choice, which are tokenised as
                                                 # one text (lm-eval); None = apart, the choice behind a space (DCLM)
-    upright: bool = True                        # turn images as their EXIF says; False = as stored
-    n_candidate: int = 20                       # how many constant answers are tried per type of question,
-    max_fit: int = 1000                         # and on how many questions
-    partial: bool = False                       # a wrong answer can earn a part of the score
-    by_label: bool = False                      # n_example counts the questions of each first label apart,
-    split_mean: bool = False                    # and the score is the mean over these labels (POPE)
+    boxes: bool = False                         # answers are boxes, which count the pixels of images as stored: these
+                                                # are not turned as their EXIF says
+    by_label: bool = False                      # n_example counts the questions of each first label apart
     skipped: list = field(default_factory=list)  # ids of questions left out, their images being missing
     variant: str = ''                           # which published scoring rule
     extra: dict = field(default_factory=dict)   # name -> function(records) for results.json
@@ -232,28 +214,12 @@ def vqa_task(name, kind, examples, variant, others=()):
     return Task(name, kind, examples, functools.partial(vqa_accuracy, variant=variant), variant=variant, extra=extra)
 
 
-def unanswerable_metrics(records):
-    """
-    VizWiz's second task, to say that a question cannot be answered: pope_metrics and the average precision of
-    'unanswerable', which vlm-evaluation computes of the written word alone, without a probability.
-    """
-    def said(text):
-        return 'yes' if clean_words(clean_punctuation(clean_space(text or '')), vizwiz=True) == 'unanswerable' else 'no'
-    right = ['yes' if 'unanswerable' in r['types'] else 'no' for r in records]
-    result = pope_metrics([said(r['prediction']) for r in records], right)
-    share = right.count('yes') / max(len(right), 1)
-    return result | {'average_precision': result['recall'] * result['precision'] + (1 - result['recall']) * share}
-
-
 def caption_task(name, examples):
-    """
-    A Task scored by phrase_f1. Beside it stands exact_match: the share of captions that equal one of the image's
-    captions as a whole, but for case and spaces.
-    """
+    """A Task scored by phrase_f1; beside it stands how many equal one of the image's captions as a whole."""
     def exact_match(records):
         right = [normalize_caption(r['prediction']) in map(normalize_caption, r['answers']) for r in records]
         return sum(right) / max(len(right), 1)
-    return Task(name, 'captions', examples, phrase_f1, layout='caption', partial=True,
+    return Task(name, 'captions', examples, phrase_f1, layout='caption',
                 variant='F1 of the phrases between full stops', extra={'exact_match': exact_match})
 
 
@@ -295,11 +261,12 @@ def blind_baselines(task, examples):
     def score(prediction, answers):
         return scored(task, prediction, answers) or 0.0
     test = [(e.types, e.answers) for e in examples]
-    constant, answers = constant_baseline(test, score, task.n_candidate, task.max_fit)
+    # nearly every gold box is another one, so a constant box needs more candidates than a constant word
+    constant, answers = constant_baseline(test, score, *((100, 300) if task.boxes else ()))
     if examples[0].choices:
         chance = sum(len(set(e.answers)) / len(e.choices) for e in examples) / len(test)
     else:
-        chance = uniform_baseline(test, score, task.partial)
+        chance = uniform_baseline(test, score, partial=task.layout == 'caption')
     attribute = None
     if any(e.guesses for e in examples):
         total = 0.0
@@ -346,7 +313,7 @@ def summarise(task, predictions, nats=None, n_token=None):
         return {'n': len(chosen), 'score': sum(chosen) / len(chosen), 'low': low, 'high': high, **blind}, constants
     result, constants = part(range(len(values)))
     result['types'] = {label: part(rows)[0] for label, rows in sorted(labels.items())}
-    if task.split_mean:                                      # POPE: the unweighted mean of its splits
+    if task.kind == 'pope':                                  # the unweighted mean of its splits
         splits = {e.types[0] for e in task.examples}
         result['score'] = sum(result['types'][split]['score'] for split in splits) / len(splits)
         result['low'], result['high'] = wilson_interval(result['score'], len(values))
@@ -362,23 +329,19 @@ def summarise(task, predictions, nats=None, n_token=None):
 
 def score_predictions(task, rows):
     """
-    Another model's answers, scored as this one's are; returns summarise's (results entry, records).
-    rows     list of {'id': str or int, 'prediction': str}: an id of each question, once. Of a question with choices
-             the text of one of them, whatever its case; another text is malformed and scores 0, as an empty one does
+    summarise's result for another model's answers, rows of {'id': str or int, 'prediction': str}. Of a question with
+    choices it is the text of one of them, whatever its case; another text is malformed, as an empty one is.
     Raises UserError for an id that is missing, there twice, or no question's.
     """
-    given = {}
-    for row in rows:
-        if str(row['id']) in given:
-            raise UserError(f"the id {row['id']!r} is there twice; expected one prediction for each question")
-        given[str(row['id'])] = row['prediction']
-    ids = [e.id for e in task.examples]
-    missing, unknown = [i for i in ids if i not in given], sorted(set(given) - set(ids))
-    if missing or unknown:
-        what, names = ('are missing', missing) if missing else ('are of no question', unknown)
-        raise UserError(f"{len(names)} ids {what}, first {names[0]!r}; expected the {len(ids)} ids of {task.name}, "
-                        f"such as {ids[0]!r}")
-    predictions = [given[i].strip() for i in ids]
+    given, ids = {str(row['id']): row['prediction'].strip() for row in rows}, [e.id for e in task.examples]
+    count = Counter(str(row['id']) for row in rows)
+    for what, names in (('there twice', [i for i in count if count[i] > 1]),
+                        ('missing', [i for i in ids if i not in count]),
+                        ('of no question', sorted(set(count) - set(ids)))):
+        if names:
+            raise UserError(f"{len(names)} ids are {what}, first {names[0]!r}; expected the {len(ids)} ids of "
+                            f"{task.name}, such as {ids[0]!r}")
+    predictions = [given[i] for i in ids]
     if task.examples[0].choices:
         known = [[choice.strip().lower() for choice in e.choices] for e in task.examples]
         picked = [names.index(p.lower()) if p.lower() in names else None for names, p in zip(known, predictions)]
@@ -389,10 +352,8 @@ def score_predictions(task, rows):
 
 def stable_scores(results, vqav2_baseline=0.5):
     """
-    The paper's stable scores, each over those of its tasks that are there.
-    results         dict task name -> entry of results.json
-    vqav2_baseline  what to subtract for VQAv2; see VISION_BASELINES
-    returns         dict title -> {'score', 'tasks': names, 'missing': names}
+    The paper's stable scores of results.json's tasks, each over those of its tasks that are there.
+    returns  dict title -> {'score', 'tasks': names, 'missing': names}
     """
     six = VISION_BASELINES | {'vqav2': vqav2_baseline}
     five = {task: b for task, b in six.items() if task != 'ocid_ref'}

@@ -41,7 +41,7 @@ for ckpt in text/ckpt_020 text/ckpt_040 text/ckpt_060 text/ckpt_080 text/ckpt_10
         python evaluate.py config/tiny.py "${options[@]}" --ckpt="$out/$ckpt" --tasks="$tasks"
     fi
 done
-say 'done: every score so far, the training curves, and pages of both'
+say 'done: a page of the answers, every score so far, the training curves'
 python report.py "$out/finetune/ckpt_100"
 python report.py "$out/text" "$out/ckpt80_img10" "$out/finetune"
 image=data/tiny/eval/val2014/COCO_val2014_000000000000.jpg

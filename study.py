@@ -224,23 +224,19 @@ def launch(argv, log, held, gpus):
 
 
 class Running:
-    """A job under way: its commands one after the other, their output in one log file."""
+    """A job under way: those of its commands whose file is missing, one after the other, with one log file."""
 
     def __init__(self, job, root, held, gpus=''):
-        self.job, self.held, self.gpus, self.process = job, held, gpus, None
+        self.job, self.held, self.gpus = job, held, gpus
         self.log, self.failed = (os.path.join(root, kind, f"{job.name.replace('/', '_')}.txt")
                                  for kind in ('logs', 'failed'))
-        self.todo = [command for command in job.commands if not os.path.exists(command[1])]
 
     def start(self):
         for path in (self.log, self.failed):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.failed)
-        self._next()
-
-    def _next(self):
-        argv, self.makes = self.todo.pop(0)
+        argv, self.makes = next(command for command in self.job.commands if not os.path.exists(command[1]))
         with open(self.log, 'a', encoding='utf-8') as log:
             print('+', shlex.join(argv), file=log, flush=True)
             self.begin = log.tell()
@@ -252,12 +248,12 @@ class Running:
         if code is None:
             return 'running'
         good = code == 0 and os.path.exists(self.makes)
-        if good and not self.todo:
+        if good and self.job.done:
             return 'done'
         if stopping:
             return 'stopped'
         if good:
-            self._next()
+            self.start()
             return 'running'
         with open(self.log, 'rb') as f:
             f.seek(max(self.begin, os.path.getsize(self.log) - 5000))
@@ -271,10 +267,9 @@ class Running:
 
 def run(jobs, root, n_job, n_gpu=0):
     """
-    Run what is missing of the jobs, n_job at a time, each on n_gpu GPUs of its own; a job that fails is recorded, and
-    what needs it is left out. Jobs that another process is running are waited for.
-    Returns {name: reason} of those that failed or were left out. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when
-    all runs have saved and ended; a second signal reaches the runs, too, and ends them where they are.
+    Run what is missing of the jobs, n_job at a time, each on n_gpu GPUs of its own; those that another process runs are
+    waited for. Returns {name: reason} of those that failed, or were left out for one that did. Raises
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when all runs have saved; a second signal ends them where they are.
     """
     assert {name for job in jobs for name in job.needs} <= {job.name for job in jobs}, "a job needs one not given"
     running, failed, signals, n_sent, begin = {}, {}, [], 0, time.time()

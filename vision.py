@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from errors import NUMBER, Field, UserError, check, reading
-from images import RESIZE, letterbox, open_image  # noqa: F401 (names of this module as well)
+from images import RESIZE, letterbox, open_image, sides, token_grid  # noqa: F401 (names of this module as well)
 from kernels import attention
 from weights import fill, read_json, tensors
 
@@ -21,8 +21,9 @@ from weights import fill, read_json, tensors
 
 def _normalise(images, image_size, mean, std):
     # (N,3,H,W) uint8 or float -> float32; plain floats instead of buffers, so .to(bfloat16) cannot round mean and std
-    if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != (image_size, image_size):
-        raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {image_size}, {image_size}); "
+    H, W = sides(image_size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, H, W):
+        raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {H}, {W}); "
                          f"resize with vision.letterbox(image, {image_size})")
     if images.dtype == torch.uint8:
         x = images.float()
@@ -42,21 +43,22 @@ class PatchProjection(nn.Module):
 
     def __init__(self, image_size, patch_size=14):
         super().__init__()
-        if not 1 <= patch_size <= image_size:
+        if not 1 <= patch_size <= min(sides(image_size)):
             raise UserError(f"patch_size={patch_size} with image_size={image_size}: expected 1 <= patch <= image")
         self.image_size, self.patch_size = image_size, patch_size
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
-        self.width, self.n_token = 3 * patch_size ** 2, (image_size // patch_size) ** 2
+        self.grid = tuple(side // patch_size for side in sides(image_size))
+        self.width, self.n_token = 3 * patch_size ** 2, math.prod(self.grid)
 
     def spec(self):
         """What build_encoder needs, as JSON values."""
         return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size}
 
     def forward(self, images):
-        p, n = self.patch_size, self.image_size // self.patch_size
-        x = _normalise(images, self.image_size, self.mean, self.std)[..., :n * p, :n * p]
-        x = x.reshape(-1, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5)                # (N, row, column, 3, p, p)
-        return x.reshape(-1, n * n, 3 * p * p)
+        p, (h, w) = self.patch_size, self.grid
+        x = _normalise(images, self.image_size, self.mean, self.std)[..., :h * p, :w * p]
+        x = x.reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)                # (N, row, column, 3, p, p)
+        return x.reshape(-1, h * w, 3 * p * p)
 
 
 # tanh is what the weights were trained with; exact GELU is what timm 0.9.10, hence Prismatic, ran them with
@@ -64,15 +66,16 @@ ACTIVATIONS = {'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 
 SIDE = Field(int, 1, 1 << 14)                # of an image or a patch
+SIZE = Field((int, list), 1, 1 << 14, of=SIDE)
 SIGLIP = {                                   # of a SigLIPConfig: far above any tower, below what hangs a machine
     'hidden_size': Field(int, 1, 1 << 17), 'intermediate_size': Field(int, 1, 1 << 20), 'patch_size': SIDE,
-    'num_hidden_layers': Field(int, 1, 1000), 'num_attention_heads': Field(int, 1, 1000), 'image_size': SIDE,
+    'num_hidden_layers': Field(int, 1, 1000), 'num_attention_heads': Field(int, 1, 1000), 'image_size': SIZE,
     'layer_norm_eps': Field(NUMBER, 0, 1), 'hidden_act': Field(str)}
 DINOV2 = {**SIGLIP, 'num_register_tokens': Field(int, 0, 1000), 'use_swiglu_ffn': Field(bool)}
 TOWER = {'layer': Field(int), 'norm': Field(bool), 'mean': Field(list, 3, 3, of=Field(NUMBER)),
          'std': Field(list, 3, 3, of=Field(NUMBER, 1e-9))}
 ENCODERS = {                                 # what an encoder's spec() holds, by kind
-    'patch': {'image_size': SIDE, 'patch_size': SIDE},
+    'patch': {'image_size': SIZE, 'patch_size': SIDE},
     'siglip': {'config': Field(dict, of=SIGLIP), 'keep_all': Field(bool), **TOWER},
     'dinov2': {'config': Field(dict, of=DINOV2), **TOWER}}
 ENCODERS['dinosiglip'] = {'dinov2': Field(dict, of=ENCODERS['dinov2']), 'siglip': Field(dict, of=ENCODERS['siglip']),
@@ -87,7 +90,7 @@ class SigLIPConfig:
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
     patch_size: int = 14
-    image_size: int = 384         # pixels; the rest that fills no patch is not read: 384 // 14 = 27
+    image_size: int = 384         # pixels a side, or [height, width]; what fills no patch is not read: 384 // 14 = 27
     layer_norm_eps: float = 1e-6
     hidden_act: str = 'gelu_pytorch_tanh'
     schema = SIGLIP
@@ -100,8 +103,13 @@ class SigLIPConfig:
                             f"num_attention_heads={self.num_attention_heads}")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"{what}: hidden_act={self.hidden_act!r}, expected one of {list(ACTIVATIONS)}")
-        if self.patch_size > self.image_size:
+        if self.patch_size > min(sides(self.image_size)):
             raise UserError(f"{what}: patch_size={self.patch_size} exceeds image_size={self.image_size}")
+
+    @property
+    def grid(self):
+        """Rows and columns of patches."""
+        return tuple(side // self.patch_size for side in sides(self.image_size))
 
 
 @dataclass
@@ -183,7 +191,7 @@ class SigLIP(nn.Module):
         self.n_block = _blocks_run(config, layer)
         n_built = config.num_hidden_layers if keep_all else self.n_block
         self.width, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
-        self.n_token = (config.image_size // config.patch_size) ** 2
+        self.n_token = math.prod(config.grid)
         self.mean, self.std = (0.5,) * 3, (0.5,) * 3
         self.embeddings = nn.ModuleDict({
             'patch_embedding': nn.Conv2d(3, self.width, config.patch_size, stride=config.patch_size),
@@ -267,7 +275,7 @@ class DINOv2(nn.Module):
         self.config, self.layer, self.norm = config, layer, norm
         self.n_block = _blocks_run(config, layer)
         self.width, self.image_size = C, config.image_size
-        self.n_token = (config.image_size // config.patch_size) ** 2
+        self.n_token = math.prod(config.grid)
         self.mean, self.std = MEAN_STD['dinov2']
         self.patch_embedding = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, C))
@@ -366,18 +374,28 @@ def encoder_spec(config):
     """
     The description of the encoder that a config names; of its files only the shapes are read.
     config   dict with the keys encoder, encoder_path, dinov2_path, encoder_fusion, encoder_layer, encoder_norm,
-             image_size, data_dir of pretrain.py
+             image_size, token_mode, image_tokens, data_dir of pretrain.py
     """
     size = config['image_size']
     if config['encoder'] == 'patch':
-        return PatchProjection(size or 384).spec()
+        return PatchProjection(resolution(config, 14) or size or 384).spec()
     specs = {}
     for kind, path in encoder_files(config).items():
         specs[kind] = tower_spec(kind, path, config['encoder_layer'], config['encoder_norm'], size)
-        size = specs[kind]['config']['image_size']                               # SigLIP's, to which DINOv2 is brought
+        shape = specs[kind]['config']
+        size = resolution(config, shape['patch_size']) or shape['image_size']    # SigLIP's, to which DINOv2 is brought
+        shape['image_size'] = size
     if len(specs) == 1:
         return specs[kind]
     return {'kind': 'dinosiglip', **specs, 'fusion': config['encoder_fusion']}
+
+
+def resolution(config, patch_size):
+    """The image_size at which a grid of patches makes image_tokens, of token_mode='res'; 0 for any other."""
+    if config['token_mode'] != 'res' or not config['image_tokens']:
+        return 0
+    h, w = token_grid(config['image_tokens'])
+    return h * patch_size if h == w else [h * patch_size, w * patch_size]
 
 
 def build_encoder(spec):
@@ -414,7 +432,7 @@ def fill_encoder(encoder, files):
         if positions in found:
             # antialiased for registers only, as transformers; timm, and so Prismatic, always is
             antialias = kind == 'dinov2' and tower.register_tokens is not None
-            found[positions] = _resized(found[positions], own[positions].shape, int(kind == 'dinov2'), antialias)
+            found[positions] = _resized(found[positions], own[positions].shape, tower.config.grid, antialias)
         fill(tower, found, may_lack=())
 
 
@@ -426,17 +444,18 @@ def _filled(spec, files):
     return encoder.eval()
 
 
-def _resized(tensor, shape, n_extra, antialias):
-    # a LazyTensor of positions (..., n_extra + side^2, C) as one of `shape`, the extra ones kept
+def _resized(tensor, shape, grid, antialias):
+    # a LazyTensor of positions (..., n_extra + side^2, C) as one of `shape` for a grid, the extra ones kept
     if tensor.shape == tuple(shape):
         return tensor
+    n_extra = shape[-2] - math.prod(grid)
 
     def read():
         table = tensor.read().float().flatten(0, -2)                             # (n_extra + side^2, C)
-        side, new = math.isqrt(len(table) - n_extra), math.isqrt(shape[-2] - n_extra)
-        grid = table[n_extra:].T.unflatten(1, (side, side))[None]                # (1, C, side, side)
-        grid = F.interpolate(grid, (new, new), mode='bicubic', align_corners=False, antialias=antialias)
-        return torch.cat((table[:n_extra], grid[0].flatten(1).T)).view(shape)
+        side = math.isqrt(len(table) - n_extra)
+        old = table[n_extra:].T.unflatten(1, (side, side))[None]                 # (1, C, side, side)
+        new = F.interpolate(old, grid, mode='bicubic', align_corners=False, antialias=antialias)
+        return torch.cat((table[:n_extra], new[0].flatten(1).T)).view(shape)
     return tensor._replace(shape=tuple(shape), read=read)
 
 
@@ -466,8 +485,9 @@ def tower_spec(kind, path, layer=-2, norm=False, image_size=0):
     """
     The description of a tower in a Hugging Face folder, or in a .safetensors file with its config.json beside it.
     kind        'siglip' or 'dinov2'
-    image_size  pixels a side at which it will run; 0 = what it was trained at. fill_encoder resizes its positions to
-                that grid as transformers does: bicubic, align_corners False, antialiased for DINOv2 with registers
+    image_size  pixels a side, or two, at which it will run; 0 = what it was trained at. fill_encoder resizes its
+                positions to that grid as transformers does: bicubic, align_corners False, antialiased for DINOv2 with
+                registers
     """
     path = os.fspath(path)
     if path and not os.path.isdir(path) and not path.endswith('.safetensors'):
@@ -504,6 +524,7 @@ def _read_config(kind, path, n_saved):
     if values['num_hidden_layers'] != n_saved:
         raise UserError(f"{path}: num_hidden_layers={values['num_hidden_layers']}, the weights hold {n_saved} blocks")
     values['num_hidden_layers'] = content.get('full_num_hidden_layers', n_saved)
+    check(values['image_size'], SIDE, f"{path}: 'image_size'")
     with reading(path, f'a {kind} config'):
         if kind == 'siglip':
             return SigLIPConfig(**values)

@@ -98,7 +98,7 @@ def benchmarks(folder):
     for task in find_tasks(default_options(eval_dir=str(folder), tasks=','.join(list_tasks(str(folder))))):
         for example in task.examples:
             if example.image:
-                load_image(example.image, 28, 'letterbox', task.upright)
+                load_image(example.image, 28, 'letterbox', not task.boxes)
         if task.examples[0].choices is None:
             summarise(task, ['a red wall'] * len(task.examples))
         else:

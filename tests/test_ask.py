@@ -143,25 +143,23 @@ def test_long_contexts_lose_their_left_end_alike_for_every_checkpoint(tmp_path, 
 
 def test_a_journal_gives_back_whole_answers_of_the_same_questions_and_settings(eval_dir, tokenizer, tmp_path):
     (task,) = find_tasks(options(eval_dir, tasks='copa'))
-    (other,) = find_tasks(options(eval_dir, tasks='vqav2'))
-    files, start = ask.journal_files(str(tmp_path / 'j'), task, {'a': 1})
-    assert files == []
+    assert ask.journal_files(str(tmp_path / 'j'), task) == []
+    keys, paths = ask.question_keys(task, {'a': 1}), [str(tmp_path / 'j' / f'copa.{rank}.jsonl') for rank in (0, 1)]
     good = {'nats': [1.5, float(2 ** -60), 7.0], 'n_token': [1, 2, 3]}
-    with ask.journal_open(start + '.0.jsonl') as write:
-        write(0, good)
-    with ask.journal_open(start + '.1.jsonl') as write:
-        write(1, good)
-    with open(start + '.1.jsonl', 'a') as f:
-        f.write('[1, {"nats": [7.0, 8.0], "n_tok')                       # killed here
-    with ask.journal_open(start + '.1.jsonl') as write:                  # the next start writes on
-        for n, answer in ((len(task.examples) - 1, good), (0, {'nats': [1.0], 'n_token': [1]}), (99, good), (-1, good),
-                          (True, good), ('0', good), (0, {'text': 'x', 'cut': False}), (0, [])):
-            write(n, answer)
-    (files, again) = ask.journal_files(str(tmp_path / 'j'), task, {'a': 1})
-    assert again == start and len(files) == 2
-    assert ask.journal_read(files, task) == {0: good, 1: good, len(task.examples) - 1: good}
-    assert ask.journal_files(str(tmp_path / 'j'), task, {'a': 2})[0] == []
-    assert ask.journal_files(str(tmp_path / 'j'), other, {'a': 1})[0] == []
+    for key, path in zip(keys, paths):
+        with ask.journal_open(path) as write:
+            write(key, good)
+    with open(paths[1], 'a') as f:
+        f.write(f'["{keys[2]}", {{"nats": [7.0, 8.0], "n_tok')           # killed here
+    with ask.journal_open(paths[1]) as write:                            # the next start writes on
+        write(keys[-1], good)
+    with open(paths[1], 'a') as f:
+        f.write('\n7\n[]\n[[1], 2]\n\xff\n')
+    assert ask.journal_files(str(tmp_path / 'j'), task) == paths
+    before = ask.journal_read(paths)
+    assert {key: before.get(key) for key in keys} == {key: good if key in (keys[0], keys[1], keys[-1]) else None
+                                                      for key in keys}
+    (other,) = find_tasks(options(eval_dir, tasks='vqav2'))
+    assert not {*ask.question_keys(other, {'a': 1}), *ask.question_keys(task, {'a': 2})} & {*before}
     task.examples[0].prompt += '?'
-    assert ask.journal_files(str(tmp_path / 'j'), task, {'a': 1})[0] == []
-    assert ask.journal_files(str(tmp_path / 'j'), task)[0] == files      # whatever the settings: to remove them
+    assert [a == b for a, b in zip(ask.question_keys(task, {'a': 1}), keys)] == [False] + [True] * (len(keys) - 1)

@@ -401,3 +401,8 @@ def test_a_base_of_another_shape_is_named():
         with pytest.raises(UserError) as caught:
             checkpoint.check_spec(meta, {**spec, part: {**spec[part], key: value}}, 'out/x')
         one_line(caught, f'out/x has a model whose {part} has {key}={spec[part][key]!r}', repr(value))
+    pooled = {**spec, 'projector': {'kind': 'mlp2', 'n_token': 2}}               # an old mlp2 says no n_token
+    for there, here, old in ((spec, pooled, 'None'), (pooled, spec, '2')):
+        with pytest.raises(UserError) as caught:
+            checkpoint.check_spec(dict(meta, spec=there), here, 'out/x')
+        one_line(caught, f'out/x has a model whose projector has n_token={old}')

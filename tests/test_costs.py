@@ -25,16 +25,16 @@ from vision import SigLIP, SigLIPConfig
 TOWER = SigLIPConfig(96, 384, 3, 3, 14, 112)                             # 64 tokens; two of its three blocks run
 
 
-def spec_of(n_layer, n_embd, vocab_size, tower=None):
+def spec_of(n_layer, n_embd, vocab_size, tower=None, **projector):
     decoder = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, seq_len=512)
-    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(), projector=tower and dict(kind='mlp2'),
-                image_id=vocab_size - 1)
+    return dict(decoder=decoder, encoder=tower and SigLIP(tower).spec(),
+                projector=tower and {'kind': 'mlp2', **projector}, image_id=vocab_size - 1)
 
 
 def batch_of(spec, n_row, n_position, n_image):
     """Random tokens, targets and images; image rows open with an image and keep 20 targets."""
     g = torch.Generator().manual_seed(n_row)
-    V, n_token = spec['decoder']['vocab_size'], 64
+    V, n_token = spec['decoder']['vocab_size'], (spec['projector'] or {}).get('n_token', 64)
     tokens, targets = (torch.randint(0, V - 1, (n_row, n_position), generator=g) for _ in range(2))
     tokens[:n_image, :n_token] = V - 1
     targets[:n_image, :n_token] = targets[:n_image, n_token + 20:] = IGNORE_INDEX
@@ -50,8 +50,8 @@ def adapters(on='decoder', dora=False):
 @pytest.mark.parametrize('n_image, freeze, adapted', [
     (0, 'encoder', None), (1, 'encoder', None), (2, 'none', None), (3, 'both', None), (3, 'encoder', adapters()),
     (3, 'encoder', adapters('both')), (3, 'encoder', adapters('both', dora=True))])
-def test_flops_are_those_of_torchs_counter(n_image, freeze, adapted, monkeypatch):
-    spec = spec_of(3, 64, 300, TOWER if n_image else None) | dict(adapters=adapted)
+def test_flops_are_those_of_torchs_counter(n_image, freeze, adapted, monkeypatch, **projector):
+    spec = spec_of(3, 64, 300, TOWER if n_image else None, **projector) | dict(adapters=adapted)
     model = build_vlm(spec, 0)
     set_trained(model, freeze)
     tokens, targets, images = batch_of(spec, 3, 128, n_image)
@@ -75,6 +75,16 @@ def test_flops_are_those_of_torchs_counter(n_image, freeze, adapted, monkeypatch
         tower = 2 * 2 * 8 * (4 * 96 ** 2 + 2 * 96 * 384)
         ours += 2 * 3 * 8 * (4 * c.n_embd ** 2 + 3 * c.n_embd * c.n_ffn) - 2 * tower
     assert ours == counted
+
+
+PROJECTORS = [dict(kind='linear'), dict(kind='mlp4'), dict(kind='attn'), dict(kind='perceiver', n_token=50),
+              dict(n_token=16), dict(kind='attn', n_token=100)]
+
+
+@pytest.mark.parametrize('freeze', ['encoder', 'none'])
+@pytest.mark.parametrize('projector', PROJECTORS)
+def test_flops_of_every_projector_are_those_of_torchs_counter(projector, freeze, monkeypatch):
+    test_flops_are_those_of_torchs_counter(2, freeze, None, monkeypatch, **projector)
 
 
 def test_flops_of_an_image_by_hand():
@@ -171,8 +181,8 @@ def test_memory_of_a_sharded_model_is_what_two_processes_allocate():
     ((4, 128, 512), 0, 'encoder'), ((2, 128, 12000), 0, 'encoder'), ((5, 192, 1000), 1, 'encoder'),
     ((5, 192, 1000), 3, 'none'), ((5, 192, 1000), 3, 'both'), ((5, 192, 1000), 3, 'lora'), ((5, 192, 1000), 3, 'dora'),
     ((2, 128, 12000), 0, 'lora')])
-def test_memory_is_what_the_allocator_gives_out(shape, n_image, freeze, checkpointing):
-    spec = spec_of(*shape, TOWER if n_image else None)
+def test_memory_is_what_the_allocator_gives_out(shape, n_image, freeze, checkpointing, **projector):
+    spec = spec_of(*shape, TOWER if n_image else None, **projector)
     if freeze in ('lora', 'dora'):
         spec, freeze = spec | dict(adapters=adapters(dora=freeze == 'dora')), 'encoder'
     model = build_vlm(spec, 0)
@@ -195,3 +205,8 @@ def test_memory_is_what_the_allocator_gives_out(shape, n_image, freeze, checkpoi
     parts = costs.memory(described, n_row=3, n_position=200, n_image=n_image, per_image=per_image, width=4,
                          n_kept=int((targets != IGNORE_INDEX).sum()), checkpointing=checkpointing)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1), parts
+
+
+@pytest.mark.parametrize('projector', PROJECTORS[1:5])
+def test_memory_with_every_projector_is_what_the_allocator_gives_out(projector):
+    test_memory_is_what_the_allocator_gives_out((5, 192, 1000), 3, 'none', False, **projector)

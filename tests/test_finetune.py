@@ -144,7 +144,11 @@ def test_text_rows_go_on_from_the_base_and_a_text_only_base_gets_a_projector(wor
     scripts(*chat(world, stage_1 / 'ckpt_080', '--encoder=patch', '--image_size=28',
                   f'--out_dir={tmp_path / "b"}', '--stop_after=1'))
     model, _, meta = load_vlm(str(tmp_path / 'b' / 'ckpt_last'))
-    assert model.encoder.n_token == 4 and meta['base']['stage'] == 'text'
+    assert model.n_token == 4 and meta['base']['stage'] == 'text'
+    scripts(*chat(world, stage_1 / 'ckpt_080', '--token_mode=query', '--image_tokens=6',
+                  f'--out_dir={tmp_path / "c"}', '--stop_after=1'))
+    model, _, meta = load_vlm(str(tmp_path / 'c' / 'ckpt_last'))
+    assert model.n_token == 6 and meta['spec']['projector'] == {'kind': 'perceiver', 'n_token': 6}
 
 
 def test_noise_and_shuffled_turns_follow_the_sample(world, scripts, stage_2, tmp_path):

@@ -246,6 +246,27 @@ def test_resize_crop_is_prismatics(wh, resized, left_top):
     assert torch.equal(resize_crop(Image.fromarray(array), 384), crop_of_resized(array, resized, *left_top, 384))
 
 
+@pytest.mark.parametrize('wh', [(640, 480), (480, 640), (1000, 400), (90, 30), (31, 77), (5, 5)])
+@pytest.mark.parametrize('size', [(224, 448), (448, 672), (60, 30)])
+def test_an_image_of_two_sides_is_letterboxed_whole_and_in_its_own_aspect(wh, size):
+    (w, h), (H, W) = wh, size
+    out = letterbox(Image.new('RGB', wh, (255, 0, 0)), size, (0, 0, 255)).float()
+    assert out.shape == (3, H, W)
+    share = (out[0] > 127).float()                                       # red: the image, in the middle of what is blue
+    scale = min(W / w, H / h)
+    across, down = share[H // 2].sum(), share[:, W // 2].sum()
+    assert abs(across - w * scale) <= 2 + W / w and abs(down - h * scale) <= 2 + H / h      # a pixel of either
+    assert abs(share[H // 2].nonzero().float().mean() - (W - 1) / 2) <= 1 + W / w
+    assert resize_naive(Image.new('RGB', wh), size).shape == resize_crop(Image.new('RGB', wh), size).shape == (3, H, W)
+
+
+def test_a_jpeg_for_two_sides_keeps_twice_the_longer_one():
+    file = io.BytesIO()
+    photo(1792, 1792).save(file, 'JPEG')
+    opened = [open_image(file.getvalue(), size=size).size for size in (224, [224, 448], [112, 224], 0)]
+    assert opened == [(448, 448), (896, 896), (448, 448), (1792, 1792)]
+
+
 def test_resize_naive_squashes():
     for wh in [(640, 481), (3, 100), (1, 1)]:
         array = np.asarray(photo(*wh))

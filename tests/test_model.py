@@ -877,7 +877,8 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, case, message):
 
 # --- build_vlm ------------------------------------------------------------------------------------------------------
 
-SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24, encoder='patch', image_size=28)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, seq_len=12, n_ffn=24, encoder='patch', image_size=28,
+             projector='mlp2', token_mode='', image_tokens=0)
 
 
 def test_a_model_is_rebuilt_from_its_description():

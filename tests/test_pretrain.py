@@ -355,6 +355,51 @@ def test_an_untrained_tower_and_pixels_are_the_two_readings_of_a_patch_projectio
     assert not (tmp_path / 'p' / 'ckpt_last' / 'encoder.safetensors').exists()               # pixels have no weights
 
 
+@pytest.mark.parametrize('n_token, size, keys', [
+    (3, 28, ('--projector=perceiver', '--image_tokens=3')),
+    (2, 28, ('--projector=attn', '--token_mode=pool', '--image_tokens=2')),
+    (8, [28, 56], ('--token_mode=res', '--image_tokens=8', '--resize=letterbox'))])
+def test_another_number_of_image_tokens_goes_through_every_stage(world, scripts, stage_1, tmp_path, n_token, size, keys):
+    run = ['pretrain.py', *mix(world, stage_1, ratio=0.5), *keys]
+    out = scripts(*run, '--stop_after=4', f'--out_dir={tmp_path / "a"}', hook=RECORD,
+                  env={'IDS': str(tmp_path / 'ids')}).out
+    assert f"an image takes {n_token} of a row's 48 positions: {48 - n_token} are left for text" in out
+    counts = steps(tmp_path / 'a')[-1]['sources']['captions']
+    assert counts['n_image'] == 16 and counts['n_image_position'] == 16 * n_token
+    if n_token == 8:                                     # whatever an image takes: the same samples, the same targets
+        scripts('pretrain.py', *mix(world, stage_1, ratio=0.5), '--stop_after=4', f'--out_dir={tmp_path / "plain"}',
+                hook=RECORD, env={'IDS': str(tmp_path / 'ids_plain')})
+        assert recorded_ids(tmp_path / 'ids') == recorded_ids(tmp_path / 'ids_plain')
+        plain = steps(tmp_path / 'plain')[-1]['sources']['captions']
+        assert all(plain[key] == counts[key] for key in ('n_image', 'n_kept_now', 'n_sample'))
+    for world_size, stops in ((1, (2, 4)), (2, (4,))) if n_token == 3 else ():
+        for stop in stops:
+            scripts(*run, f'--stop_after={stop}', f'--out_dir={tmp_path / str(world_size)}', world_size=world_size)
+    if n_token == 3:
+        assert same_weights(tmp_path / 'a' / 'ckpt_last', tmp_path / '1' / 'ckpt_last')
+        losses = [[line['loss'] for line in steps(tmp_path / name)] for name in ('a', '2')]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    model, _, meta = load_vlm(str(tmp_path / 'a' / 'ckpt_last'))
+    assert (model.n_token, model.encoder.image_size) == (n_token, size)
+    base = tmp_path / 'a' / 'ckpt_last'
+    tune = ('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={base}', '--stop_after=2')
+    out = scripts(*tune, f'--out_dir={tmp_path / "tuned"}', '--image_tokens=4').out
+    assert '!!! image_tokens=4 has no effect' in out and f'an image takes {n_token} of' in out
+    assert meta_of(tmp_path / 'tuned' / 'ckpt_last')['spec'] == meta['spec']
+    scripts('evaluate.py', f'--ckpt={tmp_path / "tuned" / "ckpt_last"}', '--prompt=what colour is the wall ?',
+            f'--image={world / "data" / "instruct" / "images" / "0.jpg"}')
+    line = scripts.refuses(*run, '--projector=linear', '--token_mode=', '--image_tokens=0', f'--init_from={base}',
+                           f'--out_dir={tmp_path / "b"}')
+    assert "has a model whose" in line and "give the same" in line
+
+
+def test_image_tokens_that_cannot_be_made_or_do_not_fit_are_refused(world, scripts, stage_1, tmp_path):
+    run = ['pretrain.py', *mix(world, stage_1), f'--out_dir={tmp_path}']
+    for keys, said in ((('--image_tokens=64',), 'the encoder gives 4; give --token_mode=pool'),
+                       (('--projector=perceiver', '--image_tokens=47'), 'seq_len=48 does not hold image_tokens=47, a')):
+        assert said in scripts.refuses(*run, *keys)
+
+
 def test_a_fused_encoder_is_trained_saved_resumed_and_tuned(world, scripts, stage_1, tmp_path):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     torch.manual_seed(5)

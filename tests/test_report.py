@@ -24,7 +24,9 @@ def make_run(folder, scores, sources=('text',), n_step=30, torn=False):
     for ckpt, tasks in scores.items():
         path = Path(folder, ckpt, 'eval', 'results.json')
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({'tasks': {task: {'score': s, 'n': n} for task, (s, n) in tasks.items()}}))
+        path.write_text(json.dumps({'tasks': {task: dict(
+            score=s, n=n, low=s, high=s, chance=0.0, constant=0.0, types={}, kind='', variant='', malformed=0)
+            for task, (s, n) in tasks.items()}}))
     lines = [{'step': i, 'loss': 8 / i, 'lr': 1e-3 / i, 'grad_norm': 9 / i,
               'sources': {name: {'loss': 8 / i if i % 2 else None} for name in sources}} for i in range(1, n_step + 1)]
     lines += [{'step': n_step, 'val_text_loss': 1.5, 'val_caption_loss': 2.5}]
@@ -88,18 +90,6 @@ def test_the_script_prints_the_ladder_and_draws_into_the_last_folder(runs):
     assert done.returncode == 0 and 'finetune/100' in done.stdout, done.stderr
     with Image.open(os.path.join(runs[-1], 'curves.png')) as image:
         assert image.width > 1000 and len(image.convert('RGB').getcolors(1 << 20)) > 50
-    text = Path(runs[-1], 'report.html').read_text()
-    assert assert_self_contained(text).named('a') and 'ckpt_100' not in text
-
-
-def test_the_page_of_runs_links_to_the_pages_of_checkpoints(runs):
-    page = Path(runs[0], 'ckpt_100', 'eval', 'report.html')
-    page.write_text('a page')
-    document = assert_self_contained(Path(report.runs_page(runs)).read_text())
-    (link,) = [a['href'] for a in document.named('a') if not a['href'].startswith('#')]
-    assert os.path.realpath(os.path.join(runs[-1], link)) == os.path.realpath(page)
-    assert [text for element, text in document.texts if element == 'td'][:5] == ['vqav2', '40', '-', '-', '98.8']
-    assert len(document.named('img')) == 1
 
 
 def test_mistakes_are_one_line(runs, tmp_path):
@@ -167,7 +157,7 @@ def test_a_page_shows_scores_answers_and_curves(tmp_path):
     for name, result in content['tasks'].items():
         assert f"{100 * result['score']:.2f}" in cells and str(result['n']) in cells and result['variant'] in cells
     assert 'accuracy_official' in said and f"{content['tasks']['vqav2']['accuracy_official']:.5g}" in cells
-    assert {'finetune', '1,500', '3,955,672', 'f2f39926+'} <= set(cells)
+    assert all(text in said for text in ('"stage": "finetune"', '"step": 1500', 'f2f39926+'))
     assert len(document.named('img')) == 1                                               # the curves
     names = [json.loads(a['data-task'])[0] for a in document.named('article')]
     assert names.count('vqav2') == 48 and names.count('refcoco') == 5 and names.count('copa') == 1

@@ -169,8 +169,11 @@ def test_dclm_s_prompts_are_a_variant(tmp_path):
 
 
 @pytest.mark.parametrize('name, change, message', [
-    ('piqa', {'label': 2}, "entry 0: 'label' is 2, expected from 0 to 1"),
-    ('piqa', {'sol2': None}, "'sol2' is missing"),
+    ('piqa', {'label': 2}, "entry 0 has gold=[2] for 2 choices"),
+    ('piqa', {'sol2': None}, "entry 0: choices: 1 is missing"),
+    ('piqa', {'goal': None}, 'entry 0: not readable as a row of piqa'),
+    ('pubmed_qa', {'QUESTION': 3}, 'entry 0: not readable as a row of pubmed_qa'),
+    ('cs_algorithms', {'inputs': 3}, 'entry 0: prompt is 3, expected str'),
     ('copa', {'question': 'why'}, 'entry 0: not readable as a row of copa'),
     ('arc_easy', {'answerKey': 'E'}, 'entry 0: not readable as a row of arc_easy'),
     ('arc_easy', {'choices': None}, 'entry 0: not readable as a row of arc_easy'),

@@ -309,28 +309,30 @@ def normalised(images, kind):
     return processor(list(images), return_tensors='pt')['pixel_values']
 
 
-@pytest.mark.parametrize('saved, run', [(384, 224), (224, 384), (30, 58), (384, 380), (28, 28)])
+@pytest.mark.parametrize('saved, run', [(384, 224), (224, 384), (30, 58), (384, 380), (28, 28), (384, [224, 448]),
+                                        (30, [42, 70]), (42, [71, 30])])
 def test_siglip_at_other_resolutions_matches_transformers(saved, run, tmp_path):
     theirs = hf_model(image_size=saved)
     theirs.save_pretrained(tmp_path)
-    images = torch.from_numpy(pixels(2, 3, run, run))
+    images = torch.from_numpy(pixels(2, 3, *vision.sides(run)))
     with torch.no_grad():
         out = theirs(normalised(images, 'siglip'), interpolate_pos_encoding=True, output_hidden_states=True)
         penultimate = SigLIP.from_pretrained(tmp_path, image_size=run)
         last = SigLIP.from_pretrained(tmp_path, layer=-1, norm=True, image_size=run)
         torch.testing.assert_close(penultimate(images), out.hidden_states[-2], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(last(images), out.last_hidden_state, atol=1e-4, rtol=1e-4)
-    assert penultimate.n_token == (run // 14) ** 2 and penultimate.spec()['config']['image_size'] == run
+    h, w = vision.sides(run)
+    assert penultimate.n_token == (h // 14) * (w // 14) and penultimate.spec()['config']['image_size'] == run
 
 
 @pytest.mark.parametrize('registers, kw, run', [
     (4, {}, 70), (0, {}, 70), (4, {'image_size': 518}, 384), (0, {'image_size': 518}, 384), (2, {}, 101), (0, {}, 101),
-    (4, {'image_size': 384}, 384), (3, {'use_swiglu_ffn': True, 'mlp_ratio': 3}, 56), (0, {'use_swiglu_ffn': True}, 70),
+    (4, {'image_size': 384}, 384), (4, {}, [42, 84]), (0, {}, [56, 28]), (3, {'use_swiglu_ffn': True, 'mlp_ratio': 3}, 56), (0, {'use_swiglu_ffn': True}, 70),
     (0, {'use_mask_token': False, 'layer_norm_eps': 1e-3, 'hidden_size': 144, 'patch_size': 8, 'image_size': 39}, 39)])
 def test_dinov2_matches_transformers(registers, kw, run, tmp_path):
     theirs = hf_dino(registers, **kw)
     theirs.save_pretrained(tmp_path)
-    images = torch.from_numpy(pixels(2, 3, run, run))
+    images = torch.from_numpy(pixels(2, 3, *vision.sides(run)))
     with torch.no_grad():
         out = theirs(normalised(images, 'dinov2'), output_hidden_states=True)
         for layer, norm, expected in ((-2, False, out.hidden_states[-2]), (-1, True, out.last_hidden_state),
@@ -376,7 +378,7 @@ def towers(folder, siglip_size=42, dinov2_size=70, **kw):
     siglip.save_pretrained(folder / 's')
     dinov2.save_pretrained(folder / 'd')
     config = dict(data_dir=str(folder), encoder='dinosiglip', encoder_path='s', dinov2_path='d', encoder_layer=-2,
-                  encoder_norm=False, encoder_fusion='channel', image_size=0)
+                  encoder_norm=False, encoder_fusion='channel', image_size=0, token_mode='', image_tokens=0)
     return {**config, **kw}, siglip, dinov2
 
 
@@ -419,6 +421,31 @@ def test_every_parameter_of_trained_towers_gets_a_gradient(encoder, tmp_path):
     again.load_state_dict(load_file(tmp_path / 'trained.safetensors'))
     images = torch.from_numpy(pixels(1, 3, 56, 56))
     assert torch.equal(again(images), eye(images))
+
+
+@pytest.mark.parametrize('encoder, image_tokens, size', [
+    ('siglip', 36, 84), ('siglip', 8, [28, 56]), ('dinov2', 9, 42), ('dinosiglip', 18, [42, 84]), ('patch', 2, [14, 28]),
+    ('siglip', 0, 42)])
+def test_image_tokens_of_another_resolution(encoder, image_tokens, size, tmp_path):
+    config = towers(tmp_path, encoder=encoder, token_mode='res', image_tokens=image_tokens)[0]
+    eye = from_config(config)
+    n_token = image_tokens or 9
+    assert (eye.n_token, eye.image_size) == (n_token, size)
+    assert eye(torch.from_numpy(pixels(2, 3, *vision.sides(size)))).shape == (2, n_token, eye.width)
+    h, w = vision.token_grid(n_token)
+    position = torch.zeros(1, 3, *vision.sides(size), dtype=torch.uint8)
+    position[..., 14 * (h - 1):, :14] = 255                              # tokens are read row by row: the last row's first
+    if encoder == 'patch':
+        assert eye(position)[0].mean(1).argmax() == (h - 1) * w
+
+
+def test_a_size_of_three_sides_and_a_files_own_pair_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='encoder description'):
+        vision.build_encoder({'kind': 'patch', 'image_size': [28, 28, 28], 'patch_size': 14})
+    config = towers(tmp_path, encoder='siglip')[0]
+    edited(tmp_path / 's/config.json', image_size=[42, 42])
+    with pytest.raises(ValueError, match=r"config.json: 'image_size' is .42, 42., expected int"):
+        from_config(config)
 
 
 def test_an_untrained_dinov2_has_features_of_ordinary_size():
