@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from errors import UserError, reading
-from images import RESIZE, open_image
+from images import batched, open_image
 from instruct import caption_prompt, instruct_prompt
 
 
@@ -35,19 +35,19 @@ def share(task, rank=0, world_size=1):
     return sorted(groups.values(), key=size, reverse=True)[rank::world_size]
 
 
-def load_image(path, size, resize, upright=True):
-    """(3, size, size) uint8 of an image file; UserError names it."""
+def load_image(path, view, upright=True):
+    """What an images.View makes of an image file: (pixels, positions in a row); UserError names it."""
     with reading(path, 'an image'):
-        return RESIZE[resize](open_image(path, upright), size)
+        return view(open_image(path, upright))
 
 
 def autocast(opt):
     return torch.autocast(opt.device, dtype=torch.bfloat16, enabled=opt.dtype == 'bfloat16')
 
 
-def prompt_ids(example, task, model, tokenizer, opt):
-    """The ids that the model reads before its answer."""
-    n_token = model.n_token if example.image else 0
+def prompt_ids(example, task, model, tokenizer, opt, n_slot=None):
+    """The ids that the model reads before its answer; n_slot: positions of its image, None = of the largest."""
+    n_token = (n_slot or model.n_slot) if example.image else 0
     if task.layout == 'text':
         return tokenizer.encode(example.prompt.rstrip()) or [tokenizer.eot_id]
     if task.layout == 'caption':
@@ -80,7 +80,7 @@ def choice_ids(example, task, tokenizer):
 
 def prefilled(model, task, opt, groups, unreadable):
     """
-    Yield ({number: row of its image}, the images' prefix) of at least batch_size questions at a time. Images are
+    Yield ({number: (row of its image, positions)}, the images' prefix) of at least batch_size questions at a time. Images are
     decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read goes into
     `unreadable`, {number: why}.
     """
@@ -92,22 +92,22 @@ def prefilled(model, task, opt, groups, unreadable):
     with ThreadPoolExecutor(max(1, opt.n_worker)) as pool:
         def load(batch):
             paths = [task.examples[group[0]].image for group in batch]
-            return [path and pool.submit(load_image, path, model.encoder.image_size, opt.resize, not task.boxes)
-                    for path in paths]
+            return [path and pool.submit(load_image, path, model.view(opt.resize), not task.boxes) for path in paths]
         ahead = load(batches[0])
         for batch, following in zip(batches, [*batches[1:], []]):
             loading, ahead = ahead, load(following)
             rows, images = {}, []
             for group, image in zip(batch, loading):
                 try:
-                    images += [image.result()] if image else []
+                    pixels, n_slot = image.result() if image else (None, 0)
                 except UserError as e:
                     unreadable.update(dict.fromkeys(group, str(e)))
                     check_bad(task, unreadable, opt)
                 else:
-                    rows.update(dict.fromkeys(group, len(images) - 1))
+                    images += [pixels] if image else []
+                    rows.update(dict.fromkeys(group, (len(images) - 1, n_slot)))
             if rows:
-                yield rows, model.prefill_images(torch.stack(images).to(opt.device)) if images else None
+                yield rows, model.prefill_images(batched(images)) if images else None
 
 
 def ask(model, tokenizer, task, opt, groups):
@@ -125,9 +125,9 @@ def ask(model, tokenizer, task, opt, groups):
         if not rows:
             return None
         now = [*rows][:n]
-        index = torch.tensor([rows.pop(i) for i in now])
-        prompts = [prompt_ids(task.examples[i], task, model, tokenizer, opt) for i in now]
-        return now, prompts, None, None if prefix is None else index, prefix
+        index, slots = zip(*(rows.pop(i) for i in now))
+        prompts = [prompt_ids(task.examples[i], task, model, tokenizer, opt, n) for i, n in zip(now, slots)]
+        return now, prompts, None, None if prefix is None else torch.tensor(index), prefix
     way = choose_each if task.examples[0].choices else write_each
     with autocast(opt):
         yield from way(model, tokenizer, task, opt, groups, feed)

@@ -48,7 +48,7 @@ def synthetic_batch(c, model, image_id, device):
     generator = torch.Generator().manual_seed(c['seed'])
     ids = torch.randint(0, image_id, (B, T + 1), generator=generator)
     tokens, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-    n_image, n = round(B * c['image_ratio']) * bool(model.n_token), model.n_token
+    n_image, n = round(B * c['image_ratio']) * bool(model.n_slot), model.n_slot
     images = None
     if n_image:
         tokens[:n_image, :n] = image_id
@@ -71,7 +71,7 @@ def step(argv):
     image_id = c['vocab_size'] - 1
     spec = costs.described(c, image_id, c['stage'] == 'mix')
     if spec['encoder'] and c['image_ratio'] > 0:
-        n_token = costs.meta_vlm(spec, c).n_token
+        n_token = costs.meta_vlm(spec, c).n_slot
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
@@ -80,9 +80,9 @@ def step(argv):
     encoder, config = model.encoder, model.decoder.config
     set_trained(model, c['freeze'])
     if c['compile']:
-        for block in model.decoder.layers:
+        for block in (*model.decoder.layers, *(model.cross or ())):
             block.compile(dynamic=None)
-    optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder'), 1.0),
+    optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder', 'cross'), 1.0),
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
     tokens, targets, images, kept = synthetic_batch(c, model, image_id, device)
 
@@ -117,6 +117,7 @@ def step(argv):
     n = tokens.numel()
     n_image = 0 if images is None else len(images)
     flops = costs.decoder_flops(config, *tokens.shape, len(kept), **costs.what_trains(model.decoder))
+    flops += costs.cross_flops(model, n_image * tokens.shape[1], n_image)
     if n_image:
         flops += n_image * costs.image_costs(costs.meta_vlm(spec, c))[0]
     mfu = costs.model_flops_utilisation(flops / total, device)

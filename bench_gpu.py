@@ -3,6 +3,7 @@ What only a GPU can show: our kernels against PyTorch's, the search of their con
 bench.py's commands kernels, tune, curve and gpu are functions here.
 """
 import ast
+import contextlib
 import functools
 import os
 import platform
@@ -21,6 +22,7 @@ import common
 import costs
 import fused
 import kernels
+import policy
 from errors import UserError
 from model import build_vlm
 
@@ -46,20 +48,22 @@ def options(argv, **defaults):
 def conditions(device):
     """One line: device, versions, commit, date."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    version = kernels.triton.__version__ if kernels.triton else 'absent'
+    version = policy.triton.__version__ if policy.triton else 'absent'
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, triton {version}, python "
             f"{platform.python_version()}, commit {checkpoint.git_commit()[:12]}, {time.strftime('%Y-%m-%d')}")
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
-# the kept shares of caption rows, the main recipe (10 % images) and plain text
-LOSS_CASES = [dict(N=8192, C=2048, V=50432, share=share) for share in (0.29, 0.91, 1.0)]
+# the kept shares of caption rows, the main recipe (10 % images) and plain text; larger micro-batches, the 79M recipe's
+LOSS_CASES = [*(dict(N=8192, C=2048, V=50432, share=share) for share in (0.29, 0.91, 1.0)),
+              dict(N=16384, C=2048, V=50432, share=1.0), dict(N=65536, C=512, V=50432, share=1.0)]
 # plain causal, the image prefix of a caption row, documents in a text row
 ATTENTION_CASES = [dict(B=8, H=16, D=128, T=T, mask=mask)
                    for T, mask in ((2048, 'causal'), (1024, 'prefix'), (2048, 'documents'))]
 
-QK_CASES = [dict(B=4, H=H, D=128, T=2048) for H in (8, 16, 32)]                            # widths 1024, 2048, 4096
+FUSED_CASES = [*(dict(op='qk-norm', B=4, T=2048, C=C, D=128) for C in (1024, 2048, 4096)),
+               dict(op='add-norm', B=4, T=2048, C=2048), dict(op='swiglu', B=4, T=2048, C=5632)]
 
 
 def loss_candidates(case, device, dtype):
@@ -67,23 +71,39 @@ def loss_candidates(case, device, dtype):
     generator = torch.Generator(device).manual_seed(0)
     N, C, V = case['N'], case['C'], case['V']
     x = torch.randn(N, C, generator=generator, device=device, dtype=dtype).requires_grad_()
-    w = (torch.randn(V, C, generator=generator, device=device) * C ** -0.5).to(dtype).requires_grad_()
+    w = (torch.randn(V, C, generator=generator, device=device) * C ** -0.5).requires_grad_()         # float32 master
     targets = torch.randint(0, V, (N,), generator=generator, device=device)
     targets[torch.rand(N, generator=generator, device=device) >= case['share']] = kernels.IGNORE_INDEX
     rows = (targets != kernels.IGNORE_INDEX).nonzero().squeeze(1)
 
     def eager(x, w):
-        return F.cross_entropy((x @ w.T).float(), targets, reduction='sum')
+        return F.cross_entropy((x @ w.to(x.dtype).T).float(), targets, reduction='sum')
 
     @torch.compile
     def compact(x, w):
-        return F.cross_entropy((x[rows] @ w.T).float(), targets[rows], reduction='sum')
+        return F.cross_entropy((x[rows] @ w.to(x.dtype).T).float(), targets[rows], reduction='sum')
 
     def ours(impl):
         return lambda x, w: kernels.linear_cross_entropy(x, w, targets, rows=rows, impl=impl)[0].sum()
     names = {'eager': eager, 'compact + torch.compile': compact}
     names.update({f"ours, impl='{impl}'": ours(impl) for impl in ('torch', 'triton', 'triton-keep', 'auto')})
+    names.update({name: lambda x, w, f=f: f(x, w.to(x.dtype), targets) for name, f in rivals().items()})
     return (x, w), names, 6 * len(rows) * C * V
+
+
+def rivals():
+    """What a user might take for the loss instead, if it is installed: {name: f(x, weight, targets) -> summed nats}."""
+    found = {}
+    if hasattr(F, 'linear_cross_entropy'):                                   # torch 2.13
+        found['F.linear_cross_entropy'] = functools.partial(F.linear_cross_entropy, reduction='sum')
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        found['liger-kernel'] = functools.partial(liger_fused_linear_cross_entropy, reduction='sum')
+    with contextlib.suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy
+        # without its filter of small gradients, which at the start of training are nearly all
+        found['cut-cross-entropy'] = functools.partial(linear_cross_entropy, reduction='sum', filter_eps=None)
+    return found
 
 
 def attention_candidates(case, device, dtype):
@@ -108,6 +128,8 @@ def attention_candidates(case, device, dtype):
     if case['mask'] == 'causal':
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
             names[f'SDPA, {backend.name.lower()}'] = functools.partial(sdpa_with, backend)
+    if case['mask'] == 'documents' and kernels.HAS_VARLEN:
+        names['varlen_attn'] = lambda q, k, v: kernels.attention(q, k, v, mask, impl='torch-varlen')
     if case['mask'] == 'prefix':
         names['SDPA in two calls'] = lambda q, k, v: kernels.attention(q, k, v, mask, impl='torch-split')
     if device.type == 'cuda':
@@ -119,21 +141,29 @@ def attention_candidates(case, device, dtype):
     return (q, k, v), names, 4 * H * D * int(seen.sum()) * 3.5
 
 
-def qk_candidates(case, device, dtype):
-    """Inputs and implementations of one QK-norm case: (leaves, {name: f(leaves) -> q, k, v}, bytes that must move)."""
+def fused_candidates(case, device, dtype):
+    """Inputs and implementations of one case of fused.py: (leaves, {name: f(leaves)}, bytes that must move)."""
     generator = torch.Generator(device).manual_seed(0)
-    B, H, D, T = case['B'], case['H'], case['D'], case['T']
-    qkv = torch.randn(B, T, 3 * H * D, generator=generator, device=device, dtype=dtype)
-    gains = [torch.ones(H * D, device=device) for _ in range(2)]                           # float32 masters
-    angle = torch.rand(T, D // 2, generator=generator, device=device).repeat(1, 2)
-    cos, sin = angle.cos(), angle.sin()
+    B, T, C = case['B'], case['T'], case['C']
+    rand = lambda *shape: torch.randn(*shape, generator=generator, device=device)            # noqa: E731
+    gain = torch.ones(C, device=device)                                                      # a float32 master
+    if case['op'] == 'qk-norm':
+        angle = rand(T, case['D'] // 2).repeat(1, 2)
+        leaves, n_unit = [rand(B, T, 3 * C).to(dtype), gain, gain.clone()], 14
+        op = lambda *x, impl: fused.qk_norm_rotary(                                          # noqa: E731
+            *x, angle.cos(), angle.sin(), C // case['D'], 1e-5, impl=impl)
+    elif case['op'] == 'add-norm':
+        leaves, n_unit = [rand(B, T, C), rand(B, T, C).to(dtype), gain], 14                  # a float32 stream
+        op = lambda *x, impl: fused.add_norm(*x, 1e-5, impl=impl)                            # noqa: E731
+    else:
+        leaves, n_unit, op = [rand(B, T, 2 * C).to(dtype)], 8, fused.swiglu
 
-    def run(qkv, q_gain, k_gain, impl='torch'):
-        with torch.autocast(device.type, dtype, enabled=qkv.dtype == dtype):
-            return fused.qk_norm_rotary(qkv, q_gain, k_gain, cos, sin, H, 1e-5, impl=impl)
+    def run(*leaves, impl='torch'):
+        with torch.autocast(device.type, dtype, enabled=any(x.dtype == dtype for x in leaves)):
+            return op(*leaves, impl=impl)
     names = {'eager': run, 'torch.compile': torch.compile(run),
              "ours, impl='triton'": functools.partial(run, impl='triton')}
-    return [x.requires_grad_() for x in (qkv, *gains)], names, 14 * B * T * H * D * qkv.element_size()
+    return [x.requires_grad_() for x in leaves], names, n_unit * B * T * C * dtype.itemsize
 
 
 def sdpa_with(backend, q, k, v):
@@ -193,51 +223,53 @@ def bench_kernels(argv):
     peak = next((v for k, v in costs.PEAK_FLOPS.items() if k in name), float('nan'))
     for case in LOSS_CASES:
         leaves, names, flops = loss_candidates(case, device, torch.bfloat16)
-        truth = gradients(names['eager'], leaves, torch.float32)
+        truth = gradients(names["ours, impl='torch'"], leaves, torch.float32)     # in chunks: eager's would not fit
         compare(f"masked loss, {case}", leaves, names, flops, truth, peak)
     for case in ATTENTION_CASES:
         leaves, names, flops = attention_candidates(case, device, torch.bfloat16)
         truth = gradients(names['SDPA, boolean mask'], leaves, torch.float32)
         compare(f"attention, {case}", leaves, names, flops, truth, peak)
-    for case in QK_CASES:
-        leaves, names, n_byte = qk_candidates(case, device, torch.bfloat16)
+    for case in FUSED_CASES:
+        leaves, names, n_byte = fused_candidates(case, device, torch.bfloat16)
         truth = gradients(names['eager'], leaves, torch.float32)
-        compare(f"QK-norm and rotary, {case}; TB/s of what must move, not TFLOP/s", leaves, names, n_byte, truth,
-                float('nan'))
+        compare(f"{case}; TB/s of what must move, not TFLOP/s", leaves, names, n_byte, truth, float('nan'))
 
 
+TILES = [(m, v, c, g, w, s) for m, v, w in ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+         for c in (32, 64) for g in (4, 8, 16) for s in (3, 4)]
 TUNE = {                                        # block sizes, num_warps, num_stages to try for each kernel
     'forward': [(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)],
-    'dkdv': [(m, n, w, s) for m in (32, 64) for n in (64, 128) for w in (4, 8) for s in (1, 2)],
+    'dkdv': [(m, n, w, s) for m in (32, 64) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2)],
     'dq': [(m, n, w, s) for m in (64, 128) for n in (32, 64) for w in (4, 8) for s in (1, 2)],
-    'lse': [(m, v, c, g, w, s) for m, v, w in ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
-            for c in (32, 64) for g in (4, 8) for s in (3, 4)],
-    'dz': [(m, v, c, g, w, s) for m, v, w in ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
-           for c in (32, 64) for g in (4, 8) for s in (3, 4)],
+    'lse': TILES, 'dz': TILES,
     'kept_lse': [(v, w, 1) for v in (1024, 2048, 4096, 8192) for w in (4, 8)],
     'kept_dz': [(v, w, 1) for v in (1024, 2048, 4096, 8192) for w in (4, 8)],
     'qk_forward': [(w, 1) for w in (2, 4, 8)],
     'qk_backward': [(w, 1) for w in (2, 4, 8, 16)],
+    'add_norm': [(w, 1) for w in (4, 8, 16)], 'add_norm_backward': [(w, 1) for w in (4, 8, 16)],
+    'swiglu': [(b, w, 1) for b in (512, 1024, 2048) for w in (4, 8)],
+    'swiglu_backward': [(b, w, 1) for b in (512, 1024, 2048) for w in (4, 8)],
 }
 
 
 def tune(argv):
-    """Try TUNE's configs on this GPU, a kernel at a time, and print the entries of kernels.CONFIG that were fastest."""
+    """Try TUNE's configs on this GPU, a kernel at a time, and print the entries of policy.CONFIG that were fastest."""
     if not torch.cuda.is_available():
         print('bench.py tune: torch sees no GPU here, so there is nothing to tune')
         return
     device = torch.device('cuda')
-    obstacle = kernels._why_not('loss', device, torch.bfloat16, 64)
+    obstacle = policy._why_not('loss', device, torch.bfloat16, 64)
     if obstacle:
         print(f"bench.py tune: {obstacle}, so there is nothing to tune")
         return
-    arch = kernels._arch(device)
+    arch = policy._arch(device)
     print(conditions(device))
     for kernel, candidates in TUNE.items():
-        for width in (0,) if 'lse' in kernel or 'dz' in kernel else (64, 128):
-            if kernel.startswith('qk'):
-                case = dict(B=4, H=2048 // width, D=width, T=2048)
-                leaves, names, _ = qk_candidates(case, device, torch.bfloat16)
+        for width in sorted(w for k, a, w in policy.CONFIG if (k, a) == (kernel, arch)):
+            op = dict(qk='qk-norm', add='add-norm', swiglu='swiglu').get(kernel.split('_')[0])
+            if op:
+                case = dict(op=op, B=4, T=2048, C=5632 if op == 'swiglu' else 2048, D=width)
+                leaves, names, _ = fused_candidates(case, device, torch.bfloat16)
                 f = names["ours, impl='triton'"]
             elif width:
                 case = dict(B=8, H=2048 // width, D=width, T=2048, mask='documents')
@@ -252,15 +284,15 @@ def tune(argv):
 
 
 def fastest(key, candidates, f):
-    """The config of kernels.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
-    before, times = kernels.CONFIG[key], {}
+    """The config of policy.CONFIG[key] with which f runs fastest; those that do not compile or fit are passed over."""
+    before, times = policy.CONFIG[key], {}
     for config in (before, *candidates):
-        kernels.CONFIG[key] = config
+        policy.CONFIG[key] = config
         try:
             times[config] = timed(f)
         except Exception as e:                                  # too large for this GPU, not compiled, ...
             failure = e
-    kernels.CONFIG[key] = before
+    policy.CONFIG[key] = before
     if not times:
         sys.exit(f"bench.py tune: no config of {key} runs here: {type(failure).__name__} {failure}")
     return min(times, key=times.get)
@@ -274,10 +306,10 @@ def curve(argv, n_step=200, spec=None, n_row=8):
     process.start_device()
     spec = spec or dict(decoder=dict(n_layer=8, n_head=4, n_embd=512, vocab_size=50432, seq_len=1024), encoder=None,
                         projector=None, image_id=None)
-    T, policy, losses = spec['decoder']['seq_len'], dict(kernels.POLICY), {}
+    T, before, losses = spec['decoder']['seq_len'], dict(policy.POLICY), {}
     for impl in ('triton', 'torch'):
-        chosen = {key: 'triton-keep' if impl == 'triton' and key == 'loss, logits fit' else impl for key in policy}
-        kernels.POLICY.update({key: ({8: chosen[key], 9: chosen[key]}, 'bench.py curve') for key in policy})
+        chosen = {key: 'triton-keep' if impl == 'triton' and key == 'loss, logits fit' else impl for key in before}
+        policy.POLICY.update({key: ({8: chosen[key], 9: chosen[key]}, 'bench.py curve') for key in before})
         model = build_vlm(spec, 0).to(process.device)
         optimizer = common.make_optimizer(model, {'decoder': 1.0}, weight_decay=0.01, betas=(0.9, 0.95))
         generator = torch.Generator().manual_seed(0)
@@ -292,7 +324,7 @@ def curve(argv, n_step=200, spec=None, n_row=8):
             common.optimizer_step(optimizer, 3e-3 * min(1, (i + 1) / 20), 1.0)
             losses[impl].append((loss / weight).detach())
         losses[impl] = torch.stack(losses[impl]).tolist()
-    kernels.POLICY.update(policy)
+    policy.POLICY.update(before)
     print(conditions(process.device))
     for i in sorted({0, n_step - 1, *range(9, n_step, 10)}):
         print(f"  step {i + 1:>4}  ours {losses['triton'][i]:.4f}  PyTorch {losses['torch'][i]:.4f}")
@@ -304,8 +336,9 @@ RECIPE = ['step', 'config/ckpt80_img10.py', '--data_dir=/nowhere', '--micro_batc
 GPU_PARTS = [                    # name, seconds at most, command: the dearest knowledge first, tune with what is left
     ('1.4B step', 60, RECIPE), ('1.4B step, compiled', 90, [*RECIPE, '--compile=true']),
     ('1.4B step, recomputed', 45, [*RECIPE, '--activation_checkpointing=true']),
-    ('kernels', 120, ['kernels']), ('loss curves', 90, ['curve']),
-    ('kernel tests', 150, ['-m', 'pytest', '-q', 'tests/test_kernels.py']), ('tune', 540, ['tune'])]
+    ('kernels', 150, ['kernels']), ('loss curves', 90, ['curve']),
+    ('kernel tests', 150, ['-m', 'pytest', '-q', *(f'tests/test_{name}.py' for name in ('kernels', 'loss', 'fused'))]),
+    ('tune', 540, ['tune'])]
 
 
 def run_parts(parts, out, seconds, title):

@@ -4,7 +4,7 @@ Checkpoint folders: written whole or not at all, pruned, read back by name, and 
     python checkpoint.py merge CHECKPOINT OUT            # a model with adapters as an ordinary one
     python checkpoint.py merge BASE OUT ADAPTERS         # the same from the adapters.safetensors of a run on BASE
 
-Inside one: model.safetensors (OpenLM's names under `decoder.`, and `projector.`), encoder.safetensors, optim.pt
+Inside one: model.safetensors (OpenLM's names under `decoder.`, `projector.`, `cross.`), encoder.safetensors, optim.pt
 (moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. A model
 with adapters has what trains once more, in adapters.safetensors. Nothing is unpickled: safetensors, weights_only, JSON.
 """
@@ -29,6 +29,7 @@ from data import load_tokenizer
 from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
 from model import DECODER, build_vlm
+from vision import fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
 
 LOCK = []                       # the open lock file of this process's run folder
@@ -48,7 +49,10 @@ META = {                        # what every meta.json holds
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
         'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
                            optional=True), 'image_id': COUNT,
-        'adapters': Field(dict, of=SPEC, optional=True)}),
+        'fusion': Field(dict, of={'kind': Field(str), 'every': Field(int, 1)}, optional=True),
+        'adapters': Field(dict, of=SPEC, optional=True),
+        'view': Field(dict, optional=True, of={'shortest': Field(int, 0, 1 << 14, optional=True),
+                                               'split': Field(bool, optional=True)})}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
     'files': Field(dict, of=Field(dict, of={'size': COUNT, 'sha256': Field(str, 64, 64)})),
     'sources': Field(dict, of=Field(dict, of={'n_file': COUNT, 'n_row': COUNT, 'sha256': Field(str, 64, 64)})),
@@ -291,17 +295,21 @@ def build(folder, spec, seed=None):
         return build_vlm(spec, seed)
 
 
-def load_weights(model, folder, meta, may_lack=()):
+def load_weights(model, folder, meta, may_lack=(), tell=None):
     """
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
-    may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base
+    may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base,
+              ('cross.',) of one without cross blocks
+    tell      tell(line) of position tables that are resized to the model's image_size; None = none is
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
     """
     source = tensors(checked_path(folder, meta, 'model.safetensors'))
     if 'encoder.safetensors' in meta['files'] and model.encoder is not None:
         source.update(tensors(checked_path(folder, meta, 'encoder.safetensors')))
+    for name in fit_positions(model, source) if tell else ():
+        tell(f"!!! {name} of {folder} is resized to this run's image_size")
     return fill(model, source, lambda name: name if getattr(model, name.split('.')[0], None) is not None else None,
                 may_lack)
 
@@ -428,15 +436,23 @@ def _tuples(value):
 
 
 def check_spec(meta, spec, folder):
-    """Raise UserError naming the first number in which a base's model differs from this run's; seq_len may."""
-    for part in ('decoder', 'encoder', 'projector'):
-        there, here = meta['spec'].get(part) or {}, spec[part] or {}
+    """
+    Raise UserError naming the first number in which a base's model differs from this run's; seq_len and image_size may.
+    """
+    for part in ('decoder', 'encoder', 'projector', 'fusion'):
+        ours = spec.get(part) or (dict(kind='sequence') if part == 'fusion' and spec['encoder'] else None)
+        there, here = _fixed(meta['spec'].get(part) or {}), _fixed(ours or {})
         keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
         for key in keys:
             old, new = there.get(key), here.get(key)
-            if spec[part] is not None and key != 'seq_len' and new != old:
+            if ours is not None and new != old:
                 raise UserError(f"{folder} has a model whose {part} has {key}={old!r}, this run's has {new!r}: give "
                                 "the same, or the same scale file")
+
+
+def _fixed(spec):
+    return {key: _fixed(value) if isinstance(value, dict) else value for key, value in spec.items()
+            if key not in ('seq_len', 'image_size')}
 
 
 def how_to_make(path, scale):

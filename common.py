@@ -83,16 +83,16 @@ def top_lr(schedule):
 def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     """
     AdamW over the parts of a VLM that train.
-    shares   dict part ('decoder', 'projector', 'encoder') -> its share of the scheduled lr
+    shares   dict part ('decoder', 'projector', 'encoder', 'cross') -> its share of the scheduled lr
     decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
-             dimensions, so gains and biases do not (Prismatic); adapters never do
+             dimensions, so gains and biases do not (Prismatic); adapters and the gates of cross blocks never do
     returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
     for part, share in shares.items():
         module = getattr(model, part)
         named = [(f'{part}.{n}', p) for n, p in module.named_parameters() if p.requires_grad] if module else []
-        decayed = {n for n, p in named if (decay == 'all' or p.ndim >= 2) and not n.endswith(NAMES)}
+        decayed = {n for n, p in named if (decay == 'all' or p.ndim >= 2) and not n.endswith((*NAMES, '.gates'))}
         for strength, falls in ((weight_decay, True), (0.0, False)):
             if pairs := [(n, p) for n, p in named if (n in decayed) == falls]:
                 names, params = zip(*pairs)
@@ -122,7 +122,7 @@ def optimizer_step(optimizer, lr, clip):
 
 def drop_gradients(*modules):
     """Set gradients to None: what a step did not use is neither decayed nor moved by old moments."""
-    for module in modules:
+    for module in filter(None, modules):
         for p in module.parameters():
             p.grad = None
 
@@ -327,7 +327,8 @@ class Run:
         Raises UserError when a resumed run finds none, or not all: it could not go on exactly.
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
-        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.')     # untouched without images
+        # untouched without images
+        may_lack = () if self.resumed and seen_images else ('projector.', 'encoder.', 'cross.')
         if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
             may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
@@ -385,9 +386,9 @@ class Run:
             f"{config['global_batch_size']} sequences, {self.n_micro} micro-steps, {self.process.world_size} processes "
             f"on {self.process.device.type} in {str(self.process.dtype)[6:]}, lr {lr_at(0, schedule):.3e} -> "
             f"{lr_at(self.max_steps - 1, schedule):.3e}")
-        if model.n_token:                                        # whatever their number: the same samples, and seq_len
-            self.process.print(f"an image takes {model.n_token} of a row's {config['seq_len']} positions: "
-                               f"{config['seq_len'] - model.n_token} are left for text")
+        if model.n_slot:                                         # whatever their number: the same samples, and seq_len
+            self.process.print(f"an image takes {model.n_slot} of a row's {config['seq_len']} positions: "
+                               f"{config['seq_len'] - model.n_slot} are left for text")
 
     def take(self, batches):
         """

@@ -11,11 +11,11 @@ import os
 
 import torch
 
-import kernels
+import loss
 from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
 from connectors import projector_spec
-from model import build_vlm, vlm_spec
+from model import build_vlm, fusion_spec, vlm_spec, with_view
 from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
@@ -48,6 +48,15 @@ def decoder_flops(c, n_row, n_position, n_kept, frozen=False, rank=0):
     return (4 if frozen else 6) * products + 6 * (low + c.n_layer * 2 * c.n_embd * pairs)
 
 
+def cross_flops(model, n_position, n_image):
+    """The same of a VLM's cross blocks, on rows of n_position positions in all that all see an image of n_image."""
+    if model.cross is None:
+        return 0
+    c, features = model.decoder.config, n_image * model.n_token
+    products = n_position * (2 * c.n_embd ** 2 + 3 * c.n_embd * c.n_ffn) + features * 2 * c.n_embd ** 2
+    return 6 * len(model.cross) * (products + n_position * model.n_token * 2 * c.n_embd)
+
+
 def what_trains(decoder):
     """decoder_flops' frozen and rank, of a Decoder after set_trained."""
     layer = decoder.layers[0].attention.in_proj
@@ -64,13 +73,14 @@ def meta_vlm(spec, config):
 
 def image_costs(model):
     """
-    What one image costs in encoder and projector, counted on a meta_vlm: (FLOPs of forward and backward, bytes that the
-    backward keeps in float32); (0, 0) for text.
+    What one image, the largest where aspects are kept, costs in encoder and projector, counted on a meta_vlm: (FLOPs of
+    forward and backward, bytes that the backward keeps in float32); (0, 0) for text.
     """
     if model.encoder is None:
         return 0, 0
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
-    n, kept = model.n_token, {}
+    n, kept = model.n_token // (5 if model.split else 1), {}
+    shape = (1, *(5,) * model.split, 3, *sides(model.encoder.image_size))
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
         if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
@@ -78,8 +88,7 @@ def image_costs(model):
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(1, 3, *sides(model.encoder.image_size), dtype=torch.uint8,
-                                                    device='meta'))
+        features = model.image_features(torch.empty(shape, dtype=torch.uint8, device='meta'))
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -102,13 +111,15 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     K = N if n_kept is None else n_kept
     size = lambda module, trained=True: sum(p.numel() for p in module.parameters() if p.requires_grad == trained) \
         if module else 0
+    cross = len(model.cross or ())
     trained, frozen, copied = size(model), size(model, False), size(model.encoder, False)
-    how, blocks_trained = what_trains(model.decoder), size(model.decoder.layers)
+    how, blocks_trained = what_trains(model.decoder), size(model.decoder.layers) + size(model.cross)
     blocks = blocks_trained + size(model.decoder.layers, False)
     if parallel == 'fsdp':
         # the root group is whole; so are the block that runs, the next on its way, what is copied, a block's gradients
         root, frozen = trained + frozen - copied - blocks, copied + (frozen - copied) / n_process
-        weights, whole = 16 * trained / n_process, 4 * root + (3 * width * blocks + 4 * blocks_trained) // c.n_layer
+        block = (3 * width * blocks + 4 * blocks_trained) // (c.n_layer + cross)
+        weights, whole = 16 * trained / n_process, 4 * root + block
     else:
         weights, whole = 16 * trained, 2 * (blocks + size(model.projector)) if width == 2 else 0
     # attention keeps its input, the norm's output, q, k, v, both rotated, its own output: 8 C; the feed-forward its
@@ -120,16 +131,19 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     elif how['frozen'] and not how['rank']:                  # no linear layer's input
         attention, ffn = attention - c.n_embd * width, ffn - (c.n_embd + c.n_ffn) * width
     layers = (c.n_layer * attention + (c.n_layer - 1) * ffn) * N + ffn * K
+    if cross:                                                # q's norms and scatter, gates and residual: 12 C + 4 F
+        seen = n_image * (n_position * (12 * c.n_embd + 4 * c.n_ffn) + model.n_token * 5 * c.n_embd) * width
+        layers += cross * (seen + N * c.n_embd * 4)
     block_work = N * (2 * c.n_ffn + c.n_embd) * width        # gradients of gate and up, and of the residual stream
     if checkpointing:
-        layers, block_work = c.n_layer * 4 * c.n_embd * N, block_work + N * (attention + ffn)
+        layers, block_work = (c.n_layer + cross) * 4 * c.n_embd * N, block_work + N * (attention + ffn)
     logits, head = K * c.vocab_size * width, 4 * c.vocab_size * c.n_embd
     gradient = head * (not how['frozen'])
     if parallel == 'fsdp':
         block_work += gradient                               # the output matrix's gradient waits for the root's end
-    kept = logits <= kernels.KEEP_LOGITS_BYTES['cuda' if width == 2 else 'cpu']
-    columns = kernels.CHUNK_COLUMNS if width == 2 else 0
-    chunk = min(logits, max(kernels.CHUNK_BYTES, columns * K * width))
+    kept = logits <= loss.KEEP_LOGITS_BYTES                  # and a quarter of what is free, which is not known here
+    columns = loss.CHUNK_COLUMNS if width == 2 else 0
+    chunk = min(logits, max(loss.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
     loss_work = logits * kept + max(chunk * (1 if kept else 2), gradient + head / 2 * (width == 2))
     return {'weights': weights, 'frozen': 4 * frozen, 'whole': whole,
@@ -154,7 +168,8 @@ def described(config, image_id, images):
         with torch.device('meta'):
             shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
             tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token))
+        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token), **fusion_spec(config))
+        spec = with_view(spec, config)
     return spec
 
 
@@ -171,10 +186,11 @@ def run_flops(config, model, per_image, max_steps):
     images = config['image_ratio'] if 'image_ratio' in config else 1 - config.get('text_share', 0.0)
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
     how = what_trains(model.decoder)
-    with_image = decoder_flops(c, 1, T, max(1, T - model.n_token), **how)
+    with_image = decoder_flops(c, 1, T, max(1, T - model.n_slot), **how)
     without = decoder_flops(c, 1, T, T, **how)
-    return {'decoder': rows_of(config) * G * (images * with_image + (1 - images) * without),
-            'images': G * images * per_image}
+    R = G * rows_of(config)
+    parts = {'decoder': R * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
+    return {**parts, 'cross': R * images * cross_flops(model, T, 1)} if model.cross is not None else parts
 
 
 def rows_of(config):
@@ -188,8 +204,8 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
     R = B * rows_of(config)
-    return memory(model, n_row=R, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_token else 0,
-                  per_image=per_image, n_kept=R * (config['seq_len'] - model.n_token * (images == 1)), width=width,
+    return memory(model, n_row=R, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_slot else 0,
+                  per_image=per_image, n_kept=R * (config['seq_len'] - model.n_slot * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 
@@ -207,7 +223,7 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     trained = {part: sum(p.numel() for p in module.parameters() if p.requires_grad)
                for part, module in model.named_children()}
     total = sum(trained.values())
-    stored = n['decoder'] + n.get('projector', 0)
+    stored = n['decoder'] + n.get('projector', 0) + n.get('cross', 0)
     steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
     states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
     gib = lambda n_byte: f'{n_byte / 2 ** 30:.2f} GiB'

@@ -22,7 +22,7 @@ import numpy as np
 
 from errors import BadSample, Field, UserError, check, first_line, reading
 from files import Shards, find, open_tars, read_at, read_whole, reading_item, sample_key, stamp_of, tar_index
-from images import RESIZE, open_image
+from images import View, open_image
 from instruct import (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, InstructSource, caption_prompt,  # noqa: F401
                       check_room, instruct_prompt, safe_join)
 from kernels import IGNORE_INDEX
@@ -341,6 +341,7 @@ class CaptionSource:
     caption_field  'txt' = the .txt; 'json' = 'caption' or 'text' of the .json; 'syn' = one entry of 'syn_text' of the
                    .syn.json (DataCompDR; a checksum of the key picks it); 'auto' = the first of these that is there.
                    A mix of original and synthetic captions is made by `prepare.py merge`
+    view           an images.View, in place of encoder_n_token, image_size and resize
     .note          what 'auto' means here, a line for the user, where a sample has other captions too; else ''
     Raises UserError when seq_len < encoder_n_token + 2 and for tars without any image or any caption of that kind,
     BadSample for an item without a readable image or caption.
@@ -348,14 +349,13 @@ class CaptionSource:
     items_per_row = 1
 
     def __init__(self, paths, tokenizer, seq_len, encoder_n_token, image_size, resize='letterbox', name='caption',
-                 cache_dir='', caption_field='auto'):
+                 cache_dir='', caption_field='auto', view=None):
         self.name, self.tokenizer, self.seq_len, self.cache_dir = name, tokenizer, seq_len, cache_dir
-        self.n_token, self.image_size, self.resize = encoder_n_token, image_size, resize
+        self.view = view or View(image_size, encoder_n_token, resize)
         self.caption_field = caption_field
         check_room(name, seq_len, encoder_n_token, resize)
         if caption_field not in CAPTION_FIELDS:
             raise UserError(f"{name}: caption_field={caption_field!r}: expected one of {', '.join(CAPTION_FIELDS)}")
-        self.prefix = caption_prompt(encoder_n_token, tokenizer)
         self.shards, self.damaged = Shards(), []
         for stamp, _, n, damage in open_tars(find(paths, '.tar'), cache_dir):
             self.damaged += [damage] if damage else []
@@ -396,13 +396,12 @@ class CaptionSource:
             image = members[image_suffix(members)]
             pick = zlib.crc32(key.encode('utf-8', 'surrogateescape'))
             caption = caption_of(stamp, members, self.caption_field, pick)
-            image = open_image(read_at(stamp, *image, MAX_IMAGE_BYTES), size=self.image_size)
-            image = RESIZE[self.resize](image, self.image_size)
-        ids = self.prefix + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
+            image, n = self.view(open_image(read_at(stamp, *image, MAX_IMAGE_BYTES), size=self.view.decode))
+        ids = caption_prompt(n, self.tokenizer) + self.tokenizer.encode(caption) + [self.tokenizer.eot_id]
         cut = len(ids) > self.seq_len + 1
         ids = np.array(ids[:self.seq_len + 1], np.int64)
         targets = ids[1:].copy()
-        targets[:self.n_token] = IGNORE_INDEX                            # image positions, and the sep as a target
-        return Sample(ids[:-1], targets, None, [image], self.name, f"{os.path.basename(stamp[0])}:{key}", self.n_token,
+        targets[:n] = IGNORE_INDEX                                       # image positions, and the sep as a target
+        return Sample(ids[:-1], targets, None, [image], self.name, f"{os.path.basename(stamp[0])}:{key}", n,
                       self.tokenizer.image_id, [f"{stamp[0]}:{r}"], int(cut))
 

@@ -61,7 +61,7 @@ micro_batch_size = 2                    # [>= 1, free] pairs: the largest diviso
 lr = 1e-6                               # [> 0] peak (arXiv 2305.18290)
 final_lr = 0.0                          # [>= 0]
 warmup_ratio = 0.1                      # [>= 0, < 1] of max_steps, the first lr 0 (Zephyr, arXiv 2310.16944)
-projector_lr = 0.0                      # [>= 0] peak of the projector's lr; 0 = lr
+projector_lr = 0.0                      # [>= 0] peak of the lr of projector and cross blocks; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.0                      # [>= 0] TRL's default
 decay = 'matrices'                      # ['all' | 'matrices'] as in finetune.py
@@ -112,8 +112,8 @@ spec = dict(run.meta['spec'])
 model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
-                          system_prompt, name='preferences', cache_dir=cache_dir, boxes=boxes)
+source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
+                          system_prompt, name='preferences', cache_dir=cache_dir, boxes=boxes, view=model.view(resize))
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images
@@ -148,7 +148,7 @@ model.decoder.activation_checkpointing = activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in model.decoder.layers:
+    for block in (*model.decoder.layers, *(model.cross or ())):
         block.compile(dynamic=None)
 
 
@@ -180,6 +180,7 @@ unasked.close()
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
              from_zero=True)
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
+lr_factors['cross'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed:
     run.load_moments(optimizer)
@@ -203,7 +204,8 @@ for step in range(run.first_step, run.last_step):
         # the log divides sums over rows by targets; these are means over pairs, of two rows
         row_losses.append(numbers.repeat_interleave(2, 1) * (n_kept / (2 * global_batch_size)))
     if counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
+        # AdamW is not to touch them without an image
+        common.drop_gradients(model.projector, model.encoder, model.cross)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=torch.ones(1))

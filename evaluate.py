@@ -44,6 +44,7 @@ from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
 from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
+from images import batched
 from instruct import caption_prompt, instruct_prompt
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
@@ -216,7 +217,8 @@ def load(opt):
     opt.ckpt = os.path.realpath(opt.ckpt)                      # once: a run that goes on swaps its ckpt_last
     model, tokenizer, meta = checkpoint.load_vlm(opt.ckpt, opt.device)
     # autocast keeps its bfloat16 copy of a weight only where the weight requires a gradient
-    model.decoder.requires_grad_(opt.dtype == 'bfloat16')
+    for part in filter(None, (model.decoder, model.cross)):
+        part.requires_grad_(opt.dtype == 'bfloat16')
     torch.backends.cuda.enable_cudnn_sdp(False)                # slow here: it makes a plan for each new length
     scale = meta['config'].get('scale', opt.scale)
     if scale != opt.scale and os.path.exists(os.path.join(os.path.dirname(__file__), 'config', f'{scale}.py')):
@@ -234,10 +236,9 @@ def answer(opt):
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
     n_token, prefix = 0, None
     if opt.image:
-        n_token = model.n_token
-        pixels = load_image(opt.image, model.encoder.image_size, opt.resize)[None]       # (1,3,S,S)
+        pixels, n_token = load_image(opt.image, model.view(opt.resize))
         with autocast(opt):
-            prefix = model.prefill_images(pixels)                                        # once for all questions
+            prefix = model.prefill_images(batched([pixels]))                             # once for all questions
 
     def write(ids):
         with autocast(opt):

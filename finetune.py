@@ -20,7 +20,7 @@ from common import lr_at
 from configurator import config_keys, configure
 from data import InstructSource, Mixture
 from errors import UserError, leave, user_error_hook
-from model import add_images
+from model import FRESH_CROSS, add_images, fusion_spec, with_view
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -50,7 +50,12 @@ projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' |
 token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] as pretrain.py's
 image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
+fusion = 'sequence'                     # ['sequence' | 'cross'] as in pretrain.py; a base without cross blocks gets
+                                        # fresh ones, one with them keeps them
+cross_every = 4                         # [>= 1] of 'cross', for fresh blocks
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
+aspect = 'square'                       # ['square' | 'keep'] as in pretrain.py; what the base has on stays on
+split = False                           # as in pretrain.py; Idefics2 splits in this stage only
 system_prompt = ''                      # in front of the first question, without loss; the paper does not print its own
 split_turns = False                     # True = each question is a row of its own, with its image, and sees no other
 loss_average = 'token'                  # ['token' | 'answer'] every answer token weighs the same, or every answer
@@ -73,7 +78,7 @@ lr = 3e-4                               # [> 0] peak (appendix D)
 final_lr = 0.0                          # [>= 0] the paper gives none
 warmup_ratio = 0.05                     # [>= 0, < 1] of max_steps (appendix D)
 warmup_from_zero = True                 # True: the first step's lr is 0 (Prismatic's rule; appendix D names none)
-projector_lr = 0.0                      # [>= 0] peak of the projector's lr; 0 = lr
+projector_lr = 0.0                      # [>= 0] peak of the lr of projector and cross blocks; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.1                      # [>= 0] the paper gives none, Prismatic 0.1
 decay = 'matrices'                      # ['all' | 'matrices'] gains and biases do not decay (Prismatic)
@@ -143,15 +148,22 @@ elif not run.resumed:
                 'projector', 'token_mode', 'image_tokens', 'image_size'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder, projector")
+fresh_cross = fusion == 'cross' and not run.meta['spec'].get('fusion')
+if fresh_cross:
+    spec = {**spec, **fusion_spec(config)}
+    process.print(FRESH_CROSS.format(run.folder, cross_every))
+elif spec.get('fusion') and not run.resumed and spec['fusion']['every'] != cross_every:
+    process.print(f"cross_every={spec['fusion']['every']}, as {run.folder} has it")
+spec = with_view(spec, config)
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
-model = checkpoint.build(run.folder, spec, seed if fresh_projector and not dry_run else None)
+model = checkpoint.build(run.folder, spec, seed if (fresh_projector or fresh_cross) and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
-chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_token,
+chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.n_slot,
                       model.encoder.image_size, resize, system_prompt, loss_average, split_turns, cache_dir=cache_dir,
-                      boxes=boxes, shuffle_turns=shuffle_turns)
+                      boxes=boxes, shuffle_turns=shuffle_turns, view=model.view(resize))
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut
@@ -174,19 +186,21 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 # --- model ------------------------------------------------------------------------------------------------------------
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
-checkpoint.load_weights(model, run.folder, run.meta, ('encoder.', 'projector.') if fresh_projector else ())
+checkpoint.load_weights(model, run.folder, run.meta,
+                        ('encoder.', 'projector.') * fresh_projector + ('cross.',) * fresh_cross)
 run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in model.decoder.layers:
+    for block in (*model.decoder.layers, *(model.cross or ())):
         block.compile(dynamic=None)
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
              from_zero=warmup_from_zero)
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
+lr_factors['cross'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed:
     run.load_moments(optimizer)
@@ -215,7 +229,8 @@ for step in range(run.first_step, run.last_step):
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss.detach())
     if counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
+        # AdamW is not to touch them without an image
+        common.drop_gradients(model.projector, model.encoder, model.cross)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)

@@ -1,9 +1,11 @@
 """
-LayerNorm of q and k and rotary, between projection and attention: the maths, the plain reference, the kernel.
+Between a block's products, each as the maths, the plain reference, the kernels:
 
-    q, k, v = qk_norm_rotary(qkv, q_gain, k_gain, cos, sin, n_head, eps)
+    q, k, v = qk_norm_rotary(qkv, q_gain, k_gain, cos, sin, n_head, eps)     # LayerNorm of q and k, rotary
+    s, n = add_norm(x, y, gain, eps)                                         # residual stream and its LayerNorm
+    h = swiglu(packed)                                                       # silu(gate) * up
 
-Which one runs is kernels.POLICY's matter, as for the two operations there.
+Which one runs is policy.POLICY's matter.
 """
 import operator
 from typing import Tuple
@@ -12,12 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import _aligned, _choose, _config, _launch_on, _strides, triton
+from policy import _aligned, _choose, _config, _launch_on, _strides, triton
 
 if triton is not None:
     import triton.language as tl
 
-N_PROGRAM = 256                 # of the backward, each with a share of the rows: the gains' gradients add up by it
+N_PROGRAM = 256                 # of the norms' backward, each with a share of the rows: gains' gradients add up by it
+
+
+def layer_norm(x, weight, eps):
+    """LayerNorm of x (..., C) with a gain and no bias; under autocast in the low precision, as OpenLM's LPLayerNorm."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return F.layer_norm(x, weight.shape, weight, None, eps)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), None, eps)
+
+
+def _dense(x):
+    return _aligned(x.contiguous())
 
 
 # === LayerNorm of q and k, rotary ===========================================================================
@@ -31,16 +47,6 @@ N_PROGRAM = 256                 # of the backward, each with a share of the rows
 # float32, the kernel 14: it reads q, k, v, dq, dk, dv, and q and k again, and writes q, k, v and dqkv.
 
 # --- reference
-def layer_norm(x, weight, eps):
-    """LayerNorm of x (..., C) with a gain and no bias; under autocast in the low precision, as OpenLM's LPLayerNorm."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return F.layer_norm(x, weight.shape, weight, None, eps)
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), None, eps)
-
-
 def rotate(x, cos, sin):
     """Rotary embedding, half-split ("rotate half"): x (B,H,T,D), cos and sin broadcastable to it, in x's dtype."""
     x1, x2 = x.chunk(2, -1)
@@ -170,10 +176,6 @@ def _qk_norm_rotary(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, si
     return q, k, v, stat
 
 
-def _dense(x):
-    return _aligned(x.contiguous())
-
-
 @_qk_norm_rotary.register_fake
 def _(qkv, q_gain, k_gain, cos, sin, n_head, eps):
     return *_heads(qkv, n_head), qkv.new_empty(*qkv.shape[:2], 2, 2, dtype=torch.float32)
@@ -236,3 +238,216 @@ def qk_norm_rotary(qkv, q_gain, k_gain, cos, sin, n_head, eps, *, impl='auto'):
         return _qk_norm_rotary_torch(qkv, q_gain, k_gain, cos, sin, n_head, eps)
     cos, sin = (y.reshape(-1, T, D) for y in (cos, sin))
     return _qk_norm_rotary(qkv, q_gain, k_gain, cos, sin, n_head, eps)[:3]
+
+
+# === residual and norm ======================================================================================
+#
+# For each token, with the stream x, the update y and the gain g, all (C,):
+#     s = x + y,   n = g z,   z = (s - mean s) / sqrt(var s + eps)
+# With the gradients ds of s and dn of n:
+#     dg = sum over tokens of dn z,   dx = dy = ds + (g dn - mean(g dn) - z mean(g dn z)) / sqrt(var s + eps)
+# What is saved is z in 16 bits, as much as eager PyTorch keeps. Counted in tensors (B,T,C) of 16 bits, forward and
+# backward, with x, s in float32 as under autocast: eager PyTorch moves 25, the kernels 14: they read x, y and write s,
+# n, z, then read ds, dn, z and write dx, dy.
+
+# --- reference
+def _add_norm_torch(x, y, gain, eps):
+    s = x + y
+    return s, layer_norm(s, gain, eps)
+
+
+# --- kernels
+if triton is not None:
+    @triton.jit
+    def _load_row(X, row, C, c):
+        return tl.load(X + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _store_row(X, x, row, C, c):
+        tl.store(X + row * C + c, x.to(X.dtype.element_ty), mask=c < C)
+
+    @triton.jit
+    def _add_norm_kernel(X, Y, G, S, N, Z, RSTD, C, eps, BLOCK: tl.constexpr):
+        """A token's s, n and z; 1/std -> RSTD (tokens,) float32."""
+        row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        s = _load_row(X, row, C, c) + _load_row(Y, row, C, c)
+        _store_row(S, s, row, C, c)
+        s = tl.where(c < C, s - tl.sum(s) / C, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(s * s) / C + eps)
+        tl.store(RSTD + row, rstd)
+        _store_row(Z, s * rstd, row, C, c)
+        _store_row(N, s * rstd * _load_row(G, 0, C, c), row, C, c)
+
+    @triton.jit(do_not_specialize=['n_row'])
+    def _add_norm_backward_kernel(DS, DN, Z, RSTD, G, DX, DY, DG, n_row, C, BLOCK: tl.constexpr):
+        """dx and dy of a share of the tokens; the sum of their dg -> DG (programs, C) float32."""
+        c = tl.arange(0, BLOCK)
+        g, total = _load_row(G, 0, C, c), tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.program_id(0), n_row, tl.num_programs(0)):
+            row = tl.cast(i, tl.int64)
+            dn, z = _load_row(DN, row, C, c), _load_row(Z, row, C, c)
+            total += dn * z
+            dn *= g
+            d = (dn - tl.sum(dn) / C - z * (tl.sum(dn * z) / C)) * tl.load(RSTD + row) + _load_row(DS, row, C, c)
+            _store_row(DX, d, row, C, c)
+            _store_row(DY, d, row, C, c)
+        _store_row(DG, total, tl.program_id(0), C, c)
+
+
+# --- operator
+@torch.library.custom_op('ckpt80::add_norm', mutates_args=())
+def _add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tuple[
+        Tensor, Tensor, Tensor, Tensor]:
+    """s; n and z in `dtype`; and 1/std."""
+    s, n, z, rstd = _add_norm_empty(x, y, dtype)
+    with _launch_on(x):
+        if x.numel():
+            _add_norm_kernel[(rstd.numel(),)](_dense(x), _dense(y), gain, s, n, z, rstd, x.shape[-1], eps,
+                                              BLOCK=_padded(x.shape[-1]), **_config('add_norm', x.device))
+    return s, n, z, rstd
+
+
+@_add_norm.register_fake
+def _(x, y, gain, eps, dtype):
+    return _add_norm_empty(x, y, dtype)
+
+
+def _add_norm_empty(x, y, dtype):
+    return (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)),
+            *(x.new_empty(x.shape, dtype=dtype) for _ in range(2)), x.new_empty(x.shape[:-1], dtype=torch.float32))
+
+
+@torch.library.custom_op('ckpt80::add_norm_backward', mutates_args=())
+def _add_norm_backward(ds: Tensor, dn: Tensor, z: Tensor, rstd: Tensor, gain: Tensor, x_dtype: torch.dtype,
+                       y_dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
+    C, n_row = z.shape[-1], rstd.numel()
+    dx, dy = (z.new_empty(z.shape, dtype=dtype) for dtype in (x_dtype, y_dtype))
+    dg = z.new_empty(min(N_PROGRAM, n_row), C, dtype=torch.float32)
+    with _launch_on(z):
+        if n_row:
+            _add_norm_backward_kernel[(len(dg),)](_dense(ds), _dense(dn), z, rstd, gain, dx, dy, dg, n_row, C,
+                                                  BLOCK=_padded(C), **_config('add_norm_backward', z.device))
+        return dx, dy, dg.sum(0).to(gain.dtype)
+
+
+@_add_norm_backward.register_fake
+def _(ds, dn, z, rstd, gain, x_dtype, y_dtype):
+    return *(z.new_empty(z.shape, dtype=dtype) for dtype in (x_dtype, y_dtype)), gain.new_empty(gain.shape)
+
+
+def _add_norm_setup(ctx, inputs, output):
+    x, y, gain, *_ = inputs
+    ctx.dtypes = x.dtype, y.dtype
+    ctx.save_for_backward(*output[2:], gain)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _add_norm_autograd(ctx, ds, dn, *_):
+    return *_add_norm_backward(ds, dn, *ctx.saved_tensors, *ctx.dtypes), None, None
+
+
+_add_norm.register_autograd(_add_norm_autograd, setup_context=_add_norm_setup)
+
+
+def add_norm(x, y, gain, eps, *, impl='auto'):
+    """
+    The residual stream s = x + y and its LayerNorm, with a gain and no bias.
+    x, y     (..., C) float, each in its dtype
+    gain     (C,) float
+    impl     'auto', 'torch', 'triton' (C up to 8192, a norm of 16 bits)
+    returns  s (..., C) in the wider dtype of x and y; its norm (..., C), under autocast in the low precision
+    Raises ValueError for shapes that do not fit. The reference rounds s before the norm, the kernel does not.
+    """
+    if x.shape != y.shape or gain.shape != x.shape[-1:]:
+        raise ValueError(f'add_norm: x {tuple(x.shape)}, y {tuple(y.shape)}, gain {tuple(gain.shape)}: '
+                         'expected (..., C) twice, (C,)')
+    device, C = x.device, operator.index(x.shape[-1])
+    low = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if low else torch.promote_types(x.dtype, y.dtype)
+    obstacle = f'width {C}, above 8192' if C > 8192 else ''
+    if _choose('add-norm', 'residual', impl, device, dtype, C, obstacle) == 'torch':
+        return _add_norm_torch(x, y, gain, eps)
+    return _add_norm(x, y, gain, eps, dtype)[:2]
+
+
+# === SwiGLU =================================================================================================
+#
+# With the gate g and up u, the halves of one projection, and r = 1 / (1 + exp(-g)):
+#     h = g r u,   du = dh g r,   dg = dh u r (1 + g (1 - r))
+# The projection alone is saved, without silu(g). Counted in tensors (B,T,F) of 16 bits, forward and backward: eager
+# PyTorch moves 18, the kernels 8: they read g, u and write h, then read dh, g, u and write dg, du.
+
+# --- reference
+def _swiglu_torch(packed):
+    gate, up = packed.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+# --- kernels
+if triton is not None:
+    @triton.jit
+    def _swiglu_kernel(X, H, width, BLOCK: tl.constexpr):
+        """Program (token, part): BLOCK features of its h; X is the packed projection, h has `width` features."""
+        row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        g, u = _load_row(X, 2 * row, width, c), _load_row(X, 2 * row + 1, width, c)
+        _store_row(H, g * u / (1.0 + tl.exp(-g)), row, width, c)
+
+    @triton.jit
+    def _swiglu_backward_kernel(DH, X, DX, width, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        g, u, dh = _load_row(X, 2 * row, width, c), _load_row(X, 2 * row + 1, width, c), _load_row(DH, row, width, c)
+        r = 1.0 / (1.0 + tl.exp(-g))
+        _store_row(DX, dh * u * r * (1.0 + g * (1.0 - r)), 2 * row, width, c)
+        _store_row(DX, dh * g * r, 2 * row + 1, width, c)
+
+
+# --- operator
+@torch.library.custom_op('ckpt80::swiglu', mutates_args=())
+def _swiglu(packed: Tensor) -> Tensor:
+    width, config = packed.shape[-1] // 2, _config('swiglu', packed.device)
+    h = packed.new_empty(*packed.shape[:-1], width)
+    with _launch_on(packed):
+        if h.numel():
+            grid = h.numel() // width, triton.cdiv(width, config['BLOCK'])
+            _swiglu_kernel[grid](_dense(packed), h, width, **config)
+    return h
+
+
+@_swiglu.register_fake
+def _(packed):
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+@torch.library.custom_op('ckpt80::swiglu_backward', mutates_args=())
+def _swiglu_backward(dh: Tensor, packed: Tensor) -> Tensor:
+    dx, config = packed.new_empty(packed.shape), _config('swiglu_backward', packed.device)
+    with _launch_on(packed):
+        if dh.numel():
+            grid = dh.numel() // dh.shape[-1], triton.cdiv(dh.shape[-1], config['BLOCK'])
+            _swiglu_backward_kernel[grid](_dense(dh), _dense(packed), dx, dh.shape[-1], **config)
+    return dx
+
+
+@_swiglu_backward.register_fake
+def _(dh, packed):
+    return packed.new_empty(packed.shape)
+
+
+_swiglu.register_autograd(lambda ctx, dh: _swiglu_backward(dh, *ctx.saved_tensors),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def swiglu(packed, *, impl='auto'):
+    """
+    silu(gate) * up of one projection (SwiGLU, arXiv 2002.05202).
+    packed   (..., 2 F) float: gate and up side by side
+    impl     'auto', 'torch', 'triton' (16-bit)
+    returns  (..., F) in the dtype of packed
+    Raises ValueError for an odd width.
+    """
+    width = operator.index(packed.shape[-1])
+    if width % 2:
+        raise ValueError(f'swiglu: packed {tuple(packed.shape)}: expected (..., 2 F)')
+    if _choose('swiglu', 'packed', impl, packed.device, packed.dtype, width) == 'torch':
+        return _swiglu_torch(packed)
+    return _swiglu(packed)

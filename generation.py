@@ -10,17 +10,24 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
+from connectors import Sight
+from images import each
 from kernels import Intervals, linear_cross_entropy
 
 
 class KVCache:
-    """Keys and values of every layer, written at each row's own positions: rows of different lengths share a batch."""
-    def __init__(self, config, batch, length, device, dtype):
+    """
+    Keys and values of every layer, written at each row's own positions: rows of different lengths share a batch.
+    cross    a model's CrossBlocks, whose keys and values of each row's last image are kept, too; or None
+    """
+    def __init__(self, config, batch, length, device, dtype, cross=None):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = None                                        # (B,) int64, or None = all
+        self.cross, self.last = cross, {}       # from the first image on: 'images' (n_block,2,B,n,C), 'shown' (B,) bool
 
     def at(self, length, rows=None):
         """The same memory, of which only the first positions and the given rows are written and read."""
@@ -37,12 +44,30 @@ class KVCache:
             return self.k[layer], self.v[layer]
         return self.k[layer][rows], self.v[layer][rows]
 
-    def fill(self, prefix, row):
-        """Copy another cache's rows `row` (B,) to the start of this one: one prefilled image serves many questions."""
-        n = prefix.k.shape[3]
+    def fill(self, prefix, row, n):
+        """Copy n positions of another cache's rows `row` (B,) to its start: a prefilled image serves many questions."""
         rows = slice(None) if self.rows is None else self.rows
-        self.k[:, rows, :, :n] = prefix.k[:, row]
-        self.v[:, rows, :, :n] = prefix.v[:, row]
+        self.k[:, rows, :, :n] = prefix.k[:, row, :, :n]
+        self.v[:, rows, :, :n] = prefix.v[:, row, :, :n]
+        self.show(prefix.last.get('images'), row)
+
+    def show(self, images, row):
+        """From now on these rows see, of images (n_block,2,N,n,C) or None, the row-th (B,); -1 = none."""
+        rows = slice(None) if self.rows is None else self.rows
+        if images is not None and not self.last:
+            (n_block, _, _, *shape), B = images.shape, self.k.shape[1]
+            self.last.update(images=images.new_zeros(n_block, 2, B, *shape), shown=row.new_zeros(B, dtype=torch.bool))
+        if images is not None:
+            self.last['images'][:, :, rows] = images[:, :, row.clamp(min=0)]
+        if self.last:
+            self.last['shown'][rows] = row >= 0
+
+    def sight(self, T):
+        """What T further positions of each row see of images; None where there is none."""
+        if not self.last:
+            return None
+        rows = slice(None) if self.rows is None else self.rows
+        return Sight.cached(self.cross, self.last['images'][:, :, rows], self.last['shown'][rows], T)
 
 
 def new_cache(model, batch, length):
@@ -50,33 +75,41 @@ def new_cache(model, batch, length):
     weight = model.decoder.output.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(model.decoder.config, batch, length, weight.device, dtype)
+    return KVCache(model.decoder.config, batch, length, weight.device, dtype, model.cross)
+
+
+def cross_cache(model, features):
+    """Keys and values (n_block,2,N,n,C) that the cross blocks make of features (N,n,C)."""
+    return torch.stack([torch.stack(block.keys_values(features)) for block in model.cross])
 
 
 @torch.no_grad()
 def prefill_images(model, images):
     """
     Read images once, for any number of calls of generate(prompts, prefix=..., image_index=...).
-    images   (N,3,S,S) uint8 or normalised float
-    returns  KVCache of N rows and n_token positions
+    images   as model.image_features takes them
+    returns  KVCache of N rows and as many positions as the largest image takes; .slots (N,), what each of them takes
     """
-    N, n = len(images), model.n_token
+    slots = model.slots(images)
+    N, n = len(slots), max(slots)
     prefix = new_cache(model, N, n)
-    device = prefix.k.device
-    x = model.image_features(images.to(device)).to(model.decoder.tok_embeddings.weight.dtype)   # (N,n,C) as embed
+    prefix.slots, device = torch.tensor(slots), prefix.k.device
+    x = model.image_features(each(lambda t: t.to(device), images))                     # (N,n,C), or a list of (n,C)
+    x = pad_sequence(list(x), batch_first=True).to(model.decoder.tok_embeddings.weight.dtype)   # as embed
+    if model.cross is not None:
+        prefix.show(cross_cache(model, x), torch.arange(N, device=device))
+        x = model.decoder.tok_embeddings(torch.full((N, 1), model.image_id, device=device))     # (N,1,C)
     position = torch.arange(n, device=device).expand(N, -1)
     unread = torch.zeros(1, dtype=torch.int64, device=device)          # only the cache is wanted: one row of output
     model.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
     return prefix
 
 
-def images_open_rows(model, tokens, length, image_index):
-    """Is every row of tokens (B,T) one whole image, then at least one id, and no further image?"""
-    n = model.n_token
-    if n == 0 or len(image_index) != len(tokens) or length.min() <= n:
+def images_open_rows(model, tokens, length, slots):
+    """Is every row of tokens (B,T) one image of so many slots (B,), then at least one id, and no further image?"""
+    if model.encoder is None or len(slots) != len(tokens) or bool((length <= slots).any()):
         return False
-    slots = tokens == model.image_id                                                   # (B,T)
-    return bool(slots[:, :n].all()) and not slots[:, n:].any()
+    return torch.equal(tokens == model.image_id, torch.arange(tokens.shape[1]) < slots[:, None])
 
 
 def read(model, prompts, images, image_index, prefix, cache):
@@ -88,30 +121,45 @@ def read(model, prompts, images, image_index, prefix, cache):
         raise ValueError("generate: expected prompts of at least one token each")
     device, B = cache.k.device, len(prompts)
     length = torch.tensor([len(p) for p in prompts])
-    tokens = torch.zeros(B, int(length.max()), dtype=torch.int64)
+    tokens, start = torch.zeros(B, int(length.max()), dtype=torch.int64), 0
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
     if images is not None or prefix is not None:
-        n_image = len(images) if prefix is None else prefix.k.shape[1]
-        image_index = torch.arange(n_image) if image_index is None else image_index.cpu()
-        if images_open_rows(model, tokens, length, image_index):
+        slots = prefix.slots if prefix is not None else torch.tensor(model.slots(images))
+        image_index = torch.arange(len(slots)) if image_index is None else image_index.cpu()
+        slots = slots[image_index]                                                     # (B,), where each row has one
+        if images_open_rows(model, tokens, length, slots):
             if prefix is None:
                 used, image_index = image_index.unique(return_inverse=True)
-                prefix = prefill_images(model, images[used.to(images.device)])
+                used = used.tolist()
+                prefix = prefill_images(model, [images[i] for i in used] if isinstance(images, list) else images[used])
+            start = int(slots[0])
+            if bool((slots != start).any()):                                           # rows of one size at a time
+                rows = torch.arange(B, device=device) if cache.rows is None else cache.rows
+                groups = [(slots == n).nonzero()[:, 0] for n in slots.unique()]
+                hidden = [read(model, [prompts[i] for i in group], None, image_index[group], prefix,
+                               cache.at(cache.k.shape[3], rows[group.to(device)])) for group in groups]
+                return torch.cat(hidden)[torch.cat(groups).argsort().to(device)]
         elif prefix is not None:
             raise ValueError("generate: with a prefix, each prompt is one image and then text without images")
         image_index = image_index.to(device)
-    tokens, start = tokens.to(device), 0
+    tokens, sight = tokens.to(device), None
     if prefix is None:
-        x = model.embed(tokens, None if images is None else images.to(device), image_index)
+        images = each(lambda t: t.to(device), images)
+        x, sight = model.embed(tokens, images, image_index), model.see(tokens, images, image_index)
+        if sight is not None:
+            sight.images = cross_cache(model, sight.images[0])
+            n_slot = (tokens == model.image_id).sum(1)                                 # (B,)
+            cache.show(sight.images, torch.where(n_slot > 0, image_index[n_slot.cumsum(0) - 1], -1))
+        else:
+            cache.show(None, torch.full((B,), -1, device=device))
     else:
-        cache.fill(prefix, image_index)
-        start = prefix.k.shape[3]
+        cache.fill(prefix, image_index, start)
         x = model.decoder.tok_embeddings(tokens[:, start:])
     T = x.shape[1]
     position = start + torch.arange(T, device=device).expand(B, -1)                    # (B,T)
     ends = (torch.arange(B) * T + length - 1 - start).to(device)                       # where each prompt ends in x
-    return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache)
+    return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache, sight)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """
-Images from files: opened whatever their format or damage, and resized as Prismatic does (arXiv 2402.07865).
+Images from files: opened whatever their format or damage, and resized as Prismatic does (arXiv 2402.07865) or, with
+their aspect ratio, as Idefics2 does (arXiv 2405.02246).
 """
 import contextlib
 import io
 import math
 import os
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -164,3 +166,85 @@ def _shorter_edge_and_crop(image, size):
 
 def _to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()       # (3, h, w) uint8
+
+
+# --- what a model sees of a photo --------------------------------------------------------------------------------
+
+MAX_ASPECT = 20               # of a photo's edges, where it is kept: beyond, the rule below stretches it eightfold
+
+
+def grid_of(width, height, longest, shortest, patch):
+    """
+    The grid (rows, columns) of whole patches of a photo that keeps its aspect ratio, all in pixels: Idefics2's rule
+    (arXiv 2405.02246). The longer edge becomes at most `longest`, then each at least `shortest`, which only a small or
+    a long photo feels. Raises UserError beyond MAX_ASPECT.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"image of {width} x {height} pixels: aspect='keep' takes up to {MAX_ASPECT} to 1; crop it, or "
+                        "--max_bad_samples=N leaves it out")
+    ratio = width / height
+    if width >= height and width > longest:
+        width, height = longest, int(longest / ratio)
+    elif height > width and height > longest:
+        width, height = int(longest * ratio), longest
+    return tuple(max(edge, shortest, patch) // patch for edge in (height, width))
+
+
+@dataclass(frozen=True)
+class View:
+    """
+    How a photo becomes what a model reads: view(image) -> (pixels, positions it takes in a row).
+    size       pixels of a square's side or (height, width), or of the longest edge where the aspect is kept
+    n_slot     positions of a photo, of the largest where they differ; per_patch positions of a patch, 0 = none differs
+    shortest   pixels: the least of an edge where the aspect is kept; 0 = squares, made by `resize`
+    split      a photo is five images: its quarters (top left, top right, bottom left, bottom right), then the whole
+    pixels     uint8 (3,S,S), or (5,3,S,S) split; where the aspect is kept a list of 1 or 5 images (3,h,w)
+    """
+    size: int
+    n_slot: int
+    resize: str = 'letterbox'
+    shortest: int = 0
+    patch: int = 1
+    per_patch: int = 0
+    split: bool = False
+
+    @property
+    def decode(self):
+        """The size for open_image: a quarter of a photo is resized to it as the whole is."""
+        return max(sides(self.size)) * (1 + self.split)
+
+    def __call__(self, image):
+        parts = [image]
+        if self.split:
+            (w, h), (x, y) = image.size, (edge // 2 for edge in image.size)
+            parts = [image.crop(box) for box in ((0, 0, x, y), (x, 0, w, y), (0, y, x, h), (x, y, w, h))] + parts
+        pixels = [self._kept(part) if self.shortest else RESIZE[self.resize](part, self.size) for part in parts]
+        pixels = pixels if self.shortest else torch.stack(pixels) if self.split else pixels[0]
+        return pixels, self.positions(pixels)
+
+    def positions(self, pixels):
+        """Positions in a row that a photo takes whose pixels this view made."""
+        if isinstance(pixels, torch.Tensor) or not self.per_patch:
+            return self.n_slot
+        return self.per_patch * sum(part[0].numel() // self.patch ** 2 for part in pixels)
+
+    def _kept(self, image):
+        image = to_rgb(image)
+        rows, columns = grid_of(*image.size, self.size, self.shortest, self.patch)
+        return _to_tensor(image.resize((columns * self.patch, rows * self.patch), Image.Resampling.BICUBIC))
+
+
+def each(f, images):
+    """f of the tensors of images as `batched` gives them, or None."""
+    if isinstance(images, list):
+        return [[f(part) for part in image] for image in images]
+    return None if images is None else f(images)
+
+
+def batched(images):
+    """Images as views give them, as one: (N,...) of squares; others as lists of parts in one memory, sent as one."""
+    if isinstance(images[0], torch.Tensor):
+        return torch.stack(images)
+    parts = [part for image in images for part in image]
+    memory = iter(torch.cat([part.flatten() for part in parts]).split([part.numel() for part in parts]))
+    return [[next(memory).view(part.shape) for part in image] for image in images]

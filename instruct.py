@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from errors import BadSample, UserError, first_line, reading
 from files import Index, Shards, cached_index, find, read_at, read_whole, reading_item, stamp_of
-from images import RESIZE, open_image
+from images import RESIZE, View, open_image
 from kernels import IGNORE_INDEX
 from mixture import Sample, permute
 from weights import MAX_JSON_BYTES
@@ -64,6 +64,7 @@ class InstructSource:
     shuffle_turns True = the questions, each with its answer, come in the order of draw's key; the image stays first
     boxes         the frame of boxes such as [0.25, 0.10, 0.75, 0.90] in the texts: 'original' = shares of the photo,
                   left as they are; 'letterbox' = shares of the photo padded to a square (original_box)
+    view          an images.View, in place of image_size and resize; n_token is then what its largest image takes
     .note         lines for the user about missing images and questions that are cut; else ''
     .damaged      a line about missing images: without max_bad_samples a Mixture raises it
     Raises UserError for a missing file or broken JSON, BadSample for an unusable entry.
@@ -72,7 +73,7 @@ class InstructSource:
 
     def __init__(self, json, image_root, tokenizer, seq_len, n_token, image_size, resize='letterbox', system_prompt='',
                  loss_average='token', split_turns=False, name='instruct', cache_dir='', boxes='original',
-                 shuffle_turns=False):
+                 shuffle_turns=False, view=None):
         check_room(name, seq_len, n_token, resize)
         for key, value, words in (('loss_average', loss_average, ('token', 'answer')),
                                   ('boxes', boxes, ('original', 'letterbox'))):
@@ -82,7 +83,7 @@ class InstructSource:
             raise UserError(f"{name}: shuffle_turns with split_turns: a question alone in its row has no order")
         self.shuffle_turns = shuffle_turns
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
-        self.n_token, self.image_size, self.resize, self.system_prompt = n_token, image_size, resize, system_prompt
+        self.view, self.n_token, self.system_prompt = view or View(image_size, n_token, resize), n_token, system_prompt
         self.loss_average, self.split_turns, self.boxes, self.shards = loss_average, split_turns, boxes, Shards()
         entries, images, paths = [], [], find(json, '.json', '.jsonl')
         for path in paths:
@@ -150,9 +151,10 @@ class InstructSource:
             pairs = [turns[i:i + 2] for i in range(0, len(turns), 2)]
             if self.shuffle_turns and key is not None:
                 pairs = [pairs[permute(i, len(pairs), key)] for i in range(len(pairs))]
-            sample = self._layout(pairs, self.n_token if image else 0)
-            if image:
-                sample.images, sample.image_keys = [RESIZE[self.resize](image, self.image_size)], [name]
+            image, n_token = self.view(image) if image else (None, 0)
+            sample = self._layout(pairs, n_token)
+            if name:
+                sample.images, sample.image_keys = [image], [name]
         sample.source, sample.id = self.name, self._name(index)
         return sample
 
@@ -163,7 +165,7 @@ class InstructSource:
             path = next((stem + suffix for suffix in SUFFIXES if os.path.lexists(stem + suffix)), path)
         content = read_whole(path, MAX_IMAGE_BYTES)
         with reading_item(path):
-            return open_image(content, size=self.image_size)
+            return open_image(content, size=self.view.decode)
 
     def _layout(self, pairs, n_token):
         encode, sep = self.tokenizer.encode, self.tokenizer.sep_id

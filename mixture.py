@@ -22,6 +22,7 @@ import torch
 
 from errors import BadSample, UserError
 from files import start_worker
+from images import batched, each
 from kernels import IGNORE_INDEX
 
 SHARDS_TOGETHER = 16    # shards whose rows are shuffled with each other: few, so that reads stay local (16 x 8192 rows)
@@ -36,7 +37,7 @@ class Sample:
     One item of a source: one row, or R rows that share their images (a conversation cut into its questions).
     tokens, targets  (T,) or (R,T) int64 numpy; targets are shifted, IGNORE_INDEX = no loss
     weights          the same shape float32, or None = 1 per kept target
-    images           list of (3,S,S) uint8 tensors; each fills n_image_token positions of image_id, in every row
+    images           list of what images.View gives; each fills n_image_token positions of image_id, in every row
     """
     tokens: np.ndarray
     targets: np.ndarray
@@ -54,11 +55,11 @@ class Sample:
 
 class Batch(NamedTuple):
     """
-    tokens, targets (B,T) int64; images (N,3,S,S) uint8 or None; image_index (M,) int64: which image fills the m-th
-    slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names; ids: B
-    str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the items
-    that were replaced; stats {source: {one of COUNTS: int}}; rows: (Sample.key plus the row's place in it, positions
-    without pads) of each row.
+    tokens, targets (B,T) int64; images as images.batched gives them, or None; image_index (M,) int64: which image fills
+    the m-th slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names;
+    ids: B str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the
+    items that were replaced; stats {source: {one of COUNTS: int}}; rows: (Sample.key plus the row's place in it,
+    positions without pads) of each row.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -73,7 +74,9 @@ class Batch(NamedTuple):
     rows: list[tuple[int, int]]
 
     def _map(self, f):
-        return Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in self])
+        batch = self._replace(images=None)
+        batch = Batch(*[f(v) if isinstance(v, torch.Tensor) else v for v in batch])
+        return batch._replace(images=each(f, self.images))
 
     def to(self, device, non_blocking=False):
         """Return the batch with its tensors on `device`."""
@@ -142,7 +145,7 @@ def collate(samples, pad_id, pad_to=0, names=None):
         stats[s.source]['n_image'] += len(s.images)
         stats[s.source]['n_truncated'] += s.n_truncated
     kept = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.stack(images) if images else None,
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), batched(images) if images else None,
                  torch.tensor(slots, dtype=torch.int64) if images else None,
                  torch.from_numpy(weights) if weights is not None else None,
                  torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,

@@ -9,6 +9,7 @@ Paper section 2.1, appendices A, B (arXiv 2503.07603); OpenLM's model as the DCL
 """
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -22,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 import generation
 from adapters import add_adapters
-from connectors import build_projector, projector_spec
+from connectors import CrossBlocks, Sight, build_projector, projector_spec
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
-from fused import layer_norm, qk_norm_rotary
+from fused import add_norm, layer_norm, qk_norm_rotary, swiglu
+from images import View, sides
 from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
 from vision import build_encoder, encoder_spec
 from weights import fill, read_json, read_pt, tensors
@@ -112,8 +114,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.n_ffn, config.n_embd)
 
     def forward(self, x):
-        gate, up = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * up)
+        return self.w3(swiglu(self.w12(x)))
 
 
 class Block(nn.Module):
@@ -126,10 +127,11 @@ class Block(nn.Module):
 
     def forward(self, x, rotary, mask, cache=None, kept=None):
         """x (B,T,C) -> (B,T,C), or (K,C): with kept (K,) flat indices into B*T the feed-forward runs for these only."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        y = self.attention(self.attention_norm(x), rotary, mask, cache)
         if kept is not None:
-            x = x.flatten(0, 1)[kept]                           # (K,C)
-        return x + self.feed_forward(self.ffn_norm(x))
+            x, y = x.flatten(0, 1)[kept], y.flatten(0, 1)[kept]            # (K,C)
+        x, normed = add_norm(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
+        return x + self.feed_forward(normed)
 
 
 class Decoder(nn.Module):
@@ -172,7 +174,7 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    def trunk(self, x, kept=None, mask=None, position=None, cache=None):
+    def trunk(self, x, kept=None, mask=None, position=None, cache=None, sight=None):
         """
         The blocks and the final norm.
         x         (B,T,C) embeddings
@@ -180,6 +182,7 @@ class Decoder(nn.Module):
                   projection and the feed-forward for these only; keys and values for all: exact, and less work
         mask      Intervals over the keys; None = causal
         position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
+        sight     what cross blocks see (connectors.Sight); None = what the cache says, without one nothing
         returns   (B,T,C), or (K,C) with kept
         """
         B, T, _ = x.shape
@@ -188,13 +191,18 @@ class Decoder(nn.Module):
             rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
         else:
             rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
-        for i, block in enumerate(self.layers):
-            args = (x, rotary, mask, None if cache is None else (cache, i, position),
-                    kept if i == len(self.layers) - 1 else None)
+        sight = cache.sight(T) if sight is None and cache is not None else sight
+
+        def run(block, *args):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+        for i, block in enumerate(self.layers):
+            if sight is not None and i % sight.blocks.every == 0:
+                j = i // sight.blocks.every
+                x = run(sight.blocks[j], x, sight.images[j], sight)
+            x = run(block, x, rotary, mask, None if cache is None else (cache, i, position),
+                    kept if i == len(self.layers) - 1 else None)
         return self.norm(x)
 
     def forward(self, tokens):
@@ -205,20 +213,54 @@ class Decoder(nn.Module):
 class VLM(nn.Module):
     """
     A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. n_token: positions of an image, 0 for text;
-    None = as many as the encoder gives, else what the projector makes of them.
+    paper's choice). encoder and projector are None for a text-only model. n_token: features of an image, 0 for text;
+    None = as many as the encoder gives, else what the projector makes of them. They stand in the row, or, with cross
+    (CrossBlocks), are read by these blocks, and the image takes one position. shortest, split: see images.View.
     """
-    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None):
+    def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None,
+                 shortest=0, split=False):
         super().__init__()
-        self.decoder, self.encoder, self.projector = decoder, encoder, projector
-        self.n_token = n_token or (encoder.n_token if encoder is not None else 0)
+        self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
+        self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
+        self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
         self.image_id, self.z_loss = image_id, z_loss
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
 
+    @property
+    def n_slot(self):
+        """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
+        return self.n_token if self.cross is None else 1
+
+    def view(self, resize='letterbox'):
+        """How photos become this model's images."""
+        e, fixed = self.encoder, self.fixed or self.cross is not None
+        per_patch = 0 if fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
+        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
+
+    def slots(self, images):
+        """Positions in a row that each of N images takes: a list of int."""
+        view = self.view()
+        return [view.positions(image) for image in images]
+
     def image_features(self, images):
-        """images (N,3,S,S) uint8 or normalised float -> (N,n_token,C); a frozen encoder builds no graph."""
+        """
+        Images encoded, those of one size together, and projected; a frozen encoder builds no graph.
+        images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
+        returns  (N,n_slot,C), or where images take different numbers of positions a list of (n,C)
+        """
+        if isinstance(images, list):
+            parts = [part for image in images for part in image]
+            features = {}                                      # of the i-th part (n,C)
+            for shape in dict.fromkeys(part.shape for part in parts):
+                at = [i for i, part in enumerate(parts) if part.shape == shape]
+                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]))))
+            k = len(images[0])
+            features = [torch.cat([features[k * i + j] for j in range(k)]) for i in range(len(images))]
+            return torch.stack(features) if len({len(x) for x in features}) == 1 else features
+        if images.ndim == 5:
+            return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         trained = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.encoder(images)
@@ -226,8 +268,9 @@ class VLM(nn.Module):
 
     def embed(self, tokens, images=None, image_index=None, noise=None):
         """
-        Token embeddings with image features in the slots.
-        tokens (B,T) int64, images (N,3,S,S) or None, image_index (M,) int64 or None = arange(N); returns (B,T,C)
+        Token embeddings with image features in the slots, where there are no cross blocks to read them.
+        tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
+        returns (B,T,C)
         noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
@@ -237,27 +280,47 @@ class VLM(nn.Module):
         if n_image and (self.encoder is None or self.image_id is None):
             raise ValueError(f"{n_image} images given to a text-only model: expected a checkpoint with an encoder")
         if tokens.device.type == 'cpu' and self.image_id is not None:
-            check_slots(tokens, self.image_id, n_image, self.n_token if n_image else 0)
+            n_slot = self.n_slot
+            if n_image and isinstance(images, list):
+                n_slot = self.slots(images)
+                n_slot = n_slot if image_index is None else [n_slot[i] for i in image_index.tolist()]
+            check_slots(tokens, self.image_id, n_image, n_slot)
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
                 idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
-        features = self.image_features(images)                                         # (N,n_token,C)
-        if image_index is not None:
-            # (M,n_token,C); the backward of features[image_index] would add in an order that threads decide
+        if self.cross is not None:
+            return x
+        features = self.image_features(images)                                         # (N,n_slot,C)
+        if isinstance(features, list):
+            index = range(len(features)) if image_index is None else image_index.tolist()
+            features = torch.cat([features[i] for i in index])[None]                   # (1,slots,C)
+        elif image_index is not None:
+            # (M,n_slot,C); the backward of features[image_index] would add in an order that threads decide
             features = F.embedding(image_index, features.flatten(1)).unflatten(1, features.shape[1:])
         # a stable sort puts the slots first; their number is known, so that a GPU is not waited for
-        features = features.flatten(0, 1).to(x.dtype)                                  # (M*n_token,C)
+        features = features.flatten(0, 1).to(x.dtype)                                  # (slots,C)
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
+
+    def see(self, tokens, images=None, image_index=None):
+        """The Sight of a batch for the cross blocks, arguments as embed's; None where they have nothing to do."""
+        if self.cross is None or images is None and not torch.is_grad_enabled():
+            return None
+        if images is None:      # ddp and fsdp wait for every block: they run on no row, and their gradients are zeros
+            features = self.decoder.tok_embeddings.weight.new_zeros(0, self.n_token, self.decoder.config.n_embd)
+        else:
+            features = self.image_features(images)                                     # (N,n_token,C)
+        n_image = len(features if image_index is None else image_index)
+        return Sight.of(self.cross, [features] * len(self.cross), tokens == self.image_id, n_image, image_index)
 
     def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
-        images           (N,3,S,S) uint8, or None
+        images           as image_features takes them, or None
         image_index      (M,) int64: which image fills the m-th slot group in reading order; None = arange(N)
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
@@ -268,7 +331,8 @@ class VLM(nn.Module):
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.decoder.trunk(self.embed(tokens, images, image_index, noise), kept=kept)              # (K,C)
+        x = self.embed(tokens, images, image_index, noise)                             # (B,T,C)
+        x = self.decoder.trunk(x, kept=kept, sight=self.see(tokens, images, image_index))        # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -297,7 +361,32 @@ def add_images(spec, config):
     encoder = encoder_spec(config)
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
-    return dict(spec, encoder=encoder, projector=projector_spec(config, n_token))
+    spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token), **fusion_spec(config))
+    return with_view(spec, config)
+
+
+def with_view(spec, config):
+    """A description with a 'view', where aspect or split of a config turn it on; what is on stays on."""
+    view, tower = dict(spec.get('view') or {}), spec['encoder'].get('siglip', spec['encoder'])
+    if config.get('aspect') == 'keep':
+        size, projector = tower.get('config', tower)['image_size'], spec['projector']
+        if not isinstance(size, int) or projector['kind'] != 'perceiver' and projector.get('n_token'):
+            raise UserError("aspect='keep' with image_tokens that are pooled, or of an image that is no square: give "
+                            "token_mode='query', or aspect='square'")
+        view['shortest'] = max(1, size * 27 // 70)                                            # Idefics2: 378 of 980
+    if config.get('split'):
+        view['split'] = True
+    return dict(spec, view=view) if view else spec
+
+
+FRESH_CROSS = '{} has no cross-attention blocks: fresh ones, their gates at 0, before every {}. block of the decoder'
+
+
+def fusion_spec(config):
+    """What a description says of fusion: nothing where features stand in the row, else its 'fusion'."""
+    if config.get('fusion', 'sequence') == 'sequence':
+        return {}
+    return dict(fusion=dict(kind='cross', every=config['cross_every']))
 
 
 class Undrawn(TorchFunctionMode):
@@ -311,7 +400,8 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2; None = memory as it comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3; None = memory as it
+             comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -323,7 +413,7 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = n_token = None
+            encoder = projector = n_token = cross = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
@@ -331,8 +421,15 @@ def build_vlm(spec, seed=None):
                 draw(1)
                 projector = build_projector(spec['projector'], encoder.width, config.n_embd)
                 n_token = spec['projector'].get('n_token')
+                if spec.get('fusion') is not None:
+                    if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
+                        raise UserError("fusion='cross', where an image is one position and all are of one size, goes "
+                                        "with image_mask='causal' and aspect='square' only")
+                    draw(3)
+                    cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
-            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token)
+            model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross,
+                        **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:
@@ -342,8 +439,16 @@ def build_vlm(spec, seed=None):
 
 
 def check_slots(tokens, image_id, n_image, n_token):
-    """ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots."""
+    """
+    ValueError unless each row of tokens (B,T) holds whole images, and all rows together n_image of n_token slots, or
+    images of so many slots as the list n_token says, in its order.
+    """
     in_row = (tokens == image_id).sum(1)                                               # (B,)
+    if isinstance(n_token, list):
+        ends = {0, *itertools.accumulate(n_token)}
+        if in_row.sum() != sum(n_token) or not ends.issuperset(in_row.cumsum(0).tolist()):
+            raise ValueError(f"rows hold {in_row.tolist()} image slots: expected whole images of {n_token} in turn")
+        return
     torn = (in_row % n_token if n_image else in_row).nonzero()                         # an image may not span two rows
     if len(torn):
         row = int(torn[0])
@@ -473,7 +578,7 @@ def openlm_moments(path):
 def save_openlm(decoder, path):
     """
     Write a Decoder in OpenLM's layout: `path` ending in .pt = {'epoch', 'name', 'state_dict'}, else an HF folder.
-    Each file is whole or not there.
+    Each file is whole or not there. Of a VLM with cross blocks this is the decoder alone, which is all of it for text.
     """
     path, c = os.fspath(path), decoder.config
     state = {k: v.detach().cpu().contiguous() for k, v in decoder.state_dict().items() if k != 'inv_freq'}

@@ -22,7 +22,7 @@ from common import lr_at
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, leave, user_error_hook
-from model import build_vlm, load_openlm, openlm_moments, vlm_spec
+from model import FRESH_CROSS, build_vlm, load_openlm, openlm_moments, vlm_spec
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -67,7 +67,13 @@ token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] what m
 image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at ('dinosiglip': its
                                         # SigLIP; 'patch': 384), else its positions are resized to that (bicubic)
+fusion = 'sequence'                     # ['sequence' | 'cross'] an image's features in the row, or one position for it
+                                        # and gated cross-attention to them (Flamingo)
+cross_every = 4                         # [>= 1] of 'cross': before every so many blocks; 6 of 51.4M at 1.4B
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
+aspect = 'square'                       # ['square' | 'keep'] 'keep' = Idefics2's: a grid for each image, whose longer
+                                        # edge is at most image_size, the other 27/70 of it at least; `resize` rests
+split = False                           # each image becomes five, its quarters and the whole: 5 times the positions
 image_ratio = 0.0                       # [>= 0, <= 1] share of sequences with an image
 instruct_share = 0.0                    # [>= 0, <= 1] share of instruction data inside the image share (3.4)
 loss_weight = 'source'                  # ['source' | 'token'] each source's mean loss by its share of rows, or one mean
@@ -93,7 +99,8 @@ start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the che
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # [>= 0] warmup of 'rewarm'; the paper gives none
 moments_warmup_steps = 100              # [>= 0] warmup of 'cooldown' when the checkpoint has no AdamW moments
-projector_lr = 0.0                      # [>= 0] the projector's highest lr, where the decoder has its own; 0 = the same
+projector_lr = 0.0                      # [>= 0] the highest lr of projector and cross blocks, where the decoder has its
+                                        # own; 0 = the same
 encoder_lr = 0.0                        # [>= 0] the same for a trained encoder
 weight_decay = 0.01                     # [>= 0]
 decay = 'all'                           # ['all' | 'matrices'] 'all' = gains and biases too (OpenLM's rule)
@@ -187,9 +194,12 @@ elif init_from and os.path.exists(os.path.join(init_from, 'tokenizer.json')):   
 model = build_vlm(spec, None if run.resumed or dry_run else seed)       # a resumed run's weights are all in its file
 
 # --- data -------------------------------------------------------------------------------------------------------------
+view = model.view(resize) if has_images else None
+
+
 def caption_mixture(patterns):
-    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_token, model.encoder.image_size, resize,
-                             pattern, cache_dir, caption_field) for pattern, _ in patterns]
+    sources = [CaptionSource(data_path(pattern), tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
+                             pattern, cache_dir, caption_field, view) for pattern, _ in patterns]
     for source in sources:
         if source.note:
             process.print(source.note)           # which of several captions is read
@@ -205,7 +215,8 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len,
-                              model.n_token, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes)
+                              model.n_slot, model.encoder.image_size, resize, cache_dir=cache_dir, boxes=boxes,
+                              view=view)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))
@@ -228,7 +239,10 @@ process.start_device()
 if has_images and encoder_weights == 'file' and not (run.meta and run.meta['spec']['encoder']):
     fill_encoder(model.encoder, towers)
 if run.meta:
-    checkpoint.load_weights(model, run.folder, run.meta, () if run.resumed else ('encoder.', 'projector.'))
+    fresh = checkpoint.load_weights(model, run.folder, run.meta, *((), None) if run.resumed else
+                                    (('encoder.', 'projector.', 'cross.'), process.print))
+    if any(name.startswith('cross.') for name in fresh):
+        process.print(FRESH_CROSS.format(run.folder, cross_every))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
 fresh_adapters = run.add_adapters(model, spec)
@@ -236,7 +250,7 @@ model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkp
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in model.decoder.layers:
+    for block in (*model.decoder.layers, *(model.cross or ())):
         block.compile(dynamic=None)
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
@@ -278,9 +292,10 @@ if top <= 0:
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or top) / top, 'encoder': (encoder_lr or top) / top}
+lr_factors['cross'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if foreign:
-    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.'),
+    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.', 'cross.'),
                                     f'{foreign_file} (move it away to start with fresh moments)')
     process.print(f"AdamW moments from {foreign_file}; fresh for {len(fresh)} tensors")
 elif run.resumed or moments == 'loaded':
@@ -335,7 +350,8 @@ for step in range(run.first_step, run.last_step):
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss.detach())
     if has_images and counts['n_image'].sum() == 0:
-        common.drop_gradients(model.projector, model.encoder)            # AdamW is not to touch them without an image
+        # AdamW is not to touch them without an image
+        common.drop_gradients(model.projector, model.encoder, model.cross)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)

@@ -123,10 +123,11 @@ def distribute(model, process, parallel):
     # of the copies that it keeps for the backward (7B: 14 GB). The root, and the residual stream with it, stay float32.
     # Each micro-step reduces its gradients: kept whole until the last, those of 7B would be 28 GB
     policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.decoder.layers:
+    for block in (*model.decoder.layers, *(model.cross or ())):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # the root is the VLM, whose forward hands output.weight to the loss. The projector and a trained encoder are of its
-    # group, whole in every step: blocks of their own would wait for ever for a process whose batch has no image.
+    # group, whole in every step: blocks of their own would wait for ever for a process whose batch has no image (cross
+    # blocks do not: they run on no row of it).
     # A frozen encoder is copied: 4 bytes a parameter (0.4B: 1.7 GB), and nothing to send
     copied = set()
     if model.encoder is not None:

@@ -19,10 +19,11 @@ from weights import fill, read_json, tensors
 
 # --- images to visual tokens -------------------------------------------------------------------------------------
 
-def _normalise(images, image_size, mean, std):
+def _normalise(images, image_size, patch_size, mean, std):
     # (N,3,H,W) uint8 or float -> float32; plain floats instead of buffers, so .to(bfloat16) cannot round mean and std
     H, W = sides(image_size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, H, W):
+    whole = all(0 < side <= most and side % patch_size == 0 for side, most in zip(images.shape[2:], (H, W)))
+    if images.ndim != 4 or images.shape[1] != 3 or not whole and tuple(images.shape[2:]) != (H, W):
         raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, {H}, {W}); "
                          f"resize with vision.letterbox(image, {image_size})")
     if images.dtype == torch.uint8:
@@ -33,6 +34,25 @@ def _normalise(images, image_size, mean, std):
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: expected uint8 (0..255) or normalised floats")
     return images.float()
+
+
+def position_ids(h, w, n, device=None):
+    """
+    Which rows of a table of n x n positions a grid of h x w patches takes, the nearest: (h * w,) int64. Row i of h has
+    floor(i * n / h) but for n = 70 and h = 25, 49, 50 or 55, where float32 puts some one off: the numbers are those of
+    Idefics2 (arXiv 2405.02246), whose weights have seen them.
+    """
+    edges = torch.arange(1 / n, 1.0, 1 / n)
+    row, column = (torch.bucketize((torch.arange(k) * (1.0 / torch.tensor(k))).clamp(max=1 - 1e-6), edges, right=True)
+                   for k in (h, w))
+    return (n * row[:, None] + column).flatten().to(device)
+
+
+def _positions(table, h, w):
+    # (h * w, C) of a table (n * n, C), for its own grid the whole: ids kept as bfloat16 would end at 256
+    if h * w == len(table):
+        return table
+    return F.embedding(position_ids(h, w, math.isqrt(len(table)), table.device), table)
 
 
 class PatchProjection(nn.Module):
@@ -55,9 +75,9 @@ class PatchProjection(nn.Module):
         return {'kind': 'patch', 'image_size': self.image_size, 'patch_size': self.patch_size}
 
     def forward(self, images):
-        p, (h, w) = self.patch_size, self.grid
-        x = _normalise(images, self.image_size, self.mean, self.std)[..., :h * p, :w * p]
-        x = x.reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)                # (N, row, column, 3, p, p)
+        p, x = self.patch_size, _normalise(images, self.image_size, self.patch_size, self.mean, self.std)
+        h, w = (side // p for side in x.shape[2:])
+        x = x[..., :h * p, :w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)      # (N, row, column, 3, p, p)
         return x.reshape(-1, h * w, 3 * p * p)
 
 
@@ -177,8 +197,9 @@ def _blocks_run(config, layer):
 class SigLIP(nn.Module):
     """
     SigLIP's vision tower (arXiv 2303.15343) up to the layer whose output is used; parameter names are Hugging Face's.
-    images   (N,3,H,W) uint8, normalised inside with mean and std, or float, taken as normalised
-    returns  (N, n_token, width) float32
+    images   (N,3,H,W) uint8, normalised inside with mean and std, or float, taken as normalised; of image_size a side,
+             or of fewer patches, which take the nearest positions
+    returns  (N, patches, width) float32
     layer    index into transformers' hidden_states: -2 = all blocks but the last (as Prismatic and LLaVA), 0 = patch
              embedding; norm=True adds the final LayerNorm, so layer=-1, norm=True is last_hidden_state
     keep_all also builds the blocks that are not run and the final LayerNorm, so that a saved tower is whole
@@ -217,10 +238,11 @@ class SigLIP(nn.Module):
         nn.init.normal_(self.embeddings['position_embedding'].weight, std=self.width ** -0.5)
 
     def forward(self, images):
-        x = _normalise(images, self.image_size, self.mean, self.std)             # (N, 3, H, W) float32
+        x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
         patch = self.embeddings['patch_embedding']
-        x = patch(x.to(patch.weight.dtype)).flatten(2).transpose(1, 2)           # (N, n_token, C)
-        x = x + self.embeddings['position_embedding'].weight     # the whole table: ids kept as bfloat16 end at 256
+        x = patch(x.to(patch.weight.dtype))                                      # (N, C, h, w)
+        positions = _positions(self.embeddings['position_embedding'].weight, *x.shape[2:])
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
         for i in range(self.n_block):
             x = self.encoder['layers'][i](x)
         if self.norm:
@@ -274,7 +296,7 @@ class DINOv2(nn.Module):
         C = config.hidden_size
         self.config, self.layer, self.norm = config, layer, norm
         self.n_block = _blocks_run(config, layer)
-        self.width, self.image_size = C, config.image_size
+        self.width, self.image_size, self.patch_size = C, config.image_size, config.patch_size
         self.n_token = math.prod(config.grid)
         self.mean, self.std = MEAN_STD['dinov2']
         self.patch_embedding = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size)
@@ -301,15 +323,16 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, images):
-        x = _normalise(images, self.image_size, self.mean, self.std)             # (N, 3, H, W) float32
-        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
+        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (N, C, h, w)
+        positions = _positions(self.position_embeddings[0, 1:], *x.shape[2:])
         cls = self.cls_token + self.position_embeddings[:, :1]                   # (1, 1, C)
         extra = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), 1)
-        x = x + self.position_embeddings[:, 1:]                                  # (N, n_token, C)
-        x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + n_token, C)
+        x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
+        x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + h*w, C)
         for block in self.layers:
             x = block(x)
-        x = x[:, -self.n_token:]                                                 # (N, n_token, C)
+        x = x[:, extra.shape[1]:]                                                # (N, h*w, C)
         if self.norm:
             x = self.layernorm(x)
         return x.float()
@@ -344,7 +367,7 @@ class DINOSigLIP(nn.Module):
         if fusion not in ('channel', 'interleave'):
             raise UserError(f"fusion={fusion!r}: expected 'channel' or 'interleave'")
         self.dinov2, self.siglip, self.fusion = dinov2, siglip, fusion
-        self.image_size, self.width = siglip.image_size, dinov2.width + siglip.width
+        self.image_size, self.patch_size, self.width = siglip.image_size, siglip.patch_size, dinov2.width + siglip.width
         self.n_token = siglip.n_token * (2 if fusion == 'interleave' else 1)
 
     def spec(self):
@@ -428,12 +451,22 @@ def fill_encoder(encoder, files):
         tower, found = getattr(encoder, kind, encoder), _find_tower(kind, path)
         own = tower.state_dict()
         found = {name: tensor for name, tensor in found.items() if name in own or name == 'register_tokens'}
-        positions = POSITIONS[kind]
-        if positions in found:
-            # antialiased for registers only, as transformers; timm, and so Prismatic, always is
-            antialias = kind == 'dinov2' and tower.register_tokens is not None
-            found[positions] = _resized(found[positions], own[positions].shape, tower.config.grid, antialias)
+        fit_positions(tower, found)
         fill(tower, found, may_lack=())
+
+
+def fit_positions(module, found):
+    """Resize the position tables among {name: LazyTensor} to those of a module with a tower; returns their names."""
+    own, names = module.state_dict(), []
+    for kind, positions in POSITIONS.items():
+        for name in [name for name in found if name.endswith(positions) and name in own]:
+            if found[name].shape != tuple(own[name].shape):
+                # antialiased for registers only, as transformers; timm, and so Prismatic, always is
+                tower = module.get_submodule(name.removesuffix(positions).rstrip('.'))
+                antialias = kind == 'dinov2' and tower.register_tokens is not None
+                found[name] = _resized(found[name], own[name].shape, tower.config.grid, antialias)
+                names.append(name)
+    return names
 
 
 def _filled(spec, files):
@@ -446,8 +479,6 @@ def _filled(spec, files):
 
 def _resized(tensor, shape, grid, antialias):
     # a LazyTensor of positions (..., n_extra + side^2, C) as one of `shape` for a grid, the extra ones kept
-    if tensor.shape == tuple(shape):
-        return tensor
     n_extra = shape[-2] - math.prod(grid)
 
     def read():

@@ -14,6 +14,7 @@ from configurator import configure
 from data import CaptionSource, InstructSource, TextSource, load_tokenizer
 from errors import UserError, user_error_hook
 from evaluate import default_options, load_image
+from images import View
 from mixture import BadSample, Mixture, collate
 from model import load_openlm
 from prepare import documents
@@ -76,7 +77,7 @@ def tokenizer(folder):
 def images(folder):
     for path in sorted(folder.iterdir()):
         for resize in ('letterbox', 'naive', 'crop'):
-            load_image(str(path), 28, resize)
+            load_image(str(path), View(28, 4, resize))
 
 
 def encoder(folder):
@@ -98,7 +99,7 @@ def benchmarks(folder):
     for task in find_tasks(default_options(eval_dir=str(folder), tasks=','.join(list_tasks(str(folder))))):
         for example in task.examples:
             if example.image:
-                load_image(example.image, 28, 'letterbox', not task.boxes)
+                load_image(example.image, View(28, 4), not task.boxes)
         if task.examples[0].choices is None:
             summarise(task, ['a red wall'] * len(task.examples))
         else:

@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint
 import common
-import kernels
+import loss
 from adapters import AdaptedLinear, adapter_spec, add_adapters, merge_adapters, set_trained
 from errors import UserError
 from model import build_vlm
@@ -220,12 +220,12 @@ def test_freeze_names_what_stays_and_adapters_train_alone(freeze, on, whole, low
 
 
 def test_a_frozen_decoder_costs_no_product_for_the_weights(monkeypatch):
-    wanted, plain = [], kernels._nll_torch_backward
+    wanted, plain = [], loss._nll_torch_backward
 
     def told(*args):
         wanted.append(args[-2:])                                         # need_x, need_w
         return plain(*args)
-    monkeypatch.setattr(kernels, '_nll_torch_backward', told)
+    monkeypatch.setattr(loss, '_nll_torch_backward', told)
     model = build_vlm(spec_of(), 0)
     for freeze in ('encoder', 'both'):
         set_trained(model, freeze)

@@ -1,20 +1,24 @@
 """ask.py: what reaches the model, how processes share it, and what stands in the journal."""
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ask
 from benchmarks import find_tasks
 from errors import UserError
 from evaluate import evaluate_task
+from model import VLM
 from scorers import Example, Task
 from test_benchmarks import COLOURS, options
 from test_evaluate import Oracle, eval_dir, tiny_model, tokenizer       # noqa: F401
+from vision import PatchProjection
 
 
 def everything(model, tokenizer, task, opt):
@@ -72,6 +76,42 @@ def test_an_image_that_cannot_be_read_ends_the_task_or_is_left_out(eval_dir, tok
         e.image = str(bad)
     with pytest.raises(UserError, match='no image of it can be read'):
         evaluate_task(Oracle(tokenizer, [task]), tokenizer, task, options(eval_dir, max_bad_samples=9))
+
+
+@pytest.mark.parametrize('split', [False, True])
+def test_photos_of_any_size_are_asked_about_together_as_alone(tokenizer, tmp_path, split):
+    """Aspects kept and photos split, in any batch: written answers and the nats of choices."""
+    plain, rng, examples = tiny_model(tokenizer), Random(3), []
+    model = VLM(plain.decoder, PatchProjection(42), plain.projector, image_id=tokenizer.image_id, shortest=16,
+                split=split).eval()
+    with torch.no_grad():
+        for p in model.parameters():                                     # far from ties
+            p.mul_(3 if p.dim() > 1 else 1)
+    for i in range(7):
+        w, h = rng.randint(4, 90), rng.randint(10, 90)
+        Image.effect_noise((w, h), 90).save(tmp_path / f'{i}.png')
+        examples += [Example(f'{i}{q}', 'what is it' if q else 'the red box', [0], str(tmp_path / f'{i}.png'))
+                     for q in range(1 + i % 2)]
+    asked = {'written': Task('t', 'vqav2', examples, None),
+             'chosen': Task('t', 'pope', [replace(e, choices=['yes', 'no']) for e in examples], None)}
+    for name, task in asked.items():
+        answers = {}
+        for batch_size in (1, 3, 16):
+            opt = options(str(tmp_path), batch_size=batch_size, max_new_tokens=6)
+            answers[batch_size] = everything(model, tokenizer, task, opt)
+        assert len(answers[1]) == len(examples)
+        for n in answers[1]:
+            for other in (3, 16):
+                if name == 'written':
+                    assert answers[other][n] == answers[1][n]
+                else:
+                    assert answers[other][n]['nats'] == pytest.approx(answers[1][n]['nats'], rel=1e-4)
+    assert len({a['text'] for a in everything(model, tokenizer, asked['written'], opt).values()}) > 3
+    Image.new('RGB', (400, 9)).save(tmp_path / '0.png')                   # 44 to 1: named, or left out and counted
+    with pytest.raises(UserError, match="0.png: image of .* pixels: aspect='keep' takes up to 20 to 1"):
+        everything(model, tokenizer, asked['written'], opt)
+    opt.max_bad_samples = 1
+    assert 'unreadable' in everything(model, tokenizer, asked['written'], opt)[0]
 
 
 # --- POPE and multiple choice -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def test_gpu_commands_say_so_without_one(argv, capsys):
 def test_tune_on_a_gpu_without_configs(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (12, 0))
-    monkeypatch.setattr(bench_gpu.kernels, 'triton', bench_gpu.kernels.triton or object())
+    monkeypatch.setattr(bench_gpu.policy, 'triton', bench_gpu.policy.triton or object())
     bench_gpu.tune([])
     assert 'no configs for compute capability 12.0' in capsys.readouterr().out
 
@@ -27,7 +27,7 @@ def test_loss_candidates_agree_with_float64():
     leaves, names, flops = bench_gpu.loss_candidates(dict(N=40, C=64, V=100, share=0.5), torch.device('cpu'), torch.float32)
     truth = bench_gpu.gradients(names['eager'], leaves, torch.float64)
     assert flops > 0
-    for name in ('eager', "ours, impl='torch'", "ours, impl='auto'"):
+    for name in ('eager', "ours, impl='torch'", "ours, impl='auto'", *({'F.linear_cross_entropy'} & set(names))):
         for a, b in zip(bench_gpu.gradients(names[name], leaves), truth):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max(), name                     # float32 sums of 100 terms
 
@@ -43,22 +43,29 @@ def test_attention_candidates_agree_with_float64(mask):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max(), name
 
 
-def test_qk_candidates_agree_with_float64():
-    leaves, names, n_byte = bench_gpu.qk_candidates(dict(B=2, H=2, D=64, T=5), torch.device('cpu'), torch.bfloat16)
+@pytest.mark.parametrize('op, n_unit', (('qk-norm', 14), ('add-norm', 14), ('swiglu', 8)))
+def test_fused_candidates_agree_with_float64(op, n_unit):
+    case = dict(op=op, B=2, T=5, C=128, D=64)
+    leaves, names, n_byte = bench_gpu.fused_candidates(case, torch.device('cpu'), torch.bfloat16)
     leaves = [x.detach().float().requires_grad_() for x in leaves]
     truth = bench_gpu.gradients(names['eager'], leaves, torch.float64)
-    assert n_byte == 14 * 2 * 5 * 2 * 64 * 2 and len(truth) == 6 and set(names) > {'eager', "ours, impl='triton'"}
+    assert n_byte == n_unit * 2 * 5 * 128 * 2 and set(names) > {'eager', "ours, impl='triton'"}
     for a, b in zip(bench_gpu.gradients(names['eager'], leaves), truth):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()               # float32 sums of 128 terms
+
+
+def test_the_cases_cover_every_kernel_and_tune_every_config():
+    assert {case['op'] for case in bench_gpu.FUSED_CASES} == {'qk-norm', 'add-norm', 'swiglu'}
+    assert set(bench_gpu.TUNE) == {kernel for kernel, _, _ in bench_gpu.policy.CONFIG} - {'delta'}
 
 
 def test_the_loss_curve_of_a_small_model(capsys):
     spec = dict(decoder=dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, seq_len=64), encoder=None, projector=None,
                 image_id=None)
-    policy = dict(bench_gpu.kernels.POLICY)
+    before = dict(bench_gpu.policy.POLICY)
     bench_gpu.curve([], n_step=12, spec=spec, n_row=2)
     out = capsys.readouterr().out
-    assert 'step    1' in out and 'step   12' in out and bench_gpu.kernels.POLICY == policy
+    assert 'step    1' in out and 'step   12' in out and bench_gpu.policy.POLICY == before
     if not torch.cuda.is_available():
         assert 'largest difference of a step\'s loss: 0.0000' in out   # both are the reference here
 

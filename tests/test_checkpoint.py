@@ -397,7 +397,8 @@ def test_a_base_of_another_shape_is_named():
     spec = json.loads(json.dumps(meta['spec']))
     checkpoint.check_spec(meta, {**spec, 'decoder': {**spec['decoder'], 'seq_len': 99}}, 'out/x')
     checkpoint.check_spec(meta, {**spec, 'encoder': None, 'projector': None}, 'out/x')        # a text run takes the decoder
-    for part, key, value in (('decoder', 'n_head', 1), ('encoder', 'image_size', 6), ('projector', 'kind', 'linear')):
+    checkpoint.check_spec(meta, {**spec, 'encoder': {**spec['encoder'], 'image_size': 6}}, 'out/x')     # resized
+    for part, key, value in (('decoder', 'n_head', 1), ('encoder', 'patch_size', 1), ('projector', 'kind', 'linear')):
         with pytest.raises(UserError) as caught:
             checkpoint.check_spec(meta, {**spec, part: {**spec[part], key: value}}, 'out/x')
         one_line(caught, f'out/x has a model whose {part} has {key}={spec[part][key]!r}', repr(value))

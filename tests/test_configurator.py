@@ -340,6 +340,15 @@ def test_each_axis_file_changes_the_name_and_its_axis_alone():
     assert len(names) == len(axes)
 
 
+def test_two_resolutions_are_two_runs():
+    files = ['config/ckpt80_img10.py', 'config/79m.py', 'config/res384.py', 'config/res980.py']
+    first, second = (configure({'__file__': os.path.join(ROOT, 'pretrain.py')}, [os.path.join(ROOT, f) for f in files[:n]])
+                     for n in (3, 4))
+    assert (first['name'], first['image_size'], first['aspect'], first['image_tokens']) == ('ckpt80_img10_384', 384, 'keep', 64)
+    assert second['init_from'] == 'out/{scale}/ckpt80_img10_384/ckpt_100' and second['name'] == 'ckpt80_img10_980'
+    assert {key for key in second if second[key] != first[key]} == {'name', 'init_from', 'image_size', 'schedule', 'rewarm_lr'}
+
+
 def test_axis_files_compose():
     files = [f'config/{name}.py' for name in ('79m', 'ckpt80_img10', 'axes/ckpt20', 'axes/img5', 'axes/tokens_x2')]
     config = configure({'__file__': os.path.join(ROOT, 'pretrain.py')}, [os.path.join(ROOT, file) for file in files])

@@ -94,6 +94,8 @@ def test_flops_of_an_image_by_hand():
     per_image, _ = costs.image_costs(costs.meta_vlm(spec_of(3, width, 300, TOWER), dict(freeze='encoder')))
     assert per_image == forward + projector
     assert costs.image_costs(costs.meta_vlm(spec_of(3, width, 300), dict(freeze='encoder'))) == (0, 0)
+    split = costs.meta_vlm(dict(spec_of(3, width, 300, TOWER), view={'shortest': 43, 'split': True}), dict(freeze='encoder'))
+    assert costs.image_costs(split)[0] == 5 * per_image and split.n_slot == 5 * n        # of the largest image
 
 
 def test_counting_draws_no_random_number():

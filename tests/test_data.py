@@ -26,7 +26,7 @@ import mixture
 from conftest import child_env
 from data import BadSample, CaptionSource, InstructSource, Loader, Mixture, Sample, TextSource, collate, load_tokenizer
 from errors import UserError
-from images import RESIZE, open_image
+from images import RESIZE, View, grid_of, open_image
 
 X = -100
 SENTENCES = [f"the {a} {b} is on the {c}, {n} times" for a in ('red', 'blue') for b in ('star', 'cat')
@@ -643,6 +643,40 @@ def test_images_that_do_not_fit_their_slots_name_the_row(tok, n_slot):
     with pytest.raises(ValueError,
                        match=f'caption a.tar:k: row 0 .* has {n_slot} image positions, its 1 image.* of 4 need 4'):
         collate([s], tok.pad_id)
+
+
+def test_images_of_their_own_sizes_in_captions_and_conversations(tmp_path, tok):
+    view = View(42, 45, shortest=16, patch=14, per_patch=1, split=True)
+    sizes = [(60, 40), (40, 60), (30, 30), (90, 30), (420, 20), (60, 40)]
+    for i, size in enumerate(sizes):
+        (tmp_path / f'{i}.jpg').write_bytes(jpeg(i, size))
+    tar = write_tar(tmp_path / 'a.tar', [x for i, size in enumerate(sizes)
+                                         for x in ((f'{i}.jpg', jpeg(i, size)), (f'{i}.txt', b'the red star'))])
+    (tmp_path / 'llava.json').write_text(json.dumps(
+        [talk('the red', 'star', 'the blue', 'cat', image=f'{i % 5}.jpg') for i in range(6)]))
+    files = dict(json=str(tmp_path / 'llava.json'), image_root=str(tmp_path))
+    for source in (CaptionSource(tar, tok, 96, 45, 42, view=view),
+                   InstructSource(**files, tokenizer=tok, seq_len=96, n_token=45, image_size=42, view=view, split_turns=True)):
+        with pytest.raises(BadSample, match="4: image of 210 x 10 pixels: aspect='keep'"):
+            source[4]
+        samples = [source[i] for i in (0, 1, 2, 3, 5)]
+        for size, s in zip([sizes[i] for i in (0, 1, 2, 3, 5)], samples, strict=True):
+            grids = [grid_of(w, h, 42, 16, 14) for w, h in [(size[0] // 2, size[1] // 2)] * 4 + [size]]
+            n = sum(rows * columns for rows, columns in grids)
+            assert s.n_image_token == n and [p.shape for p in s.images[0]] == [(3, 14 * r, 14 * c) for r, c in grids]
+            for row, targets in zip(np.atleast_2d(s.tokens), np.atleast_2d(s.targets)):
+                assert (row == tok.image_id).sum() == n and row[n] == tok.sep_id and (targets[:n] == X).all()
+        batch, n = collate(samples, tok.pad_id), sum(s.n_image_token for s in samples)
+        rows, used = (1, 5) if samples[0].tokens.ndim == 1 else (2, 4)   # the last conversation has image 0 again
+        index = [i for i in (0, 1, 2, 3, 4 if rows == 1 else 0) for _ in range(rows)]
+        assert len(batch.images) == used and batch.image_index.tolist() == index
+        assert all(len(image) == 5 for image in batch.images)
+        (stats,) = batch.stats.values()
+        assert (stats['n_image'], stats['n_image_position']) == (5, rows * n)
+        moved = batch.to('cpu')
+        assert all(torch.equal(a, b) for x, y in zip(moved.images, batch.images) for a, b in zip(x, y))
+    lenient = Mixture([CaptionSource(tar, tok, 96, 45, 42, view=view)], [1], seed=1, max_bad_samples=1)
+    assert sum(len(lenient[i].bad) for i in range(6)) == 1
 
 
 # --- mixture ---

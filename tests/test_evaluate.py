@@ -23,6 +23,7 @@ import scorers
 from data import load_tokenizer
 from errors import UserError
 from evaluate import default_options, evaluate_task, find_tasks
+from images import View
 from connectors import Projector
 from model import VLM, Decoder, ModelConfig
 from test_benchmarks import options, write_captions, write_eval_dir
@@ -59,7 +60,7 @@ class Oracle:
 
     def __init__(self, tokenizer, tasks, wrong=(), written=None):
         self.tokenizer, self.calls, self.encoded = tokenizer, [], 0
-        self.encoder, self.n_token = SimpleNamespace(image_size=28), 3
+        self.n_slot, self.view = 3, lambda resize: View(28, 3, resize)
         self.gold, self.best = {}, {}
         for task in tasks:
             for e in task.examples:

@@ -1,18 +1,24 @@
 """
-LayerNorm of q and k with rotary against float64 truth, bound by PyTorch's own error in the same dtype; without a GPU in
-Triton's interpreter.
+What runs between a block's products against float64 truth, bound by PyTorch's own error in the same dtype; without a
+GPU in Triton's interpreter.
 """
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import fused
-import kernels
+import policy
 from fused import qk_norm_rotary
 from model import Decoder, ModelConfig
-from test_kernels import CAN_TRITON, DEVICE, DTYPE, TRITON_DTYPES, leaf, needs_triton, no_worse
+from kernel_judge import (CAN_TRITON, DEVICE, DTYPE, IMPLS, TRITON_DTYPES, fresh_notices, leaf,  # noqa: F401
+                          needs_triton, no_worse)
 
-IMPLS = ['torch', pytest.param('triton', marks=needs_triton)]
+pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')          # numpy's, in the interpreter
 EPS = 0.1                       # large, so that it shows
 
 
@@ -199,23 +205,204 @@ def test_the_decoder_gives_the_same_with_the_kernel(checkpointing, monkeypatch):
         for y, z in zip(ours, plain):
             assert (y - z).norm() <= tolerance * z.norm()
             assert dtype != torch.float32 or y.dtype == z.dtype
-    assert chosen.count('triton') == chosen.count('torch') == len(TRITON_DTYPES) * 2 * (1 + checkpointing)
+    assert chosen.count('triton') == chosen.count('torch') == 3 * len(TRITON_DTYPES) * 2 * (1 + checkpointing)
+
+
+# === residual and norm, SwiGLU ==============================================================================
+
+def norm_out(x, y, gain):
+    s = x + y
+    d = s - s.mean(-1, keepdim=True)
+    return s, gain * d / (d.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def swiglu_out(packed):
+    g, u = packed[..., :packed.shape[-1] // 2], packed[..., packed.shape[-1] // 2:]
+    return g / (1 + (-g).exp()) * u,
+
+
+OPS = {                         # name: (ours, the reference, written out, shapes of the leaves of a width)
+    'add-norm': (lambda *a, impl: fused.add_norm(*a, EPS, impl=impl), lambda *a: fused._add_norm_torch(*a, EPS),
+                 norm_out, lambda C: [(3, 5, C), (3, 5, C), (C,)]),
+    'swiglu': (lambda *a, impl: (fused.swiglu(*a, impl=impl),), lambda *a: (fused._swiglu_torch(*a),), swiglu_out,
+               lambda C: [(3, 5, 2 * C)])}
+
+
+def outputs_and_gradients(run, leaves, upstream):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = run(*leaves)
+    grads = torch.autograd.grad(out, leaves, [u.to(y) for u, y in zip(upstream, out)])
+    return [*(y.detach() for y in out), *grads]
+
+
+def random_leaves(op, C, dtype):
+    g = torch.Generator().manual_seed(C)
+    shapes = OPS[op][3](C)
+    leaves = [(2 * torch.randn(shape, generator=g) + 1).to(DEVICE, dtype) for shape in shapes]
+    return leaves, [torch.randn(3, 5, C, generator=g).to(DEVICE, dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize('op', OPS)
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('dtype', TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize('C', [64, 200, 1408])            # a power of two, masked, more than a block of SwiGLU
+def test_norm_and_swiglu_are_no_worse_than_torch(op, impl, dtype, C):
+    run, reference, written, _ = OPS[op]
+    leaves, upstream = random_leaves(op, C, dtype)
+    ours, torchs = (outputs_and_gradients(f, leaves, upstream) for f in (lambda *a: run(*a, impl=impl), reference))
+    truth = outputs_and_gradients(written, [x.double() for x in leaves], upstream)
+    for i, values in enumerate(zip(ours, torchs, truth)):
+        no_worse(f'{op} {i}', *values, dtype)
+    assert {y.dtype for y in ours} == {dtype}
+
+
+@needs_triton
+@pytest.mark.parametrize('op', OPS)
+def test_norm_and_swiglu_under_autocast_any_strides_and_twice_the_same(op):
+    """A float32 stream and gain beside a 16-bit update, as in a step; expanded gradients, odd views; equal bits."""
+    leaves, _ = random_leaves(op, 200, torch.float32)
+    if op == 'add-norm':
+        leaves[1] = leaves[1].bfloat16()
+    else:
+        leaves[0] = leaves[0].bfloat16()
+    odd = [torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape).transpose(0, -1).contiguous().transpose(0, -1)
+           for x in leaves[:-1]] + leaves[-1:]            # neither dense nor aligned; the last is the gain
+    results = []
+    for impl, given in (('triton', leaves), ('triton', odd), ('torch', leaves)):
+        given = [x.detach().requires_grad_() for x in given]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = OPS[op][0](*given, impl=impl)
+        results.append([*(y.detach() for y in out), *torch.autograd.grad(sum(y.sum() for y in out), given)])
+    for y, same, plain in zip(*results):
+        assert torch.equal(y, same) and y.dtype == plain.dtype
+        assert (y - plain).float().norm() <= 0.02 * plain.float().norm()     # two roundings of 16 bits
+
+
+@needs_triton
+def test_norms_gain_gradient_adds_up_in_one_order_in_float32(monkeypatch):
+    monkeypatch.setattr(fused, 'N_PROGRAM', 4)
+    (x, y, gain), upstream = random_leaves('add-norm', 64, torch.float32)
+    leaves = [x.bfloat16(), y.bfloat16(), gain]
+    upstream = [u.bfloat16() + 1 for u in upstream]
+    run = lambda *a: [t.bfloat16() for t in fused._add_norm(*a, EPS, torch.bfloat16)[:2]]    # noqa: E731
+    first, second = (outputs_and_gradients(run, leaves, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and first[4].dtype == torch.float32
+    truth = outputs_and_gradients(norm_out, [t.double() for t in leaves], upstream)
+    # z is kept in 16 bits: 45 terms with errors of random sign
+    torch.testing.assert_close(first[4].double(), truth[4], rtol=2 ** -8, atol=0.1)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_a_frozen_gain_gets_no_gradient_and_an_empty_batch_has_zeros(impl):
+    (x, y, gain), _ = random_leaves('add-norm', 64, DTYPE)
+    x.requires_grad_()
+    for rows in (slice(0, 3), slice(0, 0)):
+        s, n = fused.add_norm(x[rows], y[rows], gain, EPS, impl=impl)
+        h = fused.swiglu(n, impl=impl)
+        x.grad = None
+        (s.sum() + h.sum()).backward()
+        assert h.shape == (*n.shape[:2], 32) and x.grad.any() == bool(len(s)) and gain.grad is None
+
+
+@needs_triton
+@pytest.mark.parametrize('op', OPS)
+def test_opcheck_of_norm_and_swiglu(op):
+    leaves, upstream = random_leaves(op, 64, DTYPE)
+    wanted = [x.requires_grad_() for x in leaves]
+    if op == 'swiglu':
+        torch.library.opcheck(fused._swiglu, wanted)
+        torch.library.opcheck(fused._swiglu_backward, (upstream[0], leaves[0].detach()))
+    else:
+        torch.library.opcheck(fused._add_norm, (*wanted, EPS, DTYPE))
+        z, rstd = (t.detach() for t in fused._add_norm(*leaves, EPS, DTYPE)[2:])
+        torch.library.opcheck(fused._add_norm_backward, (*upstream, z, rstd, leaves[2].detach(), DTYPE, DTYPE))
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_norm_and_swiglu_compile_to_one_graph_and_checkpoint(impl):
+    def block(x, y, gain):
+        s, n = fused.add_norm(x * 1.0, y, gain, EPS, impl=impl)
+        return s.sin() + torch.cat((fused.swiglu(n, impl=impl),) * 2, -1).cos()
+
+    compiled = torch.compile(block, backend='aot_eager', fullgraph=True, dynamic=True)
+    for T in (4, 5):
+        leaves, upstream = random_leaves('add-norm', 64, DTYPE)
+        leaves = [x[:, :T] if x.dim() == 3 else x for x in leaves]
+        plain, *others = (outputs_and_gradients(lambda *a, f=f: (f(*a),), leaves, [upstream[0][:, :T]]) for f in (
+            block, compiled, lambda *a: checkpoint(block, *a, use_reentrant=False)))
+        for other in others:
+            for a, b in zip(plain, other):
+                torch.testing.assert_close(a, b)
+
+
+def test_wrong_shapes_of_norm_and_swiglu_are_named():
+    x = torch.zeros(2, 3, 8)
+    with pytest.raises(ValueError, match=r'y \(2, 8\)'):
+        fused.add_norm(x, x[:, 0], torch.ones(8), EPS)
+    with pytest.raises(ValueError, match=r'gain \(7,\)'):
+        fused.add_norm(x, x, torch.ones(7), EPS)
+    with pytest.raises(ValueError, match=r'packed \(2, 3, 7\)'):
+        fused.swiglu(x[..., 1:])
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes of inputs and outputs of every operation that is no view and no allocation."""
+    n_byte = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if not (f.is_view or f.name().startswith(('aten::empty', 'aten::_unsafe_view', 'aten::detach'))):
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.n_byte += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+@pytest.mark.parametrize('op', ['qk-norm', *OPS])
+def test_what_eager_pytorch_moves_is_what_docs_kernels_md_says(op):
+    """In tensors (B, T, width) of 16 bits, forward and backward, under autocast."""
+    B, T, C = 2, 64, 2048
+    said = Path(__file__).parent.parent.joinpath('docs/kernels.md').read_text()
+    said = float(re.search(rf'^\| {op}\b.*?\| (\d+) \|', said, re.M)[1])
+    if op == 'qk-norm':
+        qkv, q_gain, k_gain, cos, sin, _ = problem(B, T, 16, 128)
+        leaves = [qkv.bfloat16(), q_gain, k_gain]
+        run = lambda *a: fused._qk_norm_rotary_torch(*a, cos, sin, 16, EPS)                  # noqa: E731
+    else:
+        leaves = [torch.randn(B, T, C), torch.randn(B, T, C).bfloat16(), torch.ones(C)] if op == 'add-norm' else \
+            [torch.randn(B, T, 2 * C).bfloat16()]
+        run = OPS[op][1]
+    leaves = [x.requires_grad_() for x in leaves]
+    with torch.autocast('cpu', torch.bfloat16), Moved() as moved:
+        out = run(*leaves)
+    upstream = [torch.ones_like(y) for y in out]
+    with moved:
+        torch.autograd.grad(out, leaves, upstream)
+    units = moved.n_byte / (B * T * C * 2)
+    assert abs(units - said) < 1, (units, said)           # gains, statistics, cos and sin are small beside it
 
 
 def test_auto_takes_no_kernel_that_was_not_measured(monkeypatch, capsys):
     for capability in ((8, 0), (9, 0)):
-        kernels._say.cache_clear()
+        policy._say.cache_clear()
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None, c=capability: c)
-        assert kernels._choose('qk-norm', 'rotary', 'auto', torch.device('cuda', 0), torch.bfloat16, 128) == 'torch'
-        assert 'not measured' in capsys.readouterr().out
+        for what in (('qk-norm', 'rotary'), ('swiglu', 'packed'), ('add-norm', 'residual')):
+            assert policy._choose(*what, 'auto', torch.device('cuda', 0), torch.bfloat16, 128) == 'torch'
+            assert 'not measured' in capsys.readouterr().out
 
 
 @needs_triton
 def test_self_check_passes_and_catches_a_wrong_kernel(monkeypatch):
-    kernels._self_check.cache_clear()
-    assert kernels._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64) == ''
-    kernels._self_check.cache_clear()
+    policy._self_check.cache_clear()
+    assert policy._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64) == ''
+    policy._self_check.cache_clear()
     backward = fused._qk_norm_rotary_backward
     monkeypatch.setattr(fused, '_qk_norm_rotary_backward', lambda *a: (*backward(*a)[:2], 2 * backward(*a)[2]))
-    assert 'gradient 3 is off by' in kernels._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64)
-    kernels._self_check.cache_clear()
+    assert 'gradient 3 is off by' in policy._self_check('qk-norm', torch.device(DEVICE), DTYPE, 64)
+    for op, name in (('swiglu', '_swiglu_backward'), ('add-norm', '_add_norm_backward')):
+        assert policy._self_check(op, torch.device(DEVICE), DTYPE, 192) == ''
+        policy._self_check.cache_clear()
+        right = getattr(fused, name)
+        wrong = lambda *a, f=right: tree_map(lambda t: t.roll(1, -1), f(*a))                 # noqa: E731
+        monkeypatch.setattr(fused, name, wrong)
+        assert 'gradient 1 is off by' in policy._self_check(op, torch.device(DEVICE), DTYPE, 192)
+    policy._self_check.cache_clear()

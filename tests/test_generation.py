@@ -9,8 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generation
-from model import Decoder
-from test_model import IMAGE, pictures, tiny_vlm
+from connectors import build_projector
+from errors import UserError
+from model import VLM, Decoder, with_view
+from test_model import IMAGE, pictures, ragged, tiny_vlm
+from vision import PatchProjection
 
 
 def slow_greedy(model, prompt, images, n, stop_ids=()):
@@ -210,3 +213,69 @@ def test_choices_after_a_context_that_is_read_once(monkeypatch):
         alone = [model.choice_nats([c], [o], None if own is None else images[own:own + 1])[0][0]
                  for c, o, own in zip(contexts, choices, owns)]
         assert [pytest.approx(row, rel=1e-5, abs=1e-5) for row in alone] == nats
+
+
+# --- images of their own sizes ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize('n_part', [1, 5])
+def test_images_of_different_sizes_share_a_batch_and_a_prefix(n_part):
+    model, rng = tiny_vlm(23, spread=3.0, n_part=n_part), Random(n_part)
+    images = ragged(7, n_part)
+    slots = model.slots(images)
+    assert len(set(slots)) > 1 and model.n_slot == 4 * n_part >= max(slots)
+    prompts, index = [], []
+    for i in (3, 0, 6, 0, 1, 5, 2):                                      # 4 is asked nothing, 0 twice
+        prompts.append([IMAGE] * slots[i] + [rng.randrange(IMAGE) for _ in range(rng.randint(1, 9))])
+        index.append(i)
+    expected = [slow_greedy(model, p, [images[i]], 7) for p, i in zip(prompts, index)]
+    assert len({tuple(row) for row in expected}) > 4
+    model.encoder.calls = model.encoder.n_image = 0
+    assert model.generate(prompts, images, torch.tensor(index), max_new_tokens=7) == expected
+    sizes = {part.shape for i in set(index) for part in images[i]}
+    assert (model.encoder.calls, model.encoder.n_image) == (len(sizes), 6 * n_part)          # one call for each grid
+    prefix = model.prefill_images(images)
+    for rows in ([0], [3, 4], list(range(7))):           # the largest image is in the prefix, perhaps not in the batch
+        some = torch.tensor([index[r] for r in rows])
+        assert model.generate([prompts[r] for r in rows], prefix=prefix, image_index=some, max_new_tokens=7) == \
+            [expected[r] for r in rows]
+        choices = [[expected[r][:k] for k in (1, 4)] + [[5, 6, 7]] for r in rows]
+        nats, greedy = model.choice_nats([prompts[r] for r in rows], choices, None, some, prefix, greedy=True)
+        alone = [model.choice_nats([prompts[r]], [c], [images[index[r]]])[0][0] for r, c in zip(rows, choices)]
+        assert [g[:2] for g in greedy] == [[True, True]] * len(rows)
+        for a, b in zip(nats, alone):
+            assert a == pytest.approx(b, rel=1e-4)
+    with pytest.raises(ValueError, match='one image and then text'):
+        model.generate([prompts[0]], prefix=prefix, image_index=torch.tensor([slots.index(min(slots))]))
+    # two images, one not at the start: read without a prefix
+    mixed = [prompts[0] + [IMAGE] * slots[1] + [2], [3] + prompts[1]]
+    assert model.generate(mixed, images, torch.tensor([3, 1, 0]), max_new_tokens=5) == [
+        slow_greedy(model, mixed[0], [images[3], images[1]], 5), slow_greedy(model, mixed[1], [images[0]], 5)]
+
+
+@torch.no_grad()
+def test_a_perceiver_gives_images_of_any_size_the_same_slots():
+    model, images = tiny_vlm(24, spread=3.0, n_part=5), ragged(4, 5)
+    model = VLM(model.decoder, model.encoder, build_projector(dict(kind='perceiver', n_token=3), 6, 16), image_id=IMAGE,
+                n_token=3, shortest=1, split=True).eval()
+    assert model.slots(images) == [15] * 4 and model.n_slot == 15
+    features = model.image_features(images)
+    assert features.shape == (4, 15, 16)
+    alone = torch.cat([model.image_features([image]) for image in images])
+    torch.testing.assert_close(features, alone)
+    prompts = [[IMAGE] * 15 + [i, 5] for i in range(4)]
+    assert model.generate(prompts, images, max_new_tokens=5) == [
+        slow_greedy(model, p, [image], 5) for p, image in zip(prompts, images)]
+
+
+def test_kept_aspects_need_a_square_and_a_projector_that_takes_any_grid():
+    spec = dict(encoder=PatchProjection(980).spec(), projector=dict(kind='mlp2'))
+    assert with_view(spec, {'aspect': 'square', 'split': False}) == spec
+    for kind in (dict(kind='mlp2'), dict(kind='attn'), dict(kind='perceiver', n_token=64)):
+        view = with_view(dict(spec, projector=kind), {'aspect': 'keep', 'split': True})['view']
+        assert view == {'shortest': 378, 'split': True}
+    wide = dict(spec, encoder=PatchProjection([224, 448]).spec())
+    for wrong in (dict(spec, projector=dict(kind='mlp2', n_token=64)), wide):
+        with pytest.raises(UserError, match="aspect='keep' with image_tokens"):
+            with_view(wrong, {'aspect': 'keep'})
+        assert with_view(wrong, {'split': True})['view'] == {'split': True}

@@ -271,3 +271,83 @@ def test_resize_naive_squashes():
     for wh in [(640, 481), (3, 100), (1, 1)]:
         array = np.asarray(photo(*wh))
         assert torch.equal(resize_naive(Image.fromarray(array), 32), crop_of_resized(array, (32, 32), 0, 0, 32))
+
+
+# --- aspect ratios that are kept, photos that are split --------------------------------------------------------------
+
+def test_grids_are_idefics2s():
+    slow = pytest.importorskip('transformers.models.idefics2.image_processing_pil_idefics2')
+    from transformers.image_utils import SizeDict
+    rng = np.random.default_rng(3)
+    sizes = [*rng.integers(1, 3000, (400, 2)).tolist(), (980, 980), (981, 980), (980, 981), (600, 400), (1201, 801)]
+    seen = set()
+    for longest, shortest, patch in ((980, 378, 14), (384, 148, 14), (42, 16, 14), (224, 86, 16), (14, 5, 14)):
+        for w, h in sizes:
+            if max(w, h) > images.MAX_ASPECT * min(w, h):
+                continue
+            rows, columns = images.grid_of(w, h, longest, shortest, patch)
+            theirs = slow.get_resize_output_image_size(np.empty((3, h, w), np.bool_), SizeDict(
+                longest_edge=longest, shortest_edge=max(shortest, patch)))
+            assert (rows, columns) == tuple(edge // patch for edge in theirs), (w, h, longest)
+            assert 1 <= rows <= longest // patch and 1 <= columns <= longest // patch
+            seen.add((longest, rows, columns))
+    assert len(seen) > 100
+    for w, h in ((21, 1), (1, 21), (2001, 100)):
+        with pytest.raises(ValueError, match=f"image of {w} x {h} pixels: aspect='keep' takes up to 20 to 1"):
+            images.grid_of(w, h, 980, 378, 14)
+
+
+def keep(split=False, size=42, patch=14, per_patch=1):
+    n = per_patch * (size // patch) ** 2 * (5 if split else 1)
+    return images.View(size, n, shortest=size * 27 // 70, patch=patch, per_patch=per_patch, split=split)
+
+
+def test_a_share_of_a_photo_is_the_same_share_of_what_is_seen():
+    view = keep(size=210)
+    for w, h in ((300, 200), (200, 301), (64, 1000), (57, 43), (999, 401)):
+        x, y = np.linspace(0, 255, w), np.linspace(0, 255, h)            # red says where across, green where down
+        ramp = np.stack((np.tile(x, (h, 1)), np.tile(y[:, None], (1, w)), np.zeros((h, w))), 2)
+        ((seen,), n) = view(Image.fromarray(ramp.astype(np.uint8)))
+        assert n == seen.shape[1] * seen.shape[2] // 14 ** 2 and seen.shape[1] % 14 == seen.shape[2] % 14 == 0
+        across, down = seen[0].float().mean(0) / 255, seen[1].float().mean(1) / 255
+        for values in (across, down):                                    # one pixel of the smaller side, and rounding
+            expected = (torch.arange(len(values)) + 0.5) / len(values)
+            assert (values - expected).abs().max() < 1 / min(len(values), w, h) + 0.01, (w, h)
+
+
+def test_a_split_photo_is_its_quarters_and_then_the_whole():
+    for w, h in ((60, 40), (61, 41), (2, 2), (3, 50)):
+        image = photo(w, h, seed=w)
+        x, y = w // 2, h // 2
+        parts = [image.crop(box) for box in ((0, 0, x, y), (x, 0, w, y), (0, y, x, h), (x, y, w, h))] + [image]
+        for resize in images.RESIZE:
+            pixels_, n = images.View(28, 20, resize, split=True)(image)
+            assert n == 20 and torch.equal(pixels_, torch.stack([images.RESIZE[resize](part, 28) for part in parts]))
+        if max(w, h) <= 20:
+            pixels_, n = keep(split=True, per_patch=2)(image)
+            alone = [keep(per_patch=2)(part) for part in parts]
+            assert n == sum(k for _, k in alone)
+            assert all(torch.equal(a, b) for a, ((b,), _) in zip(pixels_, alone, strict=True))
+    for view in (keep(split=True), images.View(28, 20, split=True)):
+        with pytest.raises(ValueError, match='a side is zero'):
+            view(photo(1, 9))
+
+
+def test_a_jpeg_that_is_decoded_smaller_has_the_same_grid():
+    out = io.BytesIO()
+    photo(1600, 1200).save(out, 'JPEG', quality=95)
+    for view in (keep(size=70), keep(split=True, size=70)):
+        assert view.decode == 70 * (1 + view.split)
+        (small, n), (whole, m) = (view(open_image(out.getvalue(), size=size)) for size in (view.decode, 0))
+        assert n == m and [part.shape for part in small] == [part.shape for part in whole]
+        assert all((a.float() - b.float()).abs().mean() < 2 for a, b in zip(small, whole))
+        assert open_image(out.getvalue(), size=view.decode).size == ((400, 300) if view.split else (200, 150))
+
+
+def test_images_of_their_own_sizes_are_one_memory():
+    view = keep(split=True)
+    views = [view(photo(w, h))[0] for w, h in ((60, 40), (40, 60), (50, 50))]
+    together = images.batched(views)
+    assert all(torch.equal(a, b) for x, y in zip(views, together, strict=True) for a, b in zip(x, y, strict=True))
+    assert len({part.untyped_storage().data_ptr() for image in together for part in image}) == 1
+    assert images.each(lambda t: t.sum().item(), together)[2][4] == int(views[2][4].sum())

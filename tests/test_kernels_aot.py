@@ -19,8 +19,10 @@ STREAMS = {'forward', 'dkdv', 'dq', 'lse', 'dz'}          # kernels that load ti
 OVERSIZE = (128, 128, 8, 3)                               # of dq at head dim 128: must be refused on sm_80
 CHANGES = {'n', 'Tq', 'Tk', 'T', 'n_row'}                 # launch arguments that differ from step to step
 INT32 = {'LO', 'HI', 'QLO', 'QHI'}
-SCALARS = {'Tq', 'Tk'}, {'T'}                             # in capitals, but no pointers
-FLOAT32 = {'LSE', 'DELTA', 'TOP', 'SUM', 'ZT', 'A', 'B', 'NLL', 'QG', 'KG', 'DG', 'COS', 'SIN', 'STAT'}
+SCALARS = {'qk_forward': {'T'}, 'qk_backward': {'T'}, 'add_norm': {'C'}, 'add_norm_backward': {'C'}}  # no pointers
+STREAM = {'add_norm': {'X', 'S', 'G'}, 'add_norm_backward': {'DS', 'DX', 'G'}}             # float32 under autocast
+WIDEST = 8192                                             # of residual and norm
+FLOAT32 = {'LSE', 'DELTA', 'TOP', 'SUM', 'ZT', 'A', 'B', 'NLL', 'QG', 'KG', 'DG', 'COS', 'SIN', 'STAT', 'RSTD'}
 
 
 def compile_one(kernel, cc, width, config, dtype):
@@ -31,22 +33,26 @@ def compile_one(kernel, cc, width, config, dtype):
 
     import fused
     import kernels
-    fn = getattr(fused if kernel.startswith('qk') else kernels, f'_{kernel}_kernel')
-    constants = dict(zip(kernels.BLOCKS[kernel], config[:-2]))
+    import loss
+    import policy
+    fn = next(getattr(m, f'_{kernel}_kernel') for m in (fused, kernels, loss) if hasattr(m, f'_{kernel}_kernel'))
+    constants = dict(zip(policy.BLOCKS[kernel], config[:-2]))
     if width:
         constants['D'] = width
-    if 'H' in fn.arg_names:
+    if kernel.startswith('qk'):
         constants['H'] = 4096 // width                    # the widest
+    if kernel.startswith('add_norm'):
+        constants['BLOCK'] = WIDEST
     signature, aligned = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:
             signature[name] = 'constexpr'
-        elif name[0].isupper() and name not in SCALARS[kernel[:2] == 'qk']:
+        elif name[0].isupper() and name not in SCALARS.get(kernel, {'Tq', 'Tk'}):
             signature[name] = ('*i64' if name == 'T' else '*i32' if name in INT32 else
-                               '*fp32' if name in FLOAT32 else f'*{dtype}')
+                               '*fp32' if name in FLOAT32 | STREAM.get(kernel, set()) else f'*{dtype}')
         else:
             signature[name] = 'fp32' if name.startswith(('scale', 'eps')) else 'i32'
-        if signature[name][0] == '*' or name in ('width', 'col0', 'n_vocab') or re.fullmatch('s[a-z]{1,3}', name):
+        if signature[name][0] == '*' or name in ('width', 'col0', 'n_vocab', 'C') or re.fullmatch('s[a-z]{1,3}', name):
             aligned[(i,)] = [['tt.divisibility', 16]]     # what Triton sees in a pointer or stride that 16 divides
     made = triton.compile(ASTSource(fn, signature, constants, aligned), target=GPUTarget('cuda', cc, 32),
                           options=dict(num_warps=config[-2], num_stages=config[-1]))
@@ -67,9 +73,9 @@ def compile_one(kernel, cc, width, config, dtype):
 
 def compile_all(cc):
     """One row for each shipped config of an architecture."""
-    import kernels
+    import policy
     return [compile_one(kernel, cc, width, config, 'bf16')
-            for (kernel, arch, width), config in kernels.CONFIG.items() if arch == cc]
+            for (kernel, arch, width), config in policy.CONFIG.items() if arch == cc]
 
 
 @pytest.fixture(scope='module')
@@ -95,9 +101,9 @@ def rows(rows_and_oversize):
 
 
 def test_every_config_is_compiled(rows):
-    import kernels
-    assert {(r['kernel'], r['cc'], r['width']) for r in rows} == set(kernels.CONFIG)
-    assert {cc for _, cc, _ in kernels.CONFIG} == set(LIMIT)
+    import policy
+    assert {(r['kernel'], r['cc'], r['width']) for r in rows} == set(policy.CONFIG)
+    assert {cc for _, cc, _ in policy.CONFIG} == set(LIMIT)
 
 
 def test_no_config_spills(rows):

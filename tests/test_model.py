@@ -41,7 +41,7 @@ def tiny_decoder(seed=0, spread=1.0, **kw):
 
 class TinyEncoder(nn.Module):
     """Patches through one linear layer; counts its calls and the images it saw."""
-    image_size, n_token, width = 4, 4, 6
+    image_size, patch_size, n_token, width = 4, 2, 4, 6
 
     def __init__(self):
         super().__init__()
@@ -53,10 +53,12 @@ class TinyEncoder(nn.Module):
         return self.linear(self.patches(images).to(self.linear.weight.dtype))
 
 
-def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, **kw):
+def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, n_part=0, **kw):
+    """n_part 1 or 5: the aspect of images is kept, and they are split."""
     decoder = tiny_decoder(seed, spread, **kw)
     encoder = TinyEncoder()
-    model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss).eval()
+    model = VLM(decoder, encoder, Projector(6, 16), image_id=IMAGE, z_loss=z_loss, shortest=int(n_part > 0),
+                split=n_part == 5).eval()
     with torch.no_grad():
         model.projector.fc2.weight.mul_(8)              # images weigh as much as words
     encoder.requires_grad_(not frozen)
@@ -65,6 +67,13 @@ def tiny_vlm(seed=0, spread=1.0, z_loss=0.0, frozen=True, **kw):
 
 def pictures(n, seed=0):
     return torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(n, n_part=1, seed=0):
+    """Images of 1 or 5 parts, each of 1 to 4 patches, as images.View gives them."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = (2 * torch.randint(1, 3, (n, n_part, 2), generator=g)).tolist()
+    return [[torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=g) for size in image] for image in sizes]
 
 
 def random_batch(B, T, kept=0.5, seed=0, V=IMAGE):
@@ -323,6 +332,44 @@ def test_one_image_serves_several_slots():
     torch.testing.assert_close(shared[0], copied[0])
     for name, g in copied[2].items():
         torch.testing.assert_close(shared[2][name], g, msg=name)
+
+
+@pytest.mark.parametrize('n_part', [1, 5])
+def test_images_of_different_sizes_fill_their_slots(n_part):
+    model, images = tiny_vlm(13, n_part=n_part), ragged(4, n_part)
+    sizes, index = model.slots(images), torch.tensor([2, 0, 1, 0, 3])
+    assert sizes == [sum(part[0].numel() // 4 for part in image) for image in images] and len(set(sizes)) > 1
+    rows = [[7], [IMAGE] * sizes[2] + [5] + [IMAGE] * sizes[0], [IMAGE] * (sizes[1] + sizes[0]) + [3],
+            [8, 9] + [IMAGE] * sizes[3]]
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+    expected = model.decoder.tok_embeddings(tokens).clone()
+    expected[tokens == IMAGE] = torch.cat([model.projector(model.encoder(part[None]))[0]
+                                           for i in index.tolist() for part in images[i]])
+    model.encoder.calls = model.encoder.n_image = 0
+    torch.testing.assert_close(model.embed(tokens, images, index), expected)
+    parts = [part.shape for image in images for part in image]
+    assert (model.encoder.calls, model.encoder.n_image) == (len(set(parts)), len(parts))
+    targets = torch.zeros_like(tokens)
+    shared = grads_of(model, tokens, targets, images, index)
+    copied = grads_of(model, tokens, targets, [images[i] for i in index.tolist()])
+    torch.testing.assert_close(shared[0], copied[0])
+    for name, g in copied[2].items():
+        torch.testing.assert_close(shared[2][name], g, msg=name)
+    torn = tokens.clone()
+    torn[1, 0], torn[3, 1] = 1, IMAGE                                    # the sum fits, the rows do not
+    for row, which in ((torn, index), (tokens, index[:4]), (tokens, index.roll(1))):
+        with pytest.raises(ValueError, match='image slots: expected whole images of'):
+            model(row, targets, images, which)
+
+
+def test_a_split_image_is_five():
+    model, images = tiny_vlm(14), pictures(10)
+    tokens = torch.tensor([[IMAGE] * 20 + [1, 2], [3] + [IMAGE] * 20 + [4]])
+    expected = model.embed(tokens, images)
+    model = VLM(model.decoder, model.encoder, model.projector, image_id=IMAGE, split=True)
+    assert model.n_slot == 20
+    assert torch.equal(model.embed(tokens, images.unflatten(0, (2, 5))), expected)
 
 
 def test_slots_that_do_not_fit_are_named():

@@ -426,6 +426,48 @@ def test_a_fused_encoder_is_trained_saved_resumed_and_tuned(world, scripts, stag
     assert equal(tensors(tmp_path / 'tuned' / 'ckpt_last', 'encoder'), a)
 
 
+def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, tmp_path):
+    """28 pixels with workers, then 42 from there; stage 3 and evaluation follow; quarters of a photo are images, too."""
+    base = [*mix(world, stage_1, ratio=0.5), '--keep_percent=(100,)', '--freeze=none', '--encoder_lr=1e-3']
+    first = ['pretrain.py', *base, '--max_steps=4', '--aspect=keep', '--split=true']
+    for name, stops in (('a', (2, 4)), ('b', (4,))):
+        for stop in stops:
+            scripts(*first, '--n_worker=2' if stop == 2 else '--n_worker=0', f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
+    for file in ('model', 'encoder', 'optim'):
+        name = f'{file}.pt' if file == 'optim' else f'{file}.safetensors'
+        assert same_weights(tmp_path / 'a' / 'ckpt_100', tmp_path / 'b' / 'ckpt_100', name)
+    scripts(*first, '--micro_batch_size=2', f'--out_dir={tmp_path / "two"}', world_size=2)
+    for a, b in zip(steps(tmp_path / 'two'), steps(tmp_path / 'a'), strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+        assert a['sources']['captions'] == pytest.approx(b['sources']['captions'], rel=1e-4)
+    meta = meta_of(tmp_path / 'a' / 'ckpt_100')
+    assert meta['spec']['view'] == {'shortest': 10, 'split': True}
+    seen = meta['seen']['captions']
+    assert seen['n_image'] == 16 and 5 * 16 < seen['n_image_position'] < 20 * 16         # images, not their parts
+    run = scripts('pretrain.py', *base, f'--init_from={tmp_path / "a" / "ckpt_100"}', '--schedule=rewarm', '--lr=1e-3',
+                  '--aspect=keep', '--image_size=42', '--max_steps=2', f'--out_dir={tmp_path / "large"}', '--rewarm_steps=1')
+    assert "encoder.embeddings.position_embedding.weight of" in run.out and "resized to this run's image_size" in run.out
+    spec = meta_of(tmp_path / 'large' / 'ckpt_100')['spec']
+    assert (spec['encoder']['config']['image_size'], spec['view']) == (42, {'shortest': 16})
+    small, large = (tensors(tmp_path / name / 'ckpt_100', 'encoder')['encoder.embeddings.position_embedding.weight']
+                    for name in ('a', 'large'))
+    assert (len(small), len(large)) == (4, 9)
+    tune = ['finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={tmp_path / "large" / "ckpt_100"}',
+            '--split=true', '--max_steps=2']
+    for name, stops in (('x', (1, 2)), ('y', (2,))):
+        for stop in stops:
+            scripts(*tune, f'--stop_after={stop}', f'--out_dir={tmp_path / name}')
+    assert same_weights(tmp_path / 'x' / 'ckpt_100', tmp_path / 'y' / 'ckpt_100')
+    tuned = meta_of(tmp_path / 'x' / 'ckpt_100')
+    assert tuned['spec'] == {**spec, 'view': {'shortest': 16, 'split': True}} and tuned['seen']['instruct']['n_image'] < 16
+    photo = world / 'data' / 'instruct' / 'images' / '0.jpg'
+    args = [f'--ckpt={tmp_path / "x" / "ckpt_100"}', f'--image={photo}', '--prompt=what colour is the wall ?']
+    assert scripts('evaluate.py', *args, '--max_new_tokens=4').out.strip()
+    refused = scripts.refuses('pretrain.py', *base, '--aspect=keep', '--split=true', '--image_size=56', '--max_steps=2',
+                              f'--out_dir={tmp_path / "no"}')
+    assert 'seq_len=48 does not hold image_tokens=80' in refused
+
+
 def test_validation_counts_no_row_twice(world, scripts, tmp_path):
     loss = {}
     for n in (16, 24, 512):                                  # of 16 windows

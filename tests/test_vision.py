@@ -542,6 +542,70 @@ def test_towers_of_other_grids_and_of_any_resolution_are_refused(tmp_path):
         SigLIP.from_pretrained(tmp_path / 's')
 
 
+# --- aspect ratios that are kept ---------------------------------------------------------------------------------
+
+def test_positions_of_a_grid_are_idefics2s():
+    hf = pytest.importorskip('transformers.models.idefics2.modeling_idefics2')
+    off = {}
+    for n in (2, 3, 16, 27, 37, 70):
+        embeddings = hf.Idefics2VisionEmbeddings(hf.Idefics2VisionConfig(hidden_size=1, patch_size=1, image_size=n))
+        with torch.no_grad():
+            embeddings.patch_embedding.weight.zero_()
+            embeddings.patch_embedding.bias.zero_()
+            embeddings.position_embedding.weight.copy_(torch.arange(n * n)[:, None])
+            for h in range(1, n + 1):
+                w = n + 1 - h
+                theirs = embeddings(torch.zeros(1, 3, h, w), torch.ones(1, h, w, dtype=torch.bool))
+                ours = vision.position_ids(h, w, n)
+                assert ours.tolist() == theirs.flatten().tolist(), (n, h, w)
+                if (ours.view(h, w)[:, 0] // n).tolist() != [i * n // h for i in range(h)]:
+                    off.setdefault(n, []).append(h)
+    assert off == {70: [25, 49, 50, 55]}
+    assert vision.position_ids(27, 27, 27).tolist() == list(range(27 ** 2))
+
+
+def test_images_of_their_own_grids_match_idefics2(tmp_path):
+    """Bucketed by grid they need no mask; transformers pads them to one size and masks what is padded."""
+    hf = pytest.importorskip('transformers.models.idefics2.modeling_idefics2')
+    ours = tiny(layer=-1, norm=True, config={'image_size': 70})
+    torch.manual_seed(4)
+    theirs = hf.Idefics2VisionTransformer(hf.Idefics2VisionConfig(**{**TINY, 'image_size': 70})).eval()
+    state = {k: v + 0.1 * torch.randn_like(v) for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(state)
+    grids = [(5, 5), (2, 5), (5, 3), (4, 2), (2, 5)]
+    images = [torch.from_numpy(pixels(3, 14 * h, 14 * w, seed=i)) for i, (h, w) in enumerate(grids)]
+    padded, mask = torch.zeros(5, 3, 70, 70), torch.zeros(5, 5, 5, dtype=torch.bool)
+    for i, ((h, w), image) in enumerate(zip(grids, images)):
+        padded[i, :, :14 * h, :14 * w], mask[i, :h, :w] = image / 127.5 - 1, True
+    with torch.no_grad():
+        expected = theirs(padded, patch_attention_mask=mask).last_hidden_state.view(5, 5, 5, -1)
+        for i, ((h, w), image) in enumerate(zip(grids, images)):
+            torch.testing.assert_close(ours(image[None])[0], expected[i, :h, :w].flatten(0, 1), atol=1e-4, rtol=1e-4)
+    for wrong in ((15, 14), (84, 14)):
+        with pytest.raises(ValueError, match='expected'):
+            ours(torch.zeros(1, 3, *wrong))
+
+
+@pytest.mark.parametrize('kind', ['patch', 'dinov2', 'dinosiglip'])
+def test_every_encoder_keeps_aspects(kind):
+    siglip, dinov2 = tiny(config={'image_size': 42}), DINOv2(DINOv2Config(48, 96, 2, 3, 14, 42))
+    encoder = {'patch': PatchProjection(42), 'dinov2': dinov2,
+               'dinosiglip': vision.DINOSigLIP(dinov2, siglip, 'interleave')}[kind].eval()
+    image = torch.from_numpy(pixels(2, 3, 28, 42))
+    with torch.no_grad():
+        features = encoder(image)
+        assert features.shape == (2, encoder.n_token * 6 // 9, encoder.width)
+        if kind == 'patch':
+            square = torch.cat((image, image[:, :, :14]), 2)
+            torch.testing.assert_close(features, encoder(square)[:, :6])
+        elif kind == 'dinov2':                       # rows 0 and 1 of two have those of 0 and 1 of three positions
+            table = encoder.position_embeddings.view(-1, 48)[1:].view(3, 3, 48)
+            encoder.layers, encoder.layernorm = torch.nn.ModuleList(), None
+            expected = encoder.patch_embedding(vision._normalise(image, 42, 14, encoder.mean, encoder.std))
+            torch.testing.assert_close(encoder(image), (expected.permute(0, 2, 3, 1) + table[:2]).flatten(1, 2))
+
+
 # --- the loss ----------------------------------------------------------------------------------------------------
 
 def test_siglip_loss_is_the_papers_sum_over_pairs():
