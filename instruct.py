@@ -272,6 +272,19 @@ def _turns(entry):
     return [turn.get('value') for turn in turns[:len(turns) // 2 * 2]]  # a last question without an answer has no loss
 
 
+def conversations(path):
+    """Yield (entry, its first question without '<image>') of LLaVA JSON, one at a time; BadSample for another entry."""
+    stamp = stamp_of(path)
+    index = cached_index(stamp, '', _build_json_index, JSON_COLUMNS)
+    for r in range(len(index)):
+        with reading_item(f"{path}: entry {r}"):
+            entry = json.loads(read_at(stamp, *index.place(r), MAX_TEXT_BYTES))
+            question, image = _clean(_turns(entry)[0]), entry.get('image') or ''
+            if not isinstance(image, str):
+                raise BadSample(f"image {image!r}: expected a path")
+        yield entry, question
+
+
 def _json_entry(text, at):
     """Return (entry, end) of the JSON that begins at `at`; no more than MAX_TEXT_BYTES of it are parsed."""
     decoder, n = json.JSONDecoder(), 8192

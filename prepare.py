@@ -4,6 +4,7 @@ Data preparation: from your own files to the formats that data.py reads, and a l
     python prepare.py tokenize texts/ more.jsonl.zst --tokenizer data/tokenizer.model --out data/text
     python prepare.py pair photos/ more/ --out data/captions       # a.jpg + a.txt, or --captions captions.jsonl
     python prepare.py merge images/ --captions datacompdr/ --synthetic 0.5 --out data/captions         # see captions.py
+    python prepare.py join mix665k.json llavar.json --folder coco/train2017 --out data/instruct/joined.json
     python prepare.py index data/captions                         # tar indexes, before many processes want them
     python prepare.py check data/captions --tokenizer data/tokenizer.model
     python prepare.py show llava.json --image_root images/ --tokenizer data/tokenizer.model
@@ -11,6 +12,7 @@ Texts are .txt .rst .md (a document each), .jsonl .jsonl.gz .jsonl.zst (a docume
 """
 import argparse
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -28,6 +30,7 @@ import data
 import files
 from errors import UserError, first_line, reading, user_error_hook
 from files import whole, write_whole, writing
+from instruct import conversations
 from kernels import IGNORE_INDEX
 from shards import about_files, check_free, in_order, new_folder, write_tar
 from weights import read_json
@@ -321,6 +324,35 @@ def _members(i, folder, image, caption):
     return [(key + suffix.lower(), content), (key + '.txt', caption.strip().encode('utf-8', 'replace'))]
 
 
+# --- conversations --------------------------------------------------------------------------------
+def join(paths, out, folder=''):
+    """
+    Write the rows of LLaVA JSON files, as they are, into one list without those that an earlier file has: the same
+    image, whatever its folder, and first question. (LLaVAR's files hold LLaVA's rows; rows alike within a file stay.)
+    folder   put before the images of the later files that are in none, so that all are below one root
+    returns  {file: (rows written, rows left out)}. Raises UserError when `out` exists, and for the first row that is
+    no conversation. Memory: 16 bytes a row, and the largest file while its index is made.
+    """
+    check_free(out)
+    known, counts, between = set(), {}, '[\n'
+    with whole(out) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+        for n, path in enumerate(files.find(paths, '.json', '.jsonl')):
+            here, counts[path] = set(), [0, 0]
+            for row, question in tqdm(conversations(path), unit=' rows', desc=path, disable=None):
+                stem = os.path.splitext(os.path.basename(row.get('image') or ''))[0]
+                key = hashlib.blake2b(f'{stem}\0{question}'.encode('utf-8', 'replace'), digest_size=16).digest()
+                here.add(key)
+                counts[path][key in known] += 1
+                if key not in known:
+                    if n and stem and '/' not in row['image']:
+                        row['image'] = os.path.join(folder, row['image'])
+                    f.write(between + json.dumps(row))
+                    between = ',\n'
+            known |= here
+        f.write('\n]\n')
+    return counts
+
+
 # --- a look at a data set -------------------------------------------------------------------------
 def open_source(paths, tokenizer, seq_len=2048, image_root='', n_token=729, image_size=384, caption_field='auto',
                 **instruct):
@@ -417,6 +449,7 @@ def parse(argv=None):
             ('samples_per_shard', 1000, 'images'))
     command('merge', out, ('captions', '', 'tars of DataCompDR'), n_process,
             ('synthetic', 1.0, 'share of images with a synthetic caption'))
+    command('join', out, ('folder', '', 'of images of later files that name none, such as coco/train2017'))
     command('index', ('cache_dir', '', 'for indexes of read-only data'))
     command('check', *look)
     command('show', *look, ('n', 4, 'samples'), ('seed', 0, 'of the order'), ('image_out', '', 'folder for PNGs'))
@@ -431,7 +464,10 @@ def main(argv=None):
 
 def run(a):
     """Run a parsed command; returns the exit status."""
-    if a.command == 'train_tokenizer':
+    if a.command == 'join':
+        for path, (n_new, n_known) in join(a.paths, a.out, a.folder).items():
+            print(f"{path}: {n_new:,} rows into {a.out}, {n_known:,} left out that an earlier file has")
+    elif a.command == 'train_tokenizer':
         train_tokenizer(documents(a.paths, a.key), a.out, a.vocab_size, a.model_type, a.max_lines)
         print(f"{a.out}: {data.load_tokenizer(a.out).vocab_size} ids with the four special ones")
     elif a.command == 'tokenize':

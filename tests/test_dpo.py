@@ -155,7 +155,7 @@ preferences.write_whole = signalled
     assert len(bad) == 6 and len(set(bad)) == 3                          # two passes
     pairs = json.loads((tmp_path / 'c' / 'reference.json').read_text())['pairs']
     assert {i for i, logp in pairs.items() if logp is None} == {f'pairs.json:{i}' for i in (3, 6, 7)}
-    (data / 'preferences' / '9.jpg').unlink()
+    (data / 'preferences' / '8.jpg').unlink()
     gone = scripts.refuses(*args, f'--data_dir={data}', f'--out_dir={tmp_path / "d"}')
     assert '1 of 19 images are not in' in gone
 
