@@ -175,6 +175,8 @@ for step in range(first, n_asked):                                       # fresh
         process.print(f"asked to stop: {asked.path} has the reference of {step + 1} of {n_asked} steps")
         leave(0)
 unasked.close()
+if hasattr(network, 'reshard'):
+    network.reshard()        # fsdp: else the first backward loses gradients of parameters that no_grad left whole
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
