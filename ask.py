@@ -80,9 +80,9 @@ def choice_ids(example, task, tokenizer):
 
 def prefilled(model, task, opt, groups, unreadable):
     """
-    Yield ({number: (row of its image, positions)}, the images' prefix) of at least batch_size questions at a time. Images are
-    decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read goes into
-    `unreadable`, {number: why}.
+    Yield ({number: (row of its image, positions)}, the images' prefix) of at least batch_size questions at a time.
+    Images are decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read
+    goes into `unreadable`, {number: why}.
     """
     batches = [[]]                                              # of groups
     for group in groups:

@@ -75,13 +75,13 @@ def step(argv):
         if n_token + 42 > c['seq_len']:
             raise UserError(f"seq_len={c['seq_len']} does not hold {n_token} positions of an image and a caption of "
                             "40: give another encoder, or --encoder=patch --image_size=42")
+    spec['document_end'] = 0 if c['document_mask'] else None             # GPT-NeoX-20B's end-of-text
     model = build_vlm(dict(spec, adapters=adapter_spec(c)), c['seed']).to(device)
     model.z_loss, model.decoder.activation_checkpointing = c['z_loss'], c['activation_checkpointing']
     encoder, config = model.encoder, model.decoder.config
     set_trained(model, c['freeze'])
     if c['compile']:
-        for block in (*model.decoder.layers, *(model.cross or ())):
-            block.compile(dynamic=None)
+        model.compile_blocks()
     optimizer = common.make_optimizer(model, dict.fromkeys(('decoder', 'projector', 'encoder', 'cross'), 1.0),
                                       weight_decay=c['weight_decay'], betas=(c['beta1'], c['beta2']), decay=c['decay'])
     tokens, targets, images, kept = synthetic_batch(c, model, image_id, device)

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 
 from adapters import SPEC, add_adapters, merge_adapters
 from data import load_tokenizer
+from decoder import DECODER
 from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
-from model import DECODER, build_vlm
+from model import build_vlm
 from vision import fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
 
@@ -49,6 +50,7 @@ META = {                        # what every meta.json holds
         'encoder': Field(dict, of={'kind': Field(str)}, optional=True),
         'projector': Field(dict, of={'kind': Field(str), 'n_token': Field(int, 1, 1 << 16, optional=True)},
                            optional=True), 'image_id': COUNT,
+        'image_mask': Field(str, optional=True), 'document_end': Field(int, 0, optional=True),
         'fusion': Field(dict, of={'kind': Field(str), 'every': Field(int, 1)}, optional=True),
         'adapters': Field(dict, of=SPEC, optional=True),
         'view': Field(dict, optional=True, of={'shortest': Field(int, 0, 1 << 14, optional=True),
@@ -439,6 +441,9 @@ def check_spec(meta, spec, folder):
     """
     Raise UserError naming the first number in which a base's model differs from this run's; seq_len and image_size may.
     """
+    masks = [one.get('image_mask') or 'causal' for one in (meta['spec'], spec) if one['encoder'] is not None]
+    if len({*masks}) > 1:
+        raise UserError(f"{folder} was trained with image_mask={masks[0]!r}, this run has {masks[1]!r}: give the same")
     for part in ('decoder', 'encoder', 'projector', 'fusion'):
         ours = spec.get(part) or (dict(kind='sequence') if part == 'fusion' and spec['encoder'] else None)
         there, here = _fixed(meta['spec'].get(part) or {}), _fixed(ours or {})

@@ -2,9 +2,9 @@
 What a run costs, from its config and its model's description alone: FLOPs, GPU hours, memory, disk, passes over data.
 
 FLOPs are two for each multiply-add of a matrix product that the loss needs, forward and backward: attention at the
-pairs that the causal mask lets through, the last feed-forward and the output matrix at kept targets only, a frozen
-encoder once. What activation checkpointing computes again does not count: the share of a peak is PaLM's MFU (arXiv
-2204.02311).
+pairs that the causal mask lets through (also where document_mask hides some of them, or image_mask='prefix' adds those
+inside an image), the last feed-forward and the output matrix at kept targets only, a frozen encoder once. What
+activation checkpointing computes again does not count: the share of a peak is PaLM's MFU (arXiv 2204.02311).
 """
 import math
 import os
@@ -104,8 +104,9 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     n_row, n_position, n_kept, n_image  of a micro-batch; n_kept None = all; per_image bytes: what image_costs says
     width      bytes of an activation: 2 under bfloat16 autocast, 4 in float32
     parallel   'ddp' or 'fsdp' over n_process
-    returns    dict: 'weights' (with gradients and AdamW moments), 'frozen', 'whole' (what fsdp gathers, or autocast's
-               copies of the weights), 'activations', 'work' (the largest of what the loss and one block need on top)
+    returns    dict: 'weights' (with gradients and AdamW moments), 'frozen' (an encoder's also in 16 bits, if used),
+               'whole' (what fsdp gathers, or autocast's copies of the weights), 'activations', 'work' (the largest of
+               what the loss and one block need on top)
     """
     c, N = model.decoder.config, n_row * n_position
     K = N if n_kept is None else n_kept
@@ -146,7 +147,8 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
     chunk = min(logits, max(loss.CHUNK_BYTES, columns * K * width))
     # the loss keeps its logits, and then has the output matrix's gradient beside them, or a copy of it in 16 bits
     loss_work = logits * kept + max(chunk * (1 if kept else 2), gradient + head / 2 * (width == 2))
-    return {'weights': weights, 'frozen': 4 * frozen, 'whole': whole,
+    low = 2 * copied * (width == 2 and not size(model.encoder))          # a frozen encoder's weights in 16 bits
+    return {'weights': weights, 'frozen': 4 * frozen + low, 'whole': whole,
             'activations': layers + 2 * K * c.n_embd * width + n_image * per_image * width / 4,
             'work': max(loss_work, block_work)}
 
@@ -168,7 +170,8 @@ def described(config, image_id, images):
         with torch.device('meta'):
             shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
             tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
-        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token), **fusion_spec(config))
+        spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token), **fusion_spec(config),
+                    image_mask=config.get('image_mask', 'causal'))
         spec = with_view(spec, config)
     return spec
 

@@ -148,8 +148,7 @@ model.decoder.activation_checkpointing = activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in (*model.decoder.layers, *(model.cross or ())):
-        block.compile(dynamic=None)
+    model.compile_blocks()
 
 
 def log_probabilities(batch):

@@ -39,8 +39,8 @@ boxes = 'original'                      # ['original' | 'letterbox'] its boxes a
 text = (('text', 1.0),)                 # [pairs] stage-1 text for text_share, in data_dir
 text_share = 0.0                        # [>= 0, < 1] share of sequences that are stage-1 text; the paper mixes none
 init_from = 'out/{scale}/ckpt80_img10/ckpt_100'  # a checkpoint folder; its tokenizer, encoder and shape are kept
-encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next nine are for
-                                        # a base without an encoder, and as in pretrain.py
+encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] this and the next ten are for a
+                                        # base without an encoder, and as in pretrain.py
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir
 encoder_fusion = 'channel'              # ['channel' | 'interleave']
@@ -53,6 +53,7 @@ image_size = 0                          # [>= 0] pixels a side; 0 = what the enc
 fusion = 'sequence'                     # ['sequence' | 'cross'] as in pretrain.py; a base without cross blocks gets
                                         # fresh ones, one with them keeps them
 cross_every = 4                         # [>= 1] of 'cross', for fresh blocks
+image_mask = 'causal'                   # ['causal' | 'prefix'] as in pretrain.py
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 aspect = 'square'                       # ['square' | 'keep'] as in pretrain.py; what the base has on stays on
 split = False                           # as in pretrain.py; Idefics2 splits in this stage only
@@ -145,7 +146,7 @@ if fresh_projector:
 elif not run.resumed:
     default = {key: rule.default for key, rule in config_keys(__file__).items()}
     for key in ('encoder', 'encoder_path', 'dinov2_path', 'encoder_fusion', 'encoder_layer', 'encoder_norm',
-                'projector', 'token_mode', 'image_tokens', 'image_size'):
+                'projector', 'token_mode', 'image_tokens', 'image_size', 'image_mask'):
         if config[key] != default[key] and config[key] != run.meta['config'].get(key):
             process.print(f"!!! {key}={config[key]!r} has no effect: {run.folder} brings its own encoder, projector")
 fresh_cross = fusion == 'cross' and not run.meta['spec'].get('fusion')
@@ -193,8 +194,7 @@ model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkp
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in (*model.decoder.layers, *(model.cross or ())):
-        block.compile(dynamic=None)
+    model.compile_blocks()
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,

@@ -70,6 +70,25 @@ class KVCache:
         return Sight.cached(self.cross, self.last['images'][:, :, rows], self.last['shown'][rows], T)
 
 
+def document_start(model, ids):
+    """The position at which the document under way after ids began: 0 but for a model with document_end."""
+    return max((i + 1 for i, token in enumerate(ids) if token == model.document_end), default=0)
+
+
+def cached_mask(model, tokens, position, length, images, start=None):
+    """
+    Intervals: what tokens (B,T), side by side at position (B,T), see of a cache of `length` key slots.
+    images  do the tokens hold any?
+    start   (B,) where the document began that goes on at the first of them; None = 0
+    """
+    own = model.intervals(tokens, images)                       # counted from the first of the tokens
+    if own is None:
+        return Intervals.cached(position, length)
+    first = position[:, :1]
+    lo = torch.where(own.lo > 0, first + own.lo, 0 if start is None else start[:, None])
+    return Intervals(lo.int(), (first + own.hi).int(), kind='cached')
+
+
 def new_cache(model, batch, length):
     """A KVCache in the dtype that the model computes in now."""
     weight = model.decoder.output.weight
@@ -101,7 +120,8 @@ def prefill_images(model, images):
         x = model.decoder.tok_embeddings(torch.full((N, 1), model.image_id, device=device))     # (N,1,C)
     position = torch.arange(n, device=device).expand(N, -1)
     unread = torch.zeros(1, dtype=torch.int64, device=device)          # only the cache is wanted: one row of output
-    model.decoder.trunk(x, unread, Intervals.cached(position, n), position, prefix)
+    mask = cached_mask(model, torch.full_like(position, model.image_id), position, n, True)
+    model.decoder.trunk(x, unread, mask, position, prefix)
     return prefix
 
 
@@ -159,7 +179,8 @@ def read(model, prompts, images, image_index, prefix, cache):
     T = x.shape[1]
     position = start + torch.arange(T, device=device).expand(B, -1)                    # (B,T)
     ends = (torch.arange(B) * T + length - 1 - start).to(device)                       # where each prompt ends in x
-    return model.decoder.trunk(x, ends, Intervals.cached(position, cache.k.shape[3]), position, cache, sight)
+    mask = cached_mask(model, tokens[:, start:], position, cache.k.shape[3], start == 0 and images is not None)
+    return model.decoder.trunk(x, ends, mask, position, cache, sight)
 
 
 @torch.no_grad()
@@ -193,7 +214,7 @@ def generate_each(model, feed, batch_size, length, *, max_new_tokens=128, stop_i
     """
     device = model.decoder.output.weight.device
     cache = new_cache(model, max(batch_size, 1), length + max_new_tokens)
-    token, position = torch.zeros(2, max(batch_size, 1), dtype=torch.int64, device=device)
+    token, position, start = torch.zeros(3, max(batch_size, 1), dtype=torch.int64, device=device)
     place = [None] * max(batch_size, 1)                        # (key, new ids, length) of the row at each place
     more = True
     while True:
@@ -211,6 +232,7 @@ def generate_each(model, feed, batch_size, length, *, max_new_tokens=128, stop_i
                 hidden = read(model, prompts, *pictures, cache.at(max(map(len, prompts), default=0), rows))
                 token[rows] = _pick(model.decoder.output(hidden).float(), temperature, top_k, generator)
                 position[rows] = torch.tensor([len(p) for p in prompts], device=device)
+                start[rows] = torch.tensor([document_start(model, p) for p in prompts], device=device)
                 for i, key, prompt in zip(taken, keys, prompts):
                     place[i] = key, [], len(prompt)
         for i, t in enumerate(token.tolist()):
@@ -226,9 +248,11 @@ def generate_each(model, feed, batch_size, length, *, max_new_tokens=128, stop_i
             # the keys that anyone sees, rounded up so that few shapes occur
             part = cache.at(64 * -(-max(n + len(new) for _, new, n in alive) // 64))
             at = position.clamp(max=part.k.shape[3] - 1)[:, None]                      # (B,1); empty places anywhere
+            mask = cached_mask(model, token[:, None], at, part.k.shape[3], False, start)
             hidden = model.decoder.trunk(model.decoder.tok_embeddings(token)[:, None],
-                                         torch.arange(len(place), device=device),
-                                         Intervals.cached(at, part.k.shape[3]), at, part)      # (B,C)
+                                         torch.arange(len(place), device=device), mask, at, part)              # (B,C)
+            if model.document_end is not None:
+                start = torch.where(token == model.document_end, position + 1, start)
             token = _pick(model.decoder.output(hidden).float(), temperature, top_k, generator)
             position = position + 1
         elif not more:
@@ -257,6 +281,7 @@ def choice_nats(model, contexts, choices, images=None, image_index=None, prefix=
     """
     weight, B = model.decoder.output.weight, len(contexts)
     length = torch.tensor([len(c) for c in contexts], device=weight.device)
+    start = torch.tensor([document_start(model, c) for c in contexts], device=weight.device)
     longest = max(len(ids) for options in choices for ids in options)
     cache = new_cache(model, B, max(map(len, contexts)) + longest - 1)
     nats = [[0.0] * len(options) for options in choices]
@@ -291,7 +316,7 @@ def choice_nats(model, contexts, choices, images=None, image_index=None, prefix=
         targets = [(b, j, i) for b in rows for i in choices[b][j][1:]]
         kept = torch.tensor([b * T + t for b in rows for t in range(len(choices[b][j]) - 1)], device=weight.device)
         position = length[:, None] + torch.arange(T, device=weight.device)                             # (B,T)
-        mask = Intervals.cached(position, cache.k.shape[3])
-        add(model.decoder.trunk(model.decoder.tok_embeddings(tokens.to(weight.device)), kept, mask, position, cache),
-            targets)
+        tokens = tokens.to(weight.device)
+        mask = cached_mask(model, tokens, position, cache.k.shape[3], False, start)
+        add(model.decoder.trunk(model.decoder.tok_embeddings(tokens), kept, mask, position, cache), targets)
     return nats, likely if greedy else None

@@ -95,6 +95,13 @@ class Intervals:
         hi = (position + 1).clamp(max=Tk).int()
         return Intervals(torch.zeros_like(hi), hi, kind='cached')
 
+    def joined(self, slots, n):
+        """The same, and the slots (B, T) bool of each image see each other: n of them in a row, so that images side by
+        side stay apart. Here T is both Tq and Tk."""
+        rank = slots.cumsum(1, dtype=torch.int32) - 1                                        # (B, T) of a row's slots
+        first = torch.arange(slots.shape[1], dtype=torch.int32, device=slots.device) - rank % n
+        return Intervals(self.lo, torch.where(slots, first + n, self.hi), torch.where(slots, first, self.qlo), self.qhi)
+
     @staticmethod
     def full(B, Tq, Tk, device=None):
         """Every query sees every key."""

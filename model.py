@@ -1,5 +1,5 @@
 """
-The decoder (OpenLM's architecture), the vision-language model around it, OpenLM weights.
+The vision-language model around a decoder, a model from its description, OpenLM weights.
 
     decoder = Decoder(ModelConfig(n_layer=24, n_head=16, n_embd=2048))            # 1.4B, the script's default scale
     model = build_vlm(spec, seed=7)                                               # spec: a plain dict, see vlm_spec
@@ -17,213 +17,49 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import generation
 from adapters import add_adapters
-from connectors import CrossBlocks, Sight, build_projector, projector_spec
+from connectors import CrossBlock, CrossBlocks, Sight, build_projector, projector_spec
+from decoder import Block, Decoder, ModelConfig, inverse_frequencies
 from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
-from fused import add_norm, layer_norm, qk_norm_rotary, swiglu
 from images import View, sides
-from kernels import IGNORE_INDEX, Intervals, attention, linear_cross_entropy
-from vision import build_encoder, encoder_spec
+from kernels import IGNORE_INDEX, Intervals, linear_cross_entropy
+from vision import EncoderBlock, build_encoder, encoder_spec, lowered
 from weights import fill, read_json, read_pt, tensors
-
-ROPE_BASE = 10000.0             # OpenLM's rotary base
-
-
-DECODER = {                     # what a ModelConfig holds: far above any model, below what hangs a machine
-    'n_layer': Field(int, 1, 1000), 'n_head': Field(int, 0, 1 << 14), 'n_embd': Field(int, 1, 1 << 17),
-    'vocab_size': Field(int, 1, 1 << 22), 'seq_len': Field(int, 1, 1 << 24), 'n_ffn': Field(int, 0, 1 << 20),
-    'qk_norm': Field(bool), 'norm_eps': Field(NUMBER, 0, 1)}
-
-
-@dataclasses.dataclass
-class ModelConfig:
-    """The decoder's shape; the defaults are DCLM's. n_ffn 0 = OpenLM's rule, 8/3 of the width rounded up to 256."""
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int = 50432     # GPT-NeoX-20B's 50277 rows, padded to a multiple of 256
-    seq_len: int = 2048         # what it is trained at; longer inputs are legal
-    n_ffn: int = 0
-    qk_norm: bool = True        # LayerNorm of q and k over the full width, before rotary
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        check(vars(self), Field(dict, of=DECODER), "the decoder's shape")
-        self.n_ffn = self.n_ffn or 256 * math.ceil(int(8 * self.n_embd / 3) / 256)
-        if self.n_head < 1 or self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd}, n_head={self.n_head}: expected n_embd / n_head whole and even")
-
-
-class Linear(nn.Linear):
-    """nn.Linear without bias and without torch's own initialisation, which Decoder.init_weights would overwrite."""
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self):
-        pass
-
-
-class Norm(nn.Module):
-    """LayerNorm with a gain and no bias; under autocast it runs in the low precision, as OpenLM's LPLayerNorm does."""
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.eps = eps
-
-    def forward(self, x):
-        return layer_norm(x, self.weight, self.eps)
-
-
-def inverse_frequencies(head):
-    """OpenLM's rotary frequencies (head/2,) float32 of a head of width `head`."""
-    # device: under torch.device('meta') arange would first import torch._dynamo
-    return ROPE_BASE ** (-torch.arange(0, head, 2, dtype=torch.float32, device='cpu') / head)
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        n = config.n_embd
-        self.n_head = config.n_head
-        self.in_proj = Linear(n, 3 * n)                         # rows: q, k, v
-        self.out_proj = Linear(n, n)
-        self.norm_eps = config.norm_eps
-        self.q_norm = Norm(n, config.norm_eps) if config.qk_norm else None       # their gains: fused.py has the rest
-        self.k_norm = Norm(n, config.norm_eps) if config.qk_norm else None
-
-    def forward(self, x, rotary, mask, cache=None):
-        B, T, C = x.shape
-        gains = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
-        q, k, v = qk_norm_rotary(self.in_proj(x), *gains, *rotary, self.n_head, self.norm_eps)       # (B,H,T,D)
-        if cache is not None:
-            cache, layer, position = cache
-            k, v = cache.update(layer, k, v, position)          # (B,H,length,D)
-        return self.out_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.w12 = Linear(config.n_embd, 2 * config.n_ffn)      # the gate is the first half
-        self.w3 = Linear(config.n_ffn, config.n_embd)
-
-    def forward(self, x):
-        return self.w3(swiglu(self.w12(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = Norm(config.n_embd, config.norm_eps)
-        self.ffn_norm = Norm(config.n_embd, config.norm_eps)
-
-    def forward(self, x, rotary, mask, cache=None, kept=None):
-        """x (B,T,C) -> (B,T,C), or (K,C): with kept (K,) flat indices into B*T the feed-forward runs for these only."""
-        y = self.attention(self.attention_norm(x), rotary, mask, cache)
-        if kept is not None:
-            x, y = x.flatten(0, 1)[kept], y.flatten(0, 1)[kept]            # (K,C)
-        x, normed = add_norm(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
-        return x + self.feed_forward(normed)
-
-
-class Decoder(nn.Module):
-    """
-    OpenLM's transformer: pre-norm, no biases, QK-norm over the full width, rotary, SwiGLU, untied output.
-    Parameter names are OpenLM's, so its checkpoints load by name. inv_freq is a buffer: models trained in bf16 have
-    seen rounded frequencies, so an imported checkpoint brings its own.
-    """
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        head = config.n_embd // config.n_head
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(
-            config.vocab_size, config.n_embd))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = Norm(config.n_embd, config.norm_eps)
-        self.output = Linear(config.n_embd, config.vocab_size)
-        self.register_buffer('inv_freq', inverse_frequencies(head))
-        self.activation_checkpointing = False
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """OpenLM's initialisation, torch's global generator: normals cut at 3 std, residual outputs scaled by depth."""
-        def trunc(weight, std):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-        width_std = 1 / math.sqrt(self.config.n_embd)
-        trunc(self.tok_embeddings.weight, width_std)
-        trunc(self.output.weight, width_std)
-        for i, block in enumerate(self.layers):
-            depth = math.sqrt(2 * (i + 1))
-            trunc(block.attention.in_proj.weight, width_std)
-            trunc(block.attention.out_proj.weight, width_std / depth)
-            trunc(block.feed_forward.w12.weight, width_std)
-            trunc(block.feed_forward.w3.weight, 1 / math.sqrt(self.config.n_ffn) / depth)
-
-    def rotary(self, position):
-        """cos and sin (...,T,D) float32 of position (...,T)."""
-        angle = position[..., None].float() * self.inv_freq
-        angle = torch.cat((angle, angle), -1)
-        return angle.cos(), angle.sin()
-
-    def trunk(self, x, kept=None, mask=None, position=None, cache=None, sight=None):
-        """
-        The blocks and the final norm.
-        x         (B,T,C) embeddings
-        kept      (K,) flat indices into B*T whose outputs are wanted; None = all. The last block computes q, the output
-                  projection and the feed-forward for these only; keys and values for all: exact, and less work
-        mask      Intervals over the keys; None = causal
-        position  (B,T) int64 of x in its row, with a cache; None = 0..T-1
-        sight     what cross blocks see (connectors.Sight); None = what the cache says, without one nothing
-        returns   (B,T,C), or (K,C) with kept
-        """
-        B, T, _ = x.shape
-        mask = Intervals.causal(B, T, x.device) if mask is None else mask
-        if position is None:
-            rotary = self.rotary(torch.arange(T, device=x.device))                     # (T,D)
-        else:
-            rotary = tuple(y[:, None] for y in self.rotary(position))                  # (B,1,T,D)
-        sight = cache.sight(T) if sight is None and cache is not None else sight
-
-        def run(block, *args):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            return block(*args)
-        for i, block in enumerate(self.layers):
-            if sight is not None and i % sight.blocks.every == 0:
-                j = i // sight.blocks.every
-                x = run(sight.blocks[j], x, sight.images[j], sight)
-            x = run(block, x, rotary, mask, None if cache is None else (cache, i, position),
-                    kept if i == len(self.layers) - 1 else None)
-        return self.norm(x)
-
-    def forward(self, tokens):
-        """tokens (B,T) int64 -> logits (B,T,V) float32."""
-        return self.output(self.trunk(self.tok_embeddings(tokens))).float()
 
 
 class VLM(nn.Module):
     """
-    A decoder that reads image features at the positions that hold image_id. Attention is causal over images too (the
-    paper's choice). encoder and projector are None for a text-only model. n_token: features of an image, 0 for text;
-    None = as many as the encoder gives, else what the projector makes of them. They stand in the row, or, with cross
-    (CrossBlocks), are read by these blocks, and the image takes one position. shortest, split: see images.View.
+    A decoder that reads image features at the positions that hold image_id. encoder and projector are None for a
+    text-only model.
+    n_token       features of an image, 0 for text; None = as many as the encoder gives, else what the projector makes.
+                  They stand in the row, or, with cross (CrossBlocks), are read by these blocks, and the image takes one
+                  position
+    shortest, split  see images.View
+    image_mask    'causal' over images too (the paper's choice), or 'prefix': the positions of an image see each other
+    document_end  None, or the id after which attention starts anew. Rotary positions go on: scores depend on distances
+                  alone, so that a document inside a row gives what it gives by itself
     """
     def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None,
-                 shortest=0, split=False):
+                 shortest=0, split=False, image_mask='causal', document_end=None):
         super().__init__()
         self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
         self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
         self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
-        self.image_id, self.z_loss = image_id, z_loss
+        self.image_id, self.z_loss, self.image_mask, self.document_end = image_id, z_loss, image_mask, document_end
+        if image_mask not in ('causal', 'prefix'):
+            raise UserError(f"image_mask={image_mask!r}: expected 'causal' or 'prefix'")
+        if cross is not None and (shortest or image_mask == 'prefix'):
+            raise UserError("fusion='cross', where an image is one position and all are of one size, goes with "
+                            "image_mask='causal' and aspect='square' only")
+        if image_mask == 'prefix' and self.per_patch:
+            raise UserError("image_mask='prefix' and aspect='keep': give token_mode='query', too, so that all images "
+                            "take the same number of positions")
+        self.compiled, self.low = False, (None, None)           # low: see _low_encoder
 
     generate, generate_each = generation.generate, generation.generate_each
     choice_nats, prefill_images = generation.choice_nats, generation.prefill_images
@@ -233,16 +69,30 @@ class VLM(nn.Module):
         """Positions of an image in a row; of the largest, where the aspect is kept; 0 for text only."""
         return self.n_token if self.cross is None else 1
 
+    @property
+    def per_patch(self):
+        """Positions of a patch, where images take different numbers of positions; else 0."""
+        e = self.encoder
+        if self.fixed or self.cross is not None or not self.shortest:
+            return 0
+        return e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
+
     def view(self, resize='letterbox'):
         """How photos become this model's images."""
-        e, fixed = self.encoder, self.fixed or self.cross is not None
-        per_patch = 0 if fixed else e.n_token // math.prod(side // e.patch_size for side in sides(e.image_size))
-        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, per_patch, self.split)
+        e = self.encoder
+        return View(e.image_size, self.n_slot, resize, self.shortest, e.patch_size, self.per_patch, self.split)
 
     def slots(self, images):
         """Positions in a row that each of N images takes: a list of int."""
         view = self.view()
         return [view.positions(image) for image in images]
+
+    def compile_blocks(self):
+        """Have torch.compile compile the blocks of decoder and encoder one by one, each when it first runs."""
+        self.compiled = True
+        for module in self.modules():
+            if isinstance(module, (Block, CrossBlock, EncoderBlock)):
+                module.compile(dynamic=None)
 
     def image_features(self, images):
         """
@@ -262,9 +112,41 @@ class VLM(nn.Module):
         if images.ndim == 5:
             return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
         trained = any(p.requires_grad for p in self.encoder.parameters())
+        autocast = images.device.type != 'meta' and torch.is_autocast_enabled(images.device.type)
+        encoder = self.encoder
+        if autocast and not trained:
+            encoder = self._low_encoder(torch.get_autocast_dtype(images.device.type))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = self.encoder(images)
+            features = encoder(images)
         return self.projector(features)
+
+    def _low_encoder(self, dtype):
+        """
+        The frozen encoder with weights that autocast finds in its dtype: cast once, and again only where they changed.
+        self.low is a tuple, so what it holds is no submodule: nothing saves, moves or trains it.
+        """
+        state = dtype, [(p.data_ptr(), p._version) for p in self.encoder.parameters()]
+        if self.low[0] != state:
+            self.low = state, lowered(self.encoder, dtype)
+            for block in self.low[1].modules() if self.compiled else ():
+                if isinstance(block, EncoderBlock):
+                    block.compile(dynamic=None)
+        return self.low[1]
+
+    def intervals(self, tokens, images):
+        """
+        Who sees whom in rows of tokens (B,T), found where they are: Intervals, None where all of it is causal.
+        images  do the rows hold any?
+        """
+        together = images and self.image_mask == 'prefix'
+        if self.document_end is not None:
+            ends = (tokens == self.document_end).int()
+            mask = Intervals.documents(ends.cumsum(1) - ends)       # the id belongs to the document that it ends
+        elif together:
+            mask = Intervals.causal(*tokens.shape, tokens.device)
+        else:
+            return None
+        return mask.joined(tokens == self.image_id, self.n_token) if together else mask
 
     def embed(self, tokens, images=None, image_index=None, noise=None):
         """
@@ -332,7 +214,8 @@ class VLM(nn.Module):
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
         x = self.embed(tokens, images, image_index, noise)                             # (B,T,C)
-        x = self.decoder.trunk(x, kept=kept, sight=self.see(tokens, images, image_index))        # (K,C)
+        x = self.decoder.trunk(x, kept, self.intervals(tokens, images is not None),
+                               sight=self.see(tokens, images, image_index))            # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -344,15 +227,17 @@ class VLM(nn.Module):
 
 # --- a model from its description -----------------------------------------------------------------------------------
 
-def vlm_spec(config, image_id, images):
+def vlm_spec(config, image_id, images, document_end=None):
     """
     The description of the model that a stage's config asks for: a plain dict of JSON values, kept in every checkpoint.
     config   dict with the config keys n_layer, n_head, ..., and those that vision.encoder_spec and
              connectors.projector_spec read
     images   False = text only, without encoder and projector
+    document_end  see VLM
     """
     shape = ModelConfig(*(config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'seq_len', 'n_ffn')))
-    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id)
+    spec = dict(decoder=dataclasses.asdict(shape), encoder=None, projector=None, image_id=image_id,
+                document_end=document_end)
     return add_images(spec, config) if images else spec
 
 
@@ -361,7 +246,8 @@ def add_images(spec, config):
     encoder = encoder_spec(config)
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
-    spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token), **fusion_spec(config))
+    spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token),
+                image_mask=config.get('image_mask', 'causal'), **fusion_spec(config))
     return with_view(spec, config)
 
 
@@ -422,13 +308,11 @@ def build_vlm(spec, seed=None):
                 projector = build_projector(spec['projector'], encoder.width, config.n_embd)
                 n_token = spec['projector'].get('n_token')
                 if spec.get('fusion') is not None:
-                    if spec.get('image_mask') == 'prefix' or (spec.get('view') or {}).get('shortest'):
-                        raise UserError("fusion='cross', where an image is one position and all are of one size, goes "
-                                        "with image_mask='causal' and aspect='square' only")
                     draw(3)
                     cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
             draw(0)
             model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross,
+                        image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'),
                         **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])

@@ -52,6 +52,8 @@ n_embd = 2048                           # [>= 1]
 n_ffn = 0                               # [>= 0] SwiGLU hidden; 0 = OpenLM's rule
 vocab_size = 50432                      # [>= 1] rows of the embedding; special ids live in its free rows
 seq_len = 2048                          # [>= 1] positions of a row with its image; stage 2: 1024 (appendix C)
+document_mask = False                   # text sees its own document only: attention starts anew after an end-of-text
+image_mask = 'causal'                   # ['causal' | 'prefix'] 'prefix': the positions of an image see each other
 encoder = 'siglip'                      # ['siglip' | 'dinov2' | 'dinosiglip' | 'patch'] 'patch' = none, pixels (J.2)
 encoder_path = 'siglip-so400m-patch14-384'  # in data_dir: the SigLIP folder or file
 dinov2_path = 'dinov2-with-registers-large'  # in data_dir: the DINOv2 folder
@@ -183,7 +185,7 @@ tokenizer = load_tokenizer(data_path(tokenizer))
 if tokenizer.vocab_size > vocab_size:
     raise UserError(f"tokenizer {tokenizer.path} needs {tokenizer.vocab_size} rows, vocab_size={vocab_size}: give more "
                     "rows")
-spec = vlm_spec(config, tokenizer.image_id, has_images)
+spec = vlm_spec(config, tokenizer.image_id, has_images, tokenizer.eot_id if document_mask else None)
 if run.meta:
     spec['adapters'] = run.meta['spec'].get('adapters')          # a base's own stay
     checkpoint.check_spec(run.meta, spec, run.folder)
@@ -250,8 +252,7 @@ model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkp
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
 if compile:
-    for block in (*model.decoder.layers, *(model.cross or ())):
-        block.compile(dynamic=None)
+    model.compile_blocks()
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
 # the schedule itself is a dict, kept in meta.json: lr_at(step, curve) is the decoder's lr

@@ -60,6 +60,14 @@ AXES = {        # axis: (scripts whose runs it changes, {label: the file under c
     'encoder': (('pretrain',), {'SigLIP': '', 'SigLIP + DINOv2': 'encoder_dinosiglip', 'patches': 'encoder_patch',
                                 'untrained': 'encoder_untrained'}),
     'trained': (('pretrain', 'finetune'), {'frozen': '', 'trained': 'trained_encoder'}),
+    'documents': (('pretrain',), {'joined': '', 'apart': 'document_mask'}),            # in stages 1 and 2
+    'image mask': (('pretrain', 'finetune'), {'causal': '', 'prefix': 'image_prefix'}),
+    'projector': (('pretrain',), {'mlp2': '', **{kind: f'projector_{kind}' for kind in (
+        'linear', 'mlp4', 'attn', 'perceiver')}}),
+    'image tokens': (('pretrain',), {'all': '', '9 pooled': 'pool9', '4 pooled': 'pool4', '9 queries': 'query9',
+                                     '4 queries': 'query4'}),
+    'fusion': (('pretrain',), {'sequence': '', 'cross': 'fusion_cross'}),
+    'decoder': (('pretrain', 'finetune'), {'trained': '', 'frozen': 'frozen_decoder', 'LoRA': 'lora'}),
     'tokens': (('pretrain',), {'x1': '', 'x2': 'tokens_x2', 'x4': 'tokens_x4'}),
     'half': (('pretrain', 'finetune'), {'all': '', 'halves': 'instruct_halves'}),
     'stage 2': (('pretrain',), {'yes': '', 'none': ''}),                 # none: stage 3 follows stage 1
@@ -90,6 +98,16 @@ GRIDS = {
         'base 100 %': {'start': '100 %', 'stage 2': 'none', 'epochs': '0'},
         'after stage 2': {'epochs': '0'}, 'after stage 3': {}}),
     'table9': dict(x='epochs', labels=(), beside={'ours': {}}),
+    # not the paper's: connectors and image tokens, Idefics2's table (arXiv 2405.02246); on config/study_tokens.py
+    'projectors': dict(x='projector'),
+    'image_tokens': dict(x='image tokens'),
+    'idefics2': dict(x='fusion', labels=(), beside={
+        'in the row, frozen decoder': {'decoder': 'frozen'},
+        'in the row, perceiver, frozen decoder': {'image tokens': '9 queries', 'decoder': 'frozen'},
+        'cross-attention, perceiver, frozen decoder': {'fusion': 'cross', 'image tokens': '9 queries',
+                                                       'decoder': 'frozen'},
+        'cross-attention, perceiver, LoRA': {'fusion': 'cross', 'image tokens': '9 queries', 'decoder': 'LoRA'},
+        'in the row, perceiver, LoRA': {'image tokens': '9 queries', 'decoder': 'LoRA'}}),
 }
 
 
@@ -148,9 +166,9 @@ class Study:
         jobs, start = [], int(cell['start'].split()[0])
         texts = ','.join(sorted({task.partition('/')[0] for task, _ in self.settings['text_tasks']}))
         if start > 0 or cell['stage 2'] == 'none':
-            name, argv = self.train('pretrain', seed, 'text', {}, f'--seed={seed}')
+            name, argv = self.train('pretrain', seed, 'text', {'documents': cell['documents']}, f'--seed={seed}')
             jobs = [self.job(seed, name, argv, (), [f'ckpt_{n:03d}' for n in (20, 40, 60, 80, 100)], texts)]
-            base, name = f'{name}/ckpt_{start:03d}', f'ckpt{start}_only'
+            base, name = f'{name}/ckpt_{start:03d}', name.replace('text', f'ckpt{start}_only')
         if cell['stage 2'] == 'yes':
             name, argv = self.train('pretrain', seed, 'ckpt80_img10', cell, f'--seed={seed}')
             jobs.append(self.job(seed, name, argv, jobs, tasks=texts))

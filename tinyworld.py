@@ -560,7 +560,7 @@ def write_data(out, *, study=False, n_row=45_000, row_len=96, n_caption=7000, n_
     `out` holds anything else than the world of these settings.
     """
     from data import load_tokenizer                                         # here: the encoder needs no text
-    n_instruct = n_instruct or (1000 if study else 4000)                    # the study's were fixed on calibration seeds
+    n_instruct = n_instruct or (1000 if study else 4000)            # the study's: fixed on its calibration seeds
     settings = dict(version=VERSION, n_row=n_row, row_len=row_len, n_caption=n_caption, n_instruct=n_instruct,
                     n_test=n_test, n_topic=n_topic, vocab_size=vocab_size, seed=seed, python=sys.version.split()[0],
                     **({'study': True} if study else {}))
@@ -607,18 +607,19 @@ def encoder_batch(draw, n, split='train', held_out=0):
     return torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).contiguous(), shown
 
 
-def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96, seed=7, n_thread=2):
+def train_encoder(out, *, patch=CELL, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96, seed=7, n_thread=2):
     """
     Pre-train a SigLIP of 3 blocks (arXiv 2303.15343) and write it into the folder `out`.
     Two sigmoid losses are added. The first compares each patch after block 2, which is what a VLM uses, with the phrase
     of what it shows and where ('a red star at b2', 'nothing at c3'): n_cell cells in a step, each with all its phrases.
+    Where a cell is several patches, their mean counts.
     The second is SigLIP's own: the mean patch after block 3 and the final norm, with the image's caption. Returns the
     SigLIP and the table of the words' vectors.
     """
     torch.set_num_threads(n_thread)
     torch.manual_seed(seed)
     start, draw = time.time(), Draws(seed, 8)
-    config = SigLIPConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, patch_size=CELL,
+    config = SigLIPConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, patch_size=patch,
                           num_attention_heads=width // 32, image_size=SIZE)
     ids, encoder = phrases(), SigLIP(config, layer=-2, keep_all=True)
     table = torch.nn.Embedding(int(ids.max()) + 1, width)
@@ -630,11 +631,12 @@ def train_encoder(out, *, n_step=500, batch_size=48, n_cell=8, lr=3e-3, width=96
     for step in range(n_step):
         optimizer.param_groups[0]['lr'] = main_lr(step, peak=lr, final=0.0, warmup=n_step // 20, total=n_step)
         images, shown = encoder_batch(draw, batch_size)
-        x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, cells, C), (cells, K, C)
+        x, vectors = encoder(images), table(ids[:, seen]).sum(2)            # (B, patches, C), (cells, K, C)
+        part = x.unflatten(1, 2 * (GRID, CELL // patch)).mean((2, 4)).flatten(1, 2)       # (B, cells, C)
         cells = torch.tensor(draw.sample(range(len(CELLS)), n_cell))
         target = torch.arange(n_cell) * len(seen) + column[shown[:, cells]]       # (B, n_cell)
         labels = torch.full((target.numel(), n_cell * len(seen)), -1.0).scatter_(1, target.flatten()[:, None], 1.0)
-        region = siglip_loss(x[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
+        region = siglip_loss(part[:, cells].flatten(0, 1), vectors[cells].flatten(0, 1), *scales[0], labels)
         # not by an index, whose backward adds in an order that changes from run to run on two threads
         named = F.embedding(torch.arange(len(CELLS)) * len(seen) + column[shown], vectors.flatten(0, 1))
         captions = (named * (shown < len(NAMES) - 1)[..., None]).sum(1)     # (B, C)
@@ -656,17 +658,19 @@ if __name__ == '__main__':
     parser.add_argument('command', choices=('data', 'encoder', 'preferences'))
     parser.add_argument('--out', default='', help="folder to make; '' = data/tiny (data/study), or its COMMAND")
     parser.add_argument('--study', action='store_true', help='data: the world of the study')
+    parser.add_argument('--patch', type=int, choices=(CELL, CELL // 2), default=CELL, help='encoder: pixels a side')
     parser.add_argument('--seed', type=int, default=7)
     args = parser.parse_args()
     sys.excepthook = user_error_hook
     world = 'data/study' if args.study else 'data/tiny'
-    out = args.out or (world if args.command == 'data' else f'data/tiny/{args.command}')
+    name = args.command if args.patch == CELL else f'encoder_{args.patch}'
+    out = args.out or (world if args.command == 'data' else f'data/tiny/{name}')
     with writing(out):
         if args.command == 'data':
             write_data(out, study=args.study, seed=args.seed)
         else:
             with new_folder(out) as part:
                 if args.command == 'encoder':
-                    train_encoder(part, seed=args.seed)
+                    train_encoder(part, patch=args.patch, seed=args.seed)
                 else:
                     write_preferences(part, seed=(args.seed, 9))

@@ -2,6 +2,7 @@
 Images in, visual tokens out: the towers SigLIP (arXiv 2303.15343) and DINOv2 (arXiv 2304.07193) from Hugging Face's
 files, both of them fused, a patch projection without any encoder, and SigLIP's loss.
 """
+import copy
 import json
 import math
 import os
@@ -154,6 +155,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
+        x = x.to(self.q_proj.weight.dtype)                                       # of lowered weights: once for all 3
         q, k, v = (proj(x).view(B, T, self.n_head, -1).transpose(1, 2)           # (B, H, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         o = attention(q, k, v)                                                   # (B, H, T, D), bidirectional
@@ -177,7 +179,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x):
         h = self.self_attn(self.layer_norm1(x))
         x = x + (h if self.scale1 is None else self.scale1 * h)
-        h = self.mlp['fc1'](self.layer_norm2(x))
+        h = self.mlp['fc1'](self.layer_norm2(x).to(self.mlp['fc1'].weight.dtype))
         if self.swiglu:
             gate, up = h.chunk(2, -1)                                            # the gate is the first half
             h = F.silu(gate) * up
@@ -443,6 +445,17 @@ def build_encoder(spec):
             encoder = SigLIP(SigLIPConfig(**spec['config']), spec['layer'], spec['norm'], spec['keep_all'])
     encoder.mean, encoder.std = tuple(spec['mean']), tuple(spec['std'])
     return encoder
+
+
+def lowered(encoder, dtype):
+    """
+    A copy of a frozen encoder whose products hold their weights in `dtype`; what else it has is shared. Under autocast
+    to that dtype it gives the same bits, and casts no weight.
+    """
+    own = {id(p): p for p in encoder.parameters()}
+    cast = {id(p): nn.Parameter(p.to(dtype), False) for module in encoder.modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) for p in module.parameters(recurse=False)}
+    return copy.deepcopy(encoder, {**own, **cast})                               # these count as copied already
 
 
 def fill_encoder(encoder, files):

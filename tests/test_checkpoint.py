@@ -80,6 +80,10 @@ def test_a_frozen_encoder_is_stored_once(tmp_path, vocabulary):
     eye = SigLIP(SigLIPConfig(8, 8, 2, 2, 2, 4))
     model = VLM(tiny_vlm().decoder, eye, Projector(8, 8), image_id=9)
     tokenizer, meta, file = load_tokenizer(vocabulary), meta_for(model), ''
+    eye.requires_grad_(False)
+    with torch.autocast('cpu', torch.bfloat16):          # what is cast for autocast is not what is stored
+        model.image_features(torch.zeros(1, 3, 4, 4))
+    assert model.low[1].embeddings['patch_embedding'].weight.dtype == torch.bfloat16
     for name in ('ckpt_step_1', 'ckpt_step_2', 'ckpt_step_3'):
         checkpoint.save_checkpoint(str(tmp_path), name, model, None, tokenizer, meta, encoder_file=file)
         file = str(tmp_path / name / 'encoder.safetensors')
@@ -402,6 +406,11 @@ def test_a_base_of_another_shape_is_named():
         with pytest.raises(UserError) as caught:
             checkpoint.check_spec(meta, {**spec, part: {**spec[part], key: value}}, 'out/x')
         one_line(caught, f'out/x has a model whose {part} has {key}={spec[part][key]!r}', repr(value))
+    with pytest.raises(UserError) as caught:
+        checkpoint.check_spec(meta, {**spec, 'image_mask': 'prefix'}, 'out/x')
+    one_line(caught, "out/x was trained with image_mask='causal', this run has 'prefix': give the same")
+    text = {**spec, 'encoder': None, 'projector': None}
+    checkpoint.check_spec({'spec': text}, {**spec, 'image_mask': 'prefix'}, 'out/x')
     pooled = {**spec, 'projector': {'kind': 'mlp2', 'n_token': 2}}               # an old mlp2 says no n_token
     for there, here, old in ((spec, pooled, 'None'), (pooled, spec, '2')):
         with pytest.raises(UserError) as caught:

@@ -16,7 +16,8 @@ from checkpoint import check_spec, load_vlm
 from connectors import CrossBlock, CrossBlocks, Sight
 from errors import UserError
 from kernels import IGNORE_INDEX, attention
-from model import VLM, ModelConfig, Norm, build_vlm, vlm_spec
+from decoder import Norm
+from model import VLM, ModelConfig, build_vlm, vlm_spec
 from vision import SigLIP, SigLIPConfig
 
 

@@ -12,20 +12,27 @@ import generation
 from connectors import build_projector
 from errors import UserError
 from model import VLM, Decoder, with_view
-from test_model import IMAGE, pictures, ragged, tiny_vlm
+from test_model import END, IMAGE, MASKS, masked_vlm, pictures, ragged, tiny_vlm
 from vision import PatchProjection
 
 
 def slow_greedy(model, prompt, images, n, stop_ids=()):
     """One prompt, no cache: the whole row again for every token."""
-    x, new = model.embed(torch.tensor([prompt]), images), []
+    new = []
     for _ in range(n):
-        token = int(model.decoder.output(model.decoder.trunk(x))[0, -1].argmax())
+        token = int(whole_row(model, prompt, new, images)[-1].argmax())
         if token in stop_ids:
             break
         new.append(token)
-        x = torch.cat((x, model.decoder.tok_embeddings(torch.tensor([[token]]))), 1)
     return new
+
+
+def whole_row(model, ids, new, images):
+    """Logits (T,V) of one row, read at once; an image_id among the new ids is no image."""
+    tokens, new = torch.tensor([ids]), torch.tensor([new], dtype=torch.int64)
+    x = torch.cat((model.embed(tokens, images), model.decoder.tok_embeddings(new)), 1)
+    mask = model.intervals(torch.cat((tokens, new.masked_fill(new == IMAGE, 0)), 1), images is not None)
+    return model.decoder.output(model.decoder.trunk(x, mask=mask))[0]
 
 
 PROMPTS = [[7], [1, 2, 3, 4, 5], [9, 8], list(range(10, 25))]                # the last is beyond seq_len 12
@@ -178,9 +185,7 @@ def test_rows_that_take_the_place_of_others_answer_as_they_would_alone(batch_siz
 
 def slow_nats(model, context, choice, images):
     """One row with nothing shared: nats of the choice, and whether it is what generate would write."""
-    x = model.embed(torch.tensor([context]), images)
-    x = torch.cat((x, model.decoder.tok_embeddings(torch.tensor([choice[:-1]], dtype=torch.int64))), 1)
-    logits = model.decoder.output(model.decoder.trunk(x))[0, len(context) - 1:].double()
+    logits = whole_row(model, context, choice[:-1], images)[len(context) - 1:].double()
     nll = -logits.log_softmax(-1)[torch.arange(len(choice)), torch.tensor(choice)]
     return float(nll.sum()), logits.argmax(-1).tolist() == choice
 
@@ -279,3 +284,40 @@ def test_kept_aspects_need_a_square_and_a_projector_that_takes_any_grid():
         with pytest.raises(UserError, match="aspect='keep' with image_tokens"):
             with_view(wrong, {'aspect': 'keep'})
         assert with_view(wrong, {'split': True})['view'] == {'split': True}
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+def masked_rows(rng):
+    """(prompt, images it needs, may its image be prefilled) of every kind, ends of documents among their ids."""
+    I, some = [IMAGE] * 4, lambda: [END if rng.random() < 0.25 else rng.randrange(30) for _ in range(rng.randint(1, 6))]
+    return [(some(), 0), (some() + [END], 0), (I + some(), 1), (I + some() + [END], 1), (I + I + some(), 2),
+            (some() + I + some(), 1), (I + some() + I, 2), (I, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('image_mask, document_end', MASKS)
+def test_with_masks_what_is_cached_answers_as_the_whole_row(image_mask, document_end):
+    model, rng, images = masked_vlm(image_mask, document_end, 24, spread=3.0), Random(5), pictures(3)
+    model.decoder.output.weight[END] *= 4                # some rows write it themselves
+    rows = [(prompt, [rng.randrange(3) for _ in range(n)]) for _ in range(3) for prompt, n in masked_rows(rng)]
+    own = [images[index] if index else None for _, index in rows]
+    expected = [slow_greedy(model, prompt, i, 9) for (prompt, _), i in zip(rows, own)]
+    assert any(END in new[:-1] for new in expected) and len({*map(tuple, expected)}) > 10
+    model.image_mask, model.document_end = 'causal', None
+    assert expected != [slow_greedy(model, prompt, i, 9) for (prompt, _), i in zip(rows, own)]
+    model.image_mask, model.document_end = image_mask, document_end
+    prompts, index = [prompt for prompt, _ in rows], torch.tensor([i for _, index in rows for i in index])
+    assert model.generate(prompts, images, index, max_new_tokens=9) == expected             # read plainly, all at once
+    assert [model.generate([p], images, torch.tensor(i), max_new_tokens=9)[0] if i else
+            model.generate([p], max_new_tokens=9)[0] for p, i in rows] == expected          # some prefilled
+    asked = [(n, p, i[0]) for n, (p, i) in enumerate(rows) if p[:4] == [IMAGE] * 4 and p.count(IMAGE) == 4 < len(p)]
+    done = model.generate_each(feeder(asked, model.prefill_images(images)), 3, 12, max_new_tokens=9)
+    assert dict(done) == {n: expected[n] for n, _, _ in asked}
+    choices = [[[END if rng.random() < 0.3 else rng.randrange(30) for _ in range(rng.randint(1, 5))]
+                for _ in range(rng.randint(1, 3))] for _ in rows]
+    nats, greedy = model.choice_nats(prompts, choices, images, index, greedy=True)
+    for n, (prompt, options) in enumerate(zip(prompts, choices)):
+        for j, choice in enumerate(options):
+            truth, likely = slow_nats(model, prompt, choice, own[n])
+            assert nats[n][j] == pytest.approx(truth, rel=1e-5, abs=1e-5) and greedy[n][j] == likely

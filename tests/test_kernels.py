@@ -20,6 +20,7 @@ def mask_cases():
     T = 133
     i = torch.arange(T)
     packed = torch.stack([i // 50, torch.where(i < 70, 0, 1), torch.where(i < 100, 3, -1)])
+    slots = torch.stack([(i >= 5) & (i < 45), (i >= 40) & (i < 60) | (i >= 100) & (i < 120), i < 0])
     lo = torch.randint(0, 40, (3, 37), generator=torch.Generator().manual_seed(1)).sort(1).values.int()
     hi = (lo + 9).clamp(max=45)
     hi[1, 5:9] = 0                                        # sees nothing
@@ -43,6 +44,8 @@ def mask_cases():
                                     256, 256),
         'documents of length 1': (Intervals.documents(i.expand(3, T)), T, T),
         'only padding in a row': (Intervals.documents(torch.stack([i * 0, i * 0 - 1, i // 64])), T, T),
+        'images': (Intervals.causal(3, T).joined(slots, 20), T, T),
+        'images in documents': (Intervals.documents(packed).joined(slots, 20), T, T),
         'sliding, Tq != Tk': (Intervals(lo, hi, *column_intervals(seen)), 37, 45),
     }
 
@@ -116,6 +119,11 @@ def test_masks_are_what_they_say():
     both = dense(Intervals.documents(ids, torch.tensor([2])), T)[0]
     start = torch.tensor([0, 0, 0, 3, 3, 5, 5, 7, 7])
     assert torch.equal(both, same & ((j <= i) | (j < start[:, None] + 2)))
+    image = torch.tensor([0, 1, 1, 2, 2, 0, 0, 3, 3])     # two side by side
+    for mask in (Intervals.causal(2, T), Intervals.documents(torch.tensor([run.tolist()] * 2).abs())):
+        seen = dense(mask, T)[0]
+        together = dense(mask.joined(image.expand(2, T) > 0, 2), T)
+        assert torch.equal(together[1], seen | (image[:, None] == image) & (image > 0))
     cached = Intervals.cached(torch.tensor([[3], [8]]), T)
     assert dense(cached, T)[:, 0].sum(1).tolist() == [4, 9]
 

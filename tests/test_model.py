@@ -15,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import checkpoint
 import common
+import decoder as decoder_module
 import model as model_module
 from kernels import IGNORE_INDEX
 from errors import UserError
 from conftest import child_env
 from connectors import Projector
-from model import (VLM, Decoder, ModelConfig, Norm, build_vlm, load_openlm, openlm_moments, save_openlm,
+from decoder import Norm
+from model import (VLM, Decoder, ModelConfig, build_vlm, load_openlm, openlm_moments, save_openlm,
                    vlm_spec)
-from vision import PatchProjection
+from vision import PatchProjection, SigLIP, SigLIPConfig
 
 IMAGE = 39                      # the last row of the tiny vocabulary
 STATE = 'state_dict'
@@ -409,11 +411,11 @@ class Watch(TorchDispatchMode):
 WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'masked_scatter_backward', '_unique2', 'equal'}
 
 
-@pytest.mark.parametrize('frozen', [True, False])
-def test_a_training_step_asks_the_device_for_nothing(frozen, monkeypatch):
+@pytest.mark.parametrize('frozen, image_mask, document_end', [(True, 'causal', None), (False, 'prefix', 1)])
+def test_a_training_step_asks_the_device_for_nothing(frozen, image_mask, document_end, monkeypatch):
     """No operator of a step hands values or shapes to the host, so that on a GPU the loop runs ahead of the device."""
     monkeypatch.setattr(model_module, 'check_slots', lambda *_: None)     # reads values, on a CPU only
-    model = tiny_vlm(15, frozen=frozen)
+    model = masked_vlm(image_mask, document_end, 15, frozen=frozen)
     optimizer = common.make_optimizer(model, dict(decoder=1, projector=1, encoder=1), weight_decay=0.1,
                                       betas=(0.9, 0.95))
     tokens, targets = rows_of(['I', 1, 2], ['I', 3], [4, 'I']), random_batch(3, 6, kept=0.6, seed=3)[1]
@@ -467,6 +469,141 @@ def test_projector_is_the_papers():
     h = F.linear(x, projector.fc1.weight, projector.fc1.bias)
     h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))      # exact gelu
     torch.testing.assert_close(projector(x), F.linear(h, projector.fc2.weight, projector.fc2.bias))
+
+
+# --- who sees whom --------------------------------------------------------------------------------------------------
+
+MASKS = [('prefix', None), ('causal', END := 7), ('prefix', END)]
+
+
+def masked_vlm(image_mask, document_end, seed=30, **kw):
+    model = tiny_vlm(seed, **kw)
+    model.image_mask, model.document_end = image_mask, document_end
+    return model
+
+
+def visible(row, image_mask, document_end):
+    """(T,T) bool of a list of ids, from the words of the keys: may position i see position j?"""
+    document, image, n_image = [], [], 0
+    for i, token in enumerate(row):
+        document.append(row[:i].count(document_end))
+        image.append(n_image // 4 if token == IMAGE else None)
+        n_image += token == IMAGE
+    together = lambda i, j: image_mask == 'prefix' and image[i] is not None and image[i] == image[j]
+    return torch.tensor([[document[i] == document[j] and (j <= i or together(i, j)) for j in range(len(row))]
+                         for i in range(len(row))])
+
+
+# images that open a row, inside one, side by side, after an end-of-text; rows without images; ends in a row
+ROWS = (['I', 1, END, 2, 3], ['I', 'I', 4, 5, END, 'I', 6], [1, 'I', 2, END], [3, END, END, 8, 9, 10, END, 11, 12], [1])
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('image_mask, document_end', MASKS)
+def test_masks_are_a_table_of_who_sees_whom(image_mask, document_end, checkpointing, monkeypatch):
+    """Loss and every gradient against softmax over such a table in float64."""
+    model = masked_vlm(image_mask, document_end, frozen=False).double()
+    model.decoder.activation_checkpointing = checkpointing
+    tokens = rows_of(*ROWS)
+    batch = tokens, random_batch(*tokens.shape, kept=0.8, seed=4)[1], pictures(5)
+    ours = grads_of(model, *batch)
+    table = torch.stack([visible(row, image_mask, document_end) for row in tokens.tolist()])[:, None]   # (B,1,T,T)
+
+    def by_table(q, k, v, mask):
+        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~table, -torch.inf).softmax(-1) @ v
+    causal = masked_vlm('causal', None, frozen=False).double()
+    assert abs(causal(*batch)[0] - ours[0]) > 1e-3
+    monkeypatch.setattr(decoder_module, 'attention', by_table)
+    truth = grads_of(causal, *batch)
+    torch.testing.assert_close(ours[0], truth[0], rtol=1e-6, atol=0)         # the loss itself adds up in float32
+    assert ours[2].keys() == truth[2].keys()
+    for name, g in truth[2].items():
+        torch.testing.assert_close(ours[2][name], g, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_a_document_in_a_row_gives_what_it_gives_alone():
+    """Though its rotary positions go on: scores depend on distances."""
+    model = masked_vlm('causal', END).double()
+    for row in ([3, END, END, 8, 9, 10, END, 11, 12], [1, 2, 3, 4], [END, 5], [5, 6, END]):
+        tokens = torch.tensor([row])
+        whole, at = model.decoder.trunk(model.embed(tokens), mask=model.intervals(tokens, False))[0], 0
+        while at < len(row):
+            end = row.index(END, at) + 1 if END in row[at:] else len(row)
+            alone = model.decoder.trunk(model.embed(tokens[:, at:end]))[0]
+            torch.testing.assert_close(whole[at:end], alone, rtol=0, atol=1e-6)      # inv_freq is float32
+            at = end
+
+
+def test_masks_that_are_off_cost_nothing_and_unknown_ones_are_refused():
+    tokens = rows_of(*ROWS)
+    assert masked_vlm('causal', None).intervals(tokens, True) is None
+    assert masked_vlm('prefix', None).intervals(tokens, False) is None       # a batch without images
+    spec = vlm_spec(dict(SHAPE, image_mask='prefix'), IMAGE, True, END)
+    model = build_vlm(json.loads(json.dumps(spec)))
+    assert (model.image_mask, model.document_end) == ('prefix', END)
+    before = build_vlm({key: value for key, value in spec.items() if key not in ('image_mask', 'document_end')})
+    assert (before.image_mask, before.document_end) == ('causal', None)
+    with pytest.raises(UserError, match="image_mask='both': expected 'causal' or 'prefix'"):
+        build_vlm({**spec, 'image_mask': 'both'})
+    with pytest.raises(UserError, match="image_mask='prefix' and aspect='keep': give token_mode='query'"):
+        build_vlm({**spec, 'view': {'shortest': 14}})
+
+
+# --- a frozen encoder under autocast --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_a_frozen_encoder_casts_its_weights_once_and_again_where_they_change():
+    model, images, ran = tiny_vlm(31), pictures(3), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == '_to_copy' and isinstance(args[0], nn.Parameter):
+                ran.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    def features():
+        ran.clear()
+        with Casts(), torch.autocast('cpu', torch.bfloat16):
+            model.image_features(images)
+            return model.encoder(images) if model.low[1] is None else model.low[1](images)
+    own, before = {id(p) for p in model.encoder.parameters()}, model.state_dict()
+    cast = lambda: len(own & {id(p) for p in ran})
+    first = features()
+    assert cast() == 2 and torch.equal(features(), first) and cast() == 0                   # linear: weight and bias
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(model.encoder(images), first)                     # autocast's own casts: the same bits
+    assert before.keys() == model.state_dict().keys() and len(list(model.encoder.parameters())) == 2
+    assert all(t.dtype == torch.float32 for t in model.state_dict().values())
+    model.load_state_dict({**before, 'encoder.linear.bias': before['encoder.linear.bias'] + 1})
+    assert not torch.equal(features(), first) and cast() == 2
+    model.encoder.requires_grad_(True)
+    with torch.autocast('cpu', torch.bfloat16), torch.enable_grad():
+        low = model.low
+        model.image_features(images).sum().backward()
+    assert model.low is low and model.encoder.linear.weight.grad.dtype == torch.float32     # trained: its own weights
+
+
+def test_compile_takes_the_blocks_of_decoder_and_encoder_lowered_or_not(monkeypatch):
+    compiled, plain = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, 'compile', lambda self, dynamic: (compiled.append(self), plain(
+        self, dynamic=dynamic, backend='eager', fullgraph=True))[1])
+    tower = SigLIP(SigLIPConfig(8, 12, 3, 2, 2, 4))
+    model = VLM(tiny_decoder(), tower.requires_grad_(False), Projector(8, 16), image_id=IMAGE, image_mask='prefix')
+    batch = rows_of(['I', 1, 2], ['I', 'I']), random_batch(2, 8, kept=1)[1], pictures(3)
+
+    def both():
+        with torch.autocast('cpu', torch.bfloat16):
+            return grads_of(model, *batch), model(*batch)[0]
+    expected = both()
+    model.low = None, None
+    model.compile_blocks()
+    assert len(compiled) == 3 + 2
+    (loss, _, grads), again = both()
+    assert len(compiled) == 3 + 2 + 2 and {*model.low[1].encoder['layers']} <= {*compiled}
+    assert torch.equal(loss, again) and torch.equal(loss, expected[0][0])
+    for name, g in expected[0][2].items():
+        torch.testing.assert_close(grads[name], g, msg=name)
 
 
 # --- OpenLM's files -------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import RECORD, free_port, meta_of, mix, read_log, recorded_ids, same_weights, steps, write_captions, write_tar
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_vlm
 from common import cooldown_lr, main_lr, remaining_lr
 from connectors import Projector
+from data import TextSource
 from model import save_openlm
 from vision import SigLIP
 
@@ -161,6 +163,47 @@ def test_rewarm_and_remaining_schedules(world, scripts, stage_1, tmp_path):
 
 
 # --- the same run, anyhow ---------------------------------------------------------------------------------------------
+
+def test_masks_reach_every_stage_its_validation_and_any_number_of_processes(world, scripts, stage_1, tmp_path):
+    scripts(*text(world, f'--out_dir={tmp_path / "text"}', '--document_mask=true', '--max_steps=5', '--eval_every=5',
+                  '--val_text=val/*.tar'))
+    before, after = (steps(out)[0]['loss'] for out in (stage_1, tmp_path / 'text'))
+    assert before != after and before == pytest.approx(after, rel=1e-2)      # the same rows and weights, other masks
+    # the loss of its validation, document by document
+    model, tokenizer, meta = load_vlm(str(tmp_path / 'text' / 'ckpt_100'))
+    assert meta['spec']['document_end'] == model.document_end == tokenizer.eot_id and 'image_mask' not in meta['spec']
+    nats, n = 0.0, 0
+    for sample in (rows := TextSource(str(world / 'data' / 'val' / '*.tar'), tokenizer, 48)):
+        ends = [i + 1 for i, token in enumerate(sample.tokens[:-1]) if token == tokenizer.eot_id]
+        for a, b in zip([0, *ends], [*ends, len(sample.tokens)]):
+            logits = model.decoder(torch.tensor(sample.tokens[None, a:b]))[0].double()
+            nats, n = nats + float(F.cross_entropy(logits, torch.tensor(sample.targets[a:b]), reduction='sum')), n + b - a
+        n_end = len(ends)
+    assert len(rows) == 16 and n == 16 * 48 and n_end > 1
+    held_out = [line['val_text_loss'] for line in read_log(tmp_path / 'text') if 'val_text_loss' in line]
+    assert held_out == [pytest.approx(nats / n, rel=1e-5)]
+    # stage 2 with both, at 1 and 2 processes, recomputed or not
+    base = tmp_path / 'text' / 'ckpt_080'
+    args = ['config/ckpt80_img10.py', world / 'tiny.py', f'--init_from={base}', '--image_ratio=0.25', '--max_steps=6',
+            '--micro_batch_size=2', '--eval_every=6', '--val_captions=val_captions/*.tar']
+    masks, logs = ['--document_mask=true', '--image_mask=prefix'], {}
+    for name, n, more in (('off', 1, []), ('1', 1, masks), ('2', 2, [*masks, '--activation_checkpointing=true'])):
+        scripts('pretrain.py', *args, *more, f'--out_dir={tmp_path / name}', world_size=n)
+        logs[name] = [line.get('loss') or line['val_caption_loss'] for line in read_log(tmp_path / name)]
+    assert logs['2'] == pytest.approx(logs['1'], rel=1e-5) and len(logs['1']) == 7
+    assert all(a != b for a, b in zip(logs['off'], logs['1']))
+    # what goes on from there follows, without being told; text rows of stage 3, too
+    line = scripts.refuses('pretrain.py', *args[:2], f'--init_from={tmp_path / "1" / "ckpt_100"}')
+    assert "was trained with image_mask='prefix', this run has 'causal': give the same" in line
+    run = scripts('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={tmp_path / "1" / "ckpt_100"}',
+                  '--text_share=0.5', '--stop_after=1', f'--out_dir={tmp_path / "3"}')
+    spec = meta_of(tmp_path / '3' / 'ckpt_last')['spec']
+    assert (spec['image_mask'], spec['document_end']) == ('prefix', tokenizer.eot_id) and '!!!' not in run.out
+    # and stage 3 has a key of its own for a base without images
+    scripts('finetune.py', 'config/finetune.py', world / 'tiny.py', f'--init_from={stage_1 / "ckpt_100"}',
+            '--image_mask=prefix', '--stop_after=1', f'--out_dir={tmp_path / "own"}')
+    assert load_vlm(str(tmp_path / 'own' / 'ckpt_last'))[0].image_mask == 'prefix'
+
 
 def test_workers_validation_and_saving_change_no_bit(world, scripts, stage_1, tmp_path):
     scripts(*text(world, f'--out_dir={tmp_path}', '--n_worker=2', '--eval_every=6', '--eval_rows=8',

@@ -206,6 +206,23 @@ def test_cells_of_figure_4_share_their_text_run_and_differ_in_their_files_alone(
     assert '--seed=1007' in none[1].commands[0][0]
 
 
+def test_masks_are_axes_and_that_of_documents_begins_in_stage_1(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tiny = make_study(TINY, '--seeds=7,')
+    apart = {**tiny.reference, 'documents': 'apart'}
+    names = [one.name for one in tiny.chain(apart, 7, 0)]
+    assert names == ['seed7/text_documents', 'seed7/ckpt80_img30_documents', 'seed7/ckpt80_img30_documents_finetune_order0']
+    argv = tiny.chain(apart, 7, 0)[1].commands[0][0]
+    config = study.configure({'__file__': os.path.join(ROOT, 'pretrain.py')}, argv[2:])
+    assert config['document_mask'] and config['init_from'] == 'out/{scale}/text_documents/ckpt_080'
+    assert '{scale}' in config['init_from'] and f"--scale=tiny/study/seed7" in argv
+    only = tiny.chain({**apart, 'stage 2': 'none'}, 7, 0)[-1]
+    assert only.name == 'seed7/ckpt80_only_documents_finetune_order0'
+    assert f'--init_from={tiny.root}/seed7/text_documents/ckpt_080' in only.commands[0][0]
+    jobs = tiny.chain({**tiny.reference, 'image mask': 'prefix'}, 7, 0)
+    assert ['config/axes/image_prefix.py' in one.commands[0][0] for one in jobs] == [False, True, True]
+
+
 def test_several_gpus_take_torchrun_for_training_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
     (text, mix, tune) = (lambda s: s.chain(s.reference, 7, 0))(make_study([], '--n_gpu=8'))

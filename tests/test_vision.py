@@ -3,12 +3,14 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model,
                           Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Siglip2VisionConfig, Siglip2VisionModel,
                           SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionConfig, SiglipVisionModel)
@@ -421,6 +423,42 @@ def test_every_parameter_of_trained_towers_gets_a_gradient(encoder, tmp_path):
     again.load_state_dict(load_file(tmp_path / 'trained.safetensors'))
     images = torch.from_numpy(pixels(1, 3, 56, 56))
     assert torch.equal(again(images), eye(images))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs: .casts by (is it a parameter?, elements), .names of all operators."""
+    def __init__(self):
+        super().__init__()
+        self.casts, self.names = Counter(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name == '_to_copy':
+            self.casts[isinstance(args[0], torch.nn.Parameter), args[0].numel()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_lowered_tower_gives_autocasts_bits_and_casts_no_weight_and_each_norm_once():
+    shape = dict(hidden_size=144, intermediate_size=100, num_hidden_layers=4, num_attention_heads=2, patch_size=14,
+                 image_size=42)                                              # heads of 72, as so400m's
+    images = torch.from_numpy(pixels(2, 3, 42, 42))
+    for tower in (SigLIP(SigLIPConfig(**shape), -1, True), DINOv2(DINOv2Config(**shape), -1, True),
+                  DINOv2(DINOv2Config(**shape, use_swiglu_ffn=True, num_register_tokens=0))):
+        tower = perturbed(tower).requires_grad_(False)
+        low = vision.lowered(tower, torch.bfloat16)
+        with Operations() as plain, torch.autocast('cpu', torch.bfloat16):
+            truth = tower(images)
+        with Operations() as ours, torch.autocast('cpu', torch.bfloat16):
+            x = low(images)
+        assert torch.equal(x, truth) and x.dtype == torch.float32
+        n = 2 * (9 + (isinstance(tower, DINOv2) and 1 + tower.config.num_register_tokens)) * 144
+        count = lambda ran: (sum(k for (own, _), k in ran.casts.items() if own), ran.casts[False, n])
+        assert count(ours) == (0, 2 * tower.n_block), "two norms a block"
+        assert count(plain)[0] == 2 + 12 * tower.n_block and count(plain)[1] == 4 * tower.n_block
+        assert 'constant_pad_nd' not in ours.names and 'addmm' in ours.names               # q, k, v as they are
+        shared = {p.data_ptr() for p in tower.parameters()} & {p.data_ptr() for p in low.parameters()}
+        assert len(shared) == len([*tower.parameters()]) - count(plain)[0]
 
 
 @pytest.mark.parametrize('encoder, image_tokens, size', [

@@ -1,0 +1,2 @@
+# the grid of features pooled to 9 tokens an image; after config/ckpt80_img10.py
+name, token_mode, image_tokens = f'{name}_pool9', 'pool', 9
