@@ -5,21 +5,27 @@ Benchmark files to Tasks: the official releases as they are, found under a folde
 
 A new benchmark is one function, which reads its rows with read_table and returns a Task, and its line in READERS.
 """
+import base64
+import csv
 import functools
 import glob
+import io
 import json
 import os
 import pickle
 import string
 
 from errors import NUMBER, Field, UserError, check, reading
-from files import read_whole
-from metrics import gqa_match, pope_answer, pope_metrics
+from files import bounded, read_whole, write_whole
+from instruct import MAX_IMAGE_BYTES, safe_join
+from metrics import gqa_match, magnifier_choice, mmvp_choice, pope_answer, pope_metrics
 from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same,
                      score_box, subset, unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
+from weights import read_json
 
-IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset')
+IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset',
+                 'MMVP Images')
 IMAGE_ENDINGS = ('.jpg', '.png', '.jpeg')
 
 
@@ -49,6 +55,11 @@ ROWS = {                        # what the rows of each official file have
                 'issimple': Field(bool)},
     'ai2d': {'imageName': TEXT, 'questions': Field(dict, of=Field(dict, of={
         'questionId': ID, 'correctAnswer': Field(int, 0, 3), 'answerTexts': Field(list, 4, 4, of=Field(str))}))},
+    'mmvp': {'Index': Field(str, 1, 9), 'Question': TEXT, 'Options': TEXT, 'Correct Answer': Field(str)},
+    'magnifier': {'id': ID, 'instruction': TEXT, 'answer': Field(str),
+                  'image_ids': Field(list, 1, of=Field(str, 1, 200))},
+    'scienceqa': {'question': TEXT, 'choices': Field(list, 2, 26, of=Field(str)), 'answer': Field(int, 0, 25),
+                  'image': Field(str, optional=True), 'split': Field(str), 'hint': Field(str, optional=True)},
     'captions': {'image': TEXT, 'caption': TEXT},
     'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0)},
 }
@@ -364,6 +375,66 @@ def read_ai2d(path, name, opt):
     return Task(name, 'ai2d', examples, same, variant='first token, letters')
 
 
+def choice_task(name, kind, rows, opt, read, rule):
+    """
+    A Task of questions that name their choices, answered by opt.choice_by.
+    rows   [(row, id, prompt, letters, gold index, image)]; read finds the letter in a text, by the rule of this name
+    """
+    by_text = opt.choice_by == 'text'
+    examples = [example_of(row, id, prompt, [letters[gold].strip('()') if by_text else gold], image,
+                           choices=None if by_text else letters) for row, id, prompt, letters, gold, image in rows]
+    return Task(name, kind, examples, same, read=read if by_text else None, variant=rule if by_text else 'first token')
+
+
+def read_mmvp(path, name, opt):
+    """MMVP: a question about each of two like images, which its number names (as text, 10 would come before 2)."""
+    with reading(path, 'CSV'):
+        rows = check_rows([*csv.DictReader(io.StringIO(read_whole(path, 64 << 20).decode('utf-8-sig')))], path,
+                          ROWS['mmvp'], unique='Index')
+    letters, asked = ['(a)', '(b)'], []
+    for row in rows:
+        gold = row['Correct Answer'].strip()
+        if gold not in letters or not row['Index'].isdecimal():
+            raise UserError(f"{path}: Index {row['Index']} has 'Correct Answer' {gold!r}, expected (a) or (b)")
+        asked.append((row, int(row['Index']), f"{row['Question']} {row['Options']}", letters, letters.index(gold),
+                      str(int(row['Index']))))
+    return choice_task(name, 'mmvp', asked, opt, mmvp_choice, "text, a parser for GPT-4")
+
+
+def read_magnifier(path, name, opt):
+    """MagnifierBench: small things in large images; images.json, these in base64, is unpacked to images/, once."""
+    rows = [row | {'id': id} if isinstance(row, dict) else row for id, row in read_json(path, 'data').items()]
+    folder, packed, asked = os.path.dirname(path), None, []
+    for row in check_rows(rows, path, ROWS['magnifier']):
+        image, gold = row['image_ids'][0], row['answer'].strip()[:1]
+        if gold not in [*'ABCD']:
+            raise UserError(f"{path}: {row['id']} has the answer {row['answer'][:60]!r}, expected A, B, C or D")
+        file = safe_join(os.path.join(folder, 'images'), image + '.jpg')
+        if not os.path.exists(file):
+            packed = packed or read_json(os.path.join(folder, 'images.json'))
+            with reading(os.path.join(folder, 'images.json'), f'base64 of {image}'):
+                bounded(len(packed[image]) * 3 // 4, MAX_IMAGE_BYTES, f'{image}: ')
+                content = base64.b64decode(packed[image], validate=True)
+            write_whole(file, content)
+        prompt = f"Answer with the option letter from the given choices directly. {row['instruction']}"
+        asked.append((row, row['id'], prompt, [*'ABCD'], 'ABCD'.index(gold), f'{image}.jpg'))
+    return choice_task(name, 'magnifier', asked, opt, magnifier_choice, "text, its authors' rule")
+
+
+def read_scienceqa(path, name, opt):
+    """ScienceQA: the questions of the test split that have an image, by letter."""
+    examples = []
+    for row in read_table(path, '', ROWS['scienceqa']):
+        if row['split'] == 'test' and row.get('image'):
+            if row['answer'] >= len(row['choices']):
+                raise UserError(f"{path}: {row['id']} has answer {row['answer']} of {len(row['choices'])} choices")
+            context = f"\nContext: {row['hint']}" if row.get('hint') else ''
+            prompt, letters = lettered(row['question'] + context, row['choices'])
+            examples.append(example_of(row, row['id'], prompt, [row['answer']], f"test/{row['id']}/{row['image']}",
+                                       choices=letters))
+    return Task(name, 'scienceqa', examples, same, variant='first token, letters')
+
+
 def read_captions(path, name, opt):
     """Captions: what the model writes about an image without being asked; an image may have several captions."""
     captions = {}
@@ -425,13 +496,16 @@ READERS = {
     'vsr': ('vsr*/test.jsonl', '{folder}', read_vsr),
     'tallyqa': ('tallyqa*/test.json', '{folder}', read_tallyqa),
     'ai2d': ('ai2d*/questions/*.json', '{folder}', read_ai2d),
+    'mmvp': ('mmvp*/Questions.csv', '{folder}', read_mmvp),
+    'magnifier': ('magnifier*/data_instructions.json', '{folder}', read_magnifier),
+    'scienceqa': ('scienceqa*/problems.json', '{folder}', read_scienceqa),
     'captions': ('*/captions.jsonl', '{folder}', read_captions),
     'text': ('text/*.jsonl', '{file}', read_text),
 }
 
 
 # only when named: the paper leaves them out
-NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d')
+NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d', 'mmvp', 'magnifier', 'scienceqa')
 # task: the files under eval_dir that it needs; the paper's tasks are the first sixteen and VizWiz
 NEEDS = {
     'vqav2': 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/',
@@ -449,6 +523,9 @@ NEEDS = {
     'vsr': 'vsr/test.jsonl, train2017/, val2017/',
     'tallyqa': 'tallyqa/test.json, train2014/, val2014/, VG_100K/, VG_100K_2/',
     'ai2d': 'ai2d/questions/, images/',
+    'mmvp': 'mmvp/Questions.csv, MMVP Images/',
+    'magnifier': 'magnifier/data_instructions.json, images.json',
+    'scienceqa': 'scienceqa/problems.json, test/',
 }
 PAPER = (*VISION_BASELINES, 'vizwiz', *TEXT_BASELINES_10)
 

@@ -132,7 +132,7 @@ asked = Reference(reference or os.path.join(out_dir, 'reference.json'), dict(
     dtype=str(process.dtype)))
 batches = run.loader(mixture, tokenizer.pad_id, total=max_steps)
 drawn = mixture.sources[source.name]
-ids_of = lambda step: [source.id(drawn.item(n)) for n in range(step * global_batch_size, (step + 1) * global_batch_size)]
+ids_of = lambda step: [source.id(drawn.item(step * global_batch_size + i)) for i in range(global_batch_size)]
 n_asked = min(max_steps, math.ceil(len(source) / global_batch_size))             # steps that draw every pair, or all
 first = next((step for step in range(n_asked) if not asked.pairs.keys() >= set(ids_of(step))), n_asked)
 if run.resumed and first < n_asked:

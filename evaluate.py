@@ -14,8 +14,8 @@ eval_dir holds a folder for each benchmark. The files in it say which kind it is
 FILES
     captions: captions/captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
     your own: text/NAME.jsonl, one {"query", "choices", "gold": index} a line
-vsr, tallyqa and ai2d are asked only when tasks names them. Images are .jpg, .jpeg or .png in the folder itself or in
-one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
+vsr, tallyqa, ai2d, mmvp, magnifier and scienceqa are asked only when tasks names them. Images are .jpg, .jpeg or .png
+in the folder itself or in one of those named above, there or in eval_dir (COCO is needed once). A question may have
 `question_type` (a string or a list of them, each reported apart) and `blind_answers` (what one could guess from the
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.
@@ -81,6 +81,8 @@ vqa_variant = 'vlm-eval'      # ['vlm-eval' | 'official' | 'm4c' | 'vizwiz'] sco
                               # harness; results.json always has it and 'official'
 ocid_iou = 0.25               # [> 0, <= 1] a box of OCID-Ref is right from here: 0.25 is its authors', 0.5 RefCOCO's
 pope_by = 'probability'       # ['probability' | 'text'] POPE's answer: see pope_words, or its text by LLaVA's rule
+choice_by = 'text'            # ['text' | 'probability'] the answer to a question of MMVP or MagnifierBench: read in its
+                              # text, or the most probable letter
 text_variant = 'lm-eval'      # ['lm-eval' | 'dclm'] of text benchmarks: lm-evaluation-harness's prompts and scores (its
                               # acc_norm where it has one, else acc), or DCLM's files and nats per token
 max_bad_samples = 0           # [>= 0, free] so many questions of a task without a readable image are left out, counted
