@@ -1,4 +1,4 @@
-"""preferences.py: pairs from LLaVA-RLHF's JSON, DPO's loss beside TRL's and a formula in float64, the reference's file."""
+"""preferences.py: pairs from LLaVA-RLHF's JSON, DPO's loss beside TRL's and a formula, the reference's file."""
 import json
 import math
 import types
@@ -63,7 +63,8 @@ def test_a_pair_is_two_rows_of_one_prompt_and_one_image(pairs):
 
 def test_what_is_no_pair_is_a_bad_sample(pairs):
     rows = {
-        'output_1 and output_2 are equal': entry(0, 'a wall', ' a wall\n'), 'preference=3': entry(1) | {'preference': 3},
+        'output_1 and output_2 are equal': entry(0, 'a wall', ' a wall\n'),
+        'preference=3': entry(1) | {'preference': 3},
         'preference=True': entry(2) | {'preference': True}, "preference='1'": entry(3) | {'preference': '1'},
         'is NoneType, not a string': {k: v for k, v in entry(4).items() if k != 'output_2'},
         "no 'conversations'": entry(5) | {'conversations': []},
@@ -148,7 +149,8 @@ def test_equals_trl(pairs):
 
 
 def test_a_reference_file_is_whole_and_of_one_model_and_data(tmp_path):
-    path, about = str(tmp_path / 'a' / 'reference.json'), dict(model={'model.safetensors': 'ab'}, data='cd', resize='crop')
+    path = str(tmp_path / 'a' / 'reference.json')
+    about = dict(model={'model.safetensors': 'ab'}, data='cd', resize='crop')
     reference = Reference(path, about)
     value = float(torch.tensor(-12.345, dtype=torch.float32))
     reference.pairs.update({'x:0': [value, -1.0], 'x:1': None})
@@ -162,7 +164,8 @@ def test_a_reference_file_is_whole_and_of_one_model_and_data(tmp_path):
             Reference(path, about | {key: other})
         assert path in str(caught.value) and '\n' not in str(caught.value)
     for text, part in (('{', 'JSON'), ('[]', 'object'), ('{"about": {}}', "'pairs' is missing"),
-                       ('{"about": {}, "pairs": {"x": [1]}}', '1 long'), ('{"pairs": {}, "about": {}}', 'another model'),
+                       ('{"about": {}, "pairs": {"x": [1]}}', '1 long'),
+                       ('{"pairs": {}, "about": {}}', 'another model'),
                        ('{"about": {}, "pairs": {"x": [1, NaN]}}', 'nan')):
         (tmp_path / 'a' / 'reference.json').write_text(text)
         with pytest.raises(UserError, match=part):
