@@ -39,7 +39,6 @@ cache_dir = ''                          # [free] for an index of JSON whose own 
 data_hint = 'README.md, "Your own data", says what goes there'  # [free] what the error for missing data says to do
 preferences = 'preferences/llava_7b_v1_preference.json'  # LLaVA-RLHF's JSON, in data_dir
 preference_images = 'preferences/images'  # its image root, in data_dir: COCO's train2017
-boxes = 'original'                      # ['original' | 'letterbox'] as in finetune.py
 init_from = 'out/{scale}/finetune/ckpt_100'  # the reference, and where training starts; its tokenizer and shape stay
 reference = ''                          # [free] the file of its log-probabilities, made where it is not there, or
                                         # another run's of the same data; '' = reference.json in out_dir
@@ -64,7 +63,6 @@ warmup_ratio = 0.1                      # [>= 0, < 1] of max_steps, the first lr
 projector_lr = 0.0                      # [>= 0] peak of the lr of projector and cross blocks; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.0                      # [>= 0] TRL's default
-decay = 'matrices'                      # ['all' | 'matrices'] as in finetune.py
 beta1 = 0.9                             # [>= 0, < 1]
 beta2 = 0.999                           # [>= 0, < 1] TRL's default
 grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
@@ -113,7 +111,7 @@ model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
-                          system_prompt, name='preferences', cache_dir=cache_dir, boxes=boxes, view=model.view(resize))
+                          system_prompt, name='preferences', cache_dir=cache_dir, view=model.view(resize))
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images
@@ -128,8 +126,7 @@ if dry_run:
 run.plan(max_steps, {max_steps: 'ckpt_100'})
 files = {file: about['sha256'] for file, about in run.base['files'].items() if file.endswith('.safetensors')}
 asked = Reference(reference or os.path.join(out_dir, 'reference.json'), dict(
-    model=files, data=sha256_of(pairs_file), resize=resize, boxes=boxes, system_prompt=system_prompt,
-    dtype=str(process.dtype)))
+    model=files, data=sha256_of(pairs_file), resize=resize, system_prompt=system_prompt, dtype=str(process.dtype)))
 batches = run.loader(mixture, tokenizer.pad_id, total=max_steps)
 drawn = mixture.sources[source.name]
 ids_of = lambda step: [source.id(drawn.item(step * global_batch_size + i)) for i in range(global_batch_size)]
@@ -182,7 +179,8 @@ curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max
              from_zero=True)
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
 lr_factors['cross'] = lr_factors['projector']
-optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
+optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2),
+                                  decay='matrices')
 if run.resumed:
     run.load_moments(optimizer)
 
