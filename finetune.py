@@ -50,10 +50,10 @@ projector = 'mlp2'                      # ['linear' | 'mlp2' | 'mlp4' | 'attn' |
 token_mode = ''                         # ['' | 'pool' | 'res' | 'query'] as pretrain.py's
 image_tokens = 0                        # [>= 0, <= 65536] positions of an image; 0 = as many as the encoder gives
 image_size = 0                          # [>= 0] pixels a side; 0 = what the encoder was trained at
+image_mask = 'causal'                   # ['causal' | 'prefix'] as in pretrain.py
 fusion = 'sequence'                     # ['sequence' | 'cross'] as in pretrain.py; a base without cross blocks gets
                                         # fresh ones, one with them keeps them
 cross_every = 4                         # [>= 1] of 'cross', for fresh blocks
-image_mask = 'causal'                   # ['causal' | 'prefix'] as in pretrain.py
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 aspect = 'square'                       # ['square' | 'keep'] as in pretrain.py; what the base has on stays on
 split = False                           # as in pretrain.py; Idefics2 splits in this stage only
