@@ -16,8 +16,8 @@ import pickle
 import string
 
 from errors import NUMBER, Field, UserError, check, reading
-from files import bounded, read_whole, write_whole
-from instruct import MAX_IMAGE_BYTES, safe_join
+from files import read_whole, write_whole
+from instruct import safe_join
 from metrics import gqa_match, magnifier_choice, mmvp_choice, pope_answer, pope_metrics
 from scorers import (RESULT, TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Example, Task, caption_task, same,
                      score_box, subset, unit_box, vqa_task)
@@ -68,7 +68,7 @@ ROWS = {                        # what the rows of each official file have
 def read_table(path, key, fields, unique=''):
     """
     The rows of a benchmark's JSON file, checked.
-    key      the list of rows stands under it; None = a file with one JSON object a line; '' = the file is the list, or
+    key      the rows stand under it; None = a file with one JSON object a line; '' = the file is the rows: a list, or
              an object id -> row, whose ids become the rows' `id`
     fields   what each row has, a dict name -> Field; unique: the field in which no two rows may agree
     returns  list of dicts
@@ -86,7 +86,7 @@ def read_table(path, key, fields, unique=''):
         else:
             content = json.load(f)
             rows = content if not key else content.get(key) if isinstance(content, dict) else None
-            if not key and isinstance(rows, dict):
+            if isinstance(rows, dict):
                 rows = [row | {'id': name} if isinstance(row, dict) else row for name, row in rows.items()]
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected " + (f"an object with a list under '{key}'" if key else 'a list of rows'))
@@ -375,50 +375,43 @@ def read_ai2d(path, name, opt):
     return Task(name, 'ai2d', examples, same, variant='first token, letters')
 
 
-def choice_task(name, kind, rows, opt, read, rule):
+def choice_task(path, name, kind, letters, asked, opt, read, rule):
     """
     A Task of questions that name their choices, answered by opt.choice_by.
-    rows   [(row, id, prompt, letters, gold index, image)]; read finds the letter in a text, by the rule of this name
+    asked    [(row, id, prompt, letter of the answer, image)]; read finds the letter in a text, by the rule of this name
     """
-    by_text = opt.choice_by == 'text'
-    examples = [example_of(row, id, prompt, [letters[gold].strip('()') if by_text else gold], image,
-                           choices=None if by_text else letters) for row, id, prompt, letters, gold, image in rows]
+    by_text, examples = opt.choice_by == 'text', []
+    for row, id, prompt, letter, image in asked:
+        if letter not in letters:
+            raise UserError(f"{path}: the answer of {id} is {letter[:60]!r}, expected {' or '.join(letters)}")
+        answer = letter.strip('()') if by_text else letters.index(letter)
+        examples.append(example_of(row, id, prompt, [answer], image, choices=None if by_text else letters))
     return Task(name, kind, examples, same, read=read if by_text else None, variant=rule if by_text else 'first token')
 
 
 def read_mmvp(path, name, opt):
     """MMVP: a question about each of two like images, which its number names (as text, 10 would come before 2)."""
     with reading(path, 'CSV'):
-        rows = check_rows([*csv.DictReader(io.StringIO(read_whole(path, 64 << 20).decode('utf-8-sig')))], path,
-                          ROWS['mmvp'], unique='Index')
-    letters, asked = ['(a)', '(b)'], []
-    for row in rows:
-        gold = row['Correct Answer'].strip()
-        if gold not in letters or not row['Index'].isdecimal():
-            raise UserError(f"{path}: Index {row['Index']} has 'Correct Answer' {gold!r}, expected (a) or (b)")
-        asked.append((row, int(row['Index']), f"{row['Question']} {row['Options']}", letters, letters.index(gold),
-                      str(int(row['Index']))))
-    return choice_task(name, 'mmvp', asked, opt, mmvp_choice, "text, a parser for GPT-4")
+        rows = [*csv.DictReader(io.StringIO(read_whole(path, 64 << 20).decode('utf-8-sig')))]
+        asked = [(row, int(row['Index']), f"{row['Question']} {row['Options']}", row['Correct Answer'].strip(),
+                  row['Index']) for row in check_rows(rows, path, ROWS['mmvp'], unique='Index')]
+    return choice_task(path, name, 'mmvp', ['(a)', '(b)'], asked, opt, mmvp_choice, "text, a parser for GPT-4")
 
 
 def read_magnifier(path, name, opt):
     """MagnifierBench: small things in large images; images.json, these in base64, is unpacked to images/, once."""
-    rows = [row | {'id': id} if isinstance(row, dict) else row for id, row in read_json(path, 'data').items()]
-    folder, packed, asked = os.path.dirname(path), None, []
-    for row in check_rows(rows, path, ROWS['magnifier']):
-        image, gold = row['image_ids'][0], row['answer'].strip()[:1]
-        if gold not in [*'ABCD']:
-            raise UserError(f"{path}: {row['id']} has the answer {row['answer'][:60]!r}, expected A, B, C or D")
+    folder, packed, asked = os.path.dirname(path), {}, []
+    for row in read_table(path, 'data', ROWS['magnifier']):
+        image = row['image_ids'][0]
         file = safe_join(os.path.join(folder, 'images'), image + '.jpg')
         if not os.path.exists(file):
             packed = packed or read_json(os.path.join(folder, 'images.json'))
             with reading(os.path.join(folder, 'images.json'), f'base64 of {image}'):
-                bounded(len(packed[image]) * 3 // 4, MAX_IMAGE_BYTES, f'{image}: ')
                 content = base64.b64decode(packed[image], validate=True)
             write_whole(file, content)
         prompt = f"Answer with the option letter from the given choices directly. {row['instruction']}"
-        asked.append((row, row['id'], prompt, [*'ABCD'], 'ABCD'.index(gold), f'{image}.jpg'))
-    return choice_task(name, 'magnifier', asked, opt, magnifier_choice, "text, its authors' rule")
+        asked.append((row, row['id'], prompt, row['answer'].strip()[:1], f'{image}.jpg'))
+    return choice_task(path, name, 'magnifier', [*'ABCD'], asked, opt, magnifier_choice, "text, its authors' rule")
 
 
 def read_scienceqa(path, name, opt):

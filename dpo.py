@@ -1,16 +1,15 @@
 """
 Preference training after stage 3: DPO (arXiv 2305.18290) on pairs of answers from LLaVA-RLHF's JSON (preferences.py).
 
-    python tinyworld.py preferences && python dpo.py config/dpo.py config/tiny.py        # a laptop
-    torchrun --nproc_per_node=8 dpo.py config/dpo.py                                     # 8 x A100-80GB
-    torchrun --nproc_per_node=8 dpo.py config/dpo.py --lora_rank=128 --lr=1e-7 --name=dpo_lora    # as SIMA, POVID
+    python tinyworld.py preferences && python dpo.py config/tiny.py                      # a laptop
+    torchrun --nproc_per_node=8 dpo.py                                                   # 8 x A100-80GB
+    torchrun --nproc_per_node=8 dpo.py --lora_rank=128 --lr=1e-7 --name=dpo_lora         # as SIMA, POVID
 
 The reference, init_from, is asked once before training: its log-probabilities of all answers are kept in a file, and no
 second model is in memory. That serves adapters and full training alike, and a base that has adapters of its own.
 A pair is two rows that share their encoded image. Each computes the prompt: in one row for both, the worse answer would
 have to see the prompt and itself but not the better answer between them, which is no interval (kernels.Intervals).
 """
-import itertools
 import math
 import os
 import sys
@@ -25,7 +24,9 @@ from common import lr_at
 from configurator import configure
 from data import Mixture
 from errors import UserError, leave, user_error_hook
-from preferences import PreferenceSource, Reference, dpo_loss, sha256_of
+from files import write_whole
+from kernels import IGNORE_INDEX
+from preferences import PreferenceSource, dpo_loss, read_reference
 
 sys.excepthook = user_error_hook
 
@@ -35,7 +36,6 @@ scale = '1b'                            # names the folder; '{scale}' in init_fr
 name = 'dpo'                            # the recipe's name
 out_dir = ''                            # [free] '' = out/{scale}/{name}
 data_dir = 'data'                       # relative data paths below start here
-cache_dir = ''                          # [free] for an index of JSON whose own folder is read-only
 data_hint = 'README.md, "Your own data", says what goes there'  # [free] what the error for missing data says to do
 preferences = 'preferences/llava_7b_v1_preference.json'  # LLaVA-RLHF's JSON, in data_dir
 preference_images = 'preferences/images'  # its image root, in data_dir: COCO's train2017
@@ -43,6 +43,8 @@ init_from = 'out/{scale}/finetune/ckpt_100'  # the reference, and where training
 reference = ''                          # [free] the file of its log-probabilities, made where it is not there, or
                                         # another run's of the same data; '' = reference.json in out_dir
 beta = 0.1                              # [> 0] strength of the pull to the reference (arXiv 2305.18290, appendix B)
+sft_weight = 0.0                        # [>= 0] of the better answer's nats a token, added to the loss: it keeps answers
+                                        # likely that DPO alone may lower together (RPO, arXiv 2404.19733: 1)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] as in finetune.py
 system_prompt = ''                      # as in finetune.py
 freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is
@@ -52,32 +54,23 @@ rslora = False
 dora = False
 lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both']
 seq_len = 2048                          # [>= 1] a pair with a longer row is a bad sample
-n_epoch = 1                             # [>= 0] passes, under one cosine (SIMA, POVID: 1 to 3)
-max_steps = 0                           # [>= 0] the schedule's length in steps; 0 = from n_epoch
+n_epoch = 1.0                           # [> 0] passes, under one cosine to 0 (SIMA, POVID: 1 to 3)
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
 global_batch_size = 64                  # [>= 1] pairs per optimizer step (arXiv 2305.18290)
 micro_batch_size = 2                    # [>= 1, free] pairs: the largest divisor up to it is taken
 lr = 1e-6                               # [> 0] peak (arXiv 2305.18290)
-final_lr = 0.0                          # [>= 0]
-warmup_ratio = 0.1                      # [>= 0, < 1] of max_steps, the first lr 0 (Zephyr, arXiv 2310.16944)
-projector_lr = 0.0                      # [>= 0] peak of the lr of projector and cross blocks; 0 = lr
-encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
-weight_decay = 0.0                      # [>= 0] TRL's default
-beta1 = 0.9                             # [>= 0, < 1]
-beta2 = 0.999                           # [>= 0, < 1] TRL's default
-grad_clip = 1.0                         # [>= 0] of the global norm; 0 = off
+warmup_ratio = 0.1                      # [>= 0, < 1] of the steps, the first lr 0 (Zephyr, arXiv 2310.16944)
 seed = 7                                # [>= 0, < 9.2e18] order of the data, weights of adapters
 device = 'auto'                         # ['auto' | 'cpu' | 'cuda', free]
 dtype = ''                              # ['' | 'bfloat16' | 'float32'] autocast; '' = bfloat16 on CUDA, float32 on CPU
 n_thread = 0                            # [>= 0, <= 1024, free] CPU threads a process; 0 = all, divided among processes
 parallel = 'ddp'                        # ['ddp' | 'fsdp', free] the model on every process, or cut among them (7B)
-compile = False                         # [free] torch.compile, block by block
 activation_checkpointing = False        # [free] recompute the blocks in backward: less memory, a third more work
 n_worker = 2                            # [>= 0, free] loader processes per rank; 0 = inline
 resume = 'auto'                         # ['auto' | 'never', free] 'auto' = from ckpt_last, which wins over init_from
 max_bad_samples = 0                     # [>= 0, free] replace, count and list up to N unusable pairs; 0 = stop
 allow_changed_data = False              # [free] resume although data files have changed since the checkpoint
-save_every = 500                        # [>= 0, free] steps between ckpt_step_N; 0 = off
+save_every = 50                         # [>= 0, free] steps between ckpt_step_N; 0 = off
 keep_steps = 2                          # [>= 0, free] how many ckpt_step_N stay
 keep_optimizer = 'last'                 # ['all' | 'percent' | 'last' | 'none', free] whose optim.pt stays
 log_every = 10                          # [>= 1, free] steps between printed lines; log.jsonl has every step
@@ -111,30 +104,27 @@ model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
-                          system_prompt, name='preferences', cache_dir=cache_dir, view=model.view(resize))
+                          system_prompt, name='preferences', view=model.view(resize))
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images
-max_steps = max_steps or round(n_epoch * len(source) / global_batch_size)
+max_steps = round(n_epoch * len(source) / global_batch_size)
 if max_steps < 1:
-    raise UserError(f"n_epoch={n_epoch} of {len(source)} pairs is less than one step of {global_batch_size}: give more "
-                    "epochs, or --max_steps=N")
+    raise UserError(f"n_epoch={n_epoch} of {len(source)} pairs is less than one step of {global_batch_size}: give more")
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=max_steps, n_keep=1)
     costs.print_passes(mixture, max_steps * global_batch_size)
     leave(0)
 run.plan(max_steps, {max_steps: 'ckpt_100'})
-files = {file: about['sha256'] for file, about in run.base['files'].items() if file.endswith('.safetensors')}
-asked = Reference(reference or os.path.join(out_dir, 'reference.json'), dict(
-    model=files, data=sha256_of(pairs_file), resize=resize, system_prompt=system_prompt, dtype=str(process.dtype)))
-batches = run.loader(mixture, tokenizer.pad_id, total=max_steps)
-drawn = mixture.sources[source.name]
-ids_of = lambda step: [source.id(drawn.item(step * global_batch_size + i)) for i in range(global_batch_size)]
-n_asked = min(max_steps, math.ceil(len(source) / global_batch_size))             # steps that draw every pair, or all
-first = next((step for step in range(n_asked) if not asked.pairs.keys() >= set(ids_of(step))), n_asked)
-if run.resumed and first < n_asked:
-    raise UserError(f"{asked.path} lacks pairs that this run began with: put the file back, or give another --out_dir")
-unasked = run.loader(mixture, tokenizer.pad_id, start=first, stop=n_asked)
+reference = reference or os.path.join(out_dir, 'reference.json')
+about = dict(model={name: file['sha256'] for name, file in run.base['files'].items() if name.endswith('.safetensors')},
+             data=checkpoint.digest(pairs_file)['sha256'], resize=resize, system_prompt=system_prompt,
+             dtype=str(process.dtype))
+logp = read_reference(reference, about)
+if run.resumed and not logp:
+    raise UserError(f"{reference}, with which this run began, is gone: put it back, or give another --out_dir")
+batches = run.loader(mixture, tokenizer.pad_id)
+asked = () if logp else run.loader(mixture, tokenizer.pad_id, stop=math.ceil(len(source) / global_batch_size))
 process.start_device()                                           # after the loaders have forked their workers
 torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans every new length; here they all differ
 
@@ -144,8 +134,6 @@ run.add_adapters(model, spec)
 model.decoder.activation_checkpointing = activation_checkpointing
 set_trained(model, freeze)
 network = common.distribute(model, process, parallel)
-if compile:
-    model.compile_blocks()
 
 
 def log_probabilities(batch):
@@ -157,30 +145,23 @@ def log_probabilities(batch):
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
-for step in range(first, n_asked):                                       # fresh adapters change nothing yet
-    found = dict.fromkeys(ids_of(step))                                  # None: bad, another pair came in its place
-    with torch.no_grad():
-        for batch in itertools.islice(unasked, run.n_micro):
-            found.update(zip(batch.ids[::2], log_probabilities(batch).tolist()))
-    told = process.gather([(found, run.stop_signal.set)])
-    for part, _ in told:
-        asked.pairs.update({id: logp for id, logp in part.items() if logp or id not in asked.pairs})
-    if process.master:
-        asked.write()
-    if any(stop for _, stop in told):
-        process.print(f"asked to stop: {asked.path} has the reference of {step + 1} of {n_asked} steps")
+for batch in asked:                                                      # every pair; fresh adapters change nothing yet
+    if any(process.gather([run.stop_signal.set])):
+        process.print(f"asked to stop: {reference} is not made yet")
         leave(0)
-unasked.close()
-if hasattr(network, 'reshard'):
-    network.reshard()        # fsdp: else the first backward loses gradients of parameters that no_grad left whole
+    with torch.no_grad():
+        logp.update(zip(batch.ids[::2], log_probabilities(batch).tolist()))
+if asked:
+    logp = dict(process.gather(logp.items()))
+    if process.master:
+        write_whole(reference, dict(about=about, pairs=logp))
+    if hasattr(network, 'reshard'):
+        network.reshard()    # fsdp: else the first backward loses gradients of parameters that no_grad left whole
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
-curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
-             from_zero=True)
-lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
-lr_factors['cross'] = lr_factors['projector']
-optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2),
-                                  decay='matrices')
+curve = dict(kind='main', peak=lr, final=0.0, warmup=int(warmup_ratio * max_steps), total=max_steps, from_zero=True)
+shares = dict.fromkeys(('decoder', 'projector', 'encoder', 'cross'), 1.0)
+optimizer = common.make_optimizer(model, shares, weight_decay=0.0, betas=(0.9, 0.999))       # TRL's defaults
 if run.resumed:
     run.load_moments(optimizer)
 
@@ -195,8 +176,13 @@ for step in range(run.first_step, run.last_step):
     n_kept, row_losses = float(counts['n_kept'].sum()), []
     for i, batch in enumerate(micro):
         network.require_backward_grad_sync = i == len(micro) - 1         # ddp reads it in forward; fsdp always adds up
-        before = process.send(asked.of(batch.ids[::2]))                                                   # (P,2)
-        losses, rewards = dpo_loss(log_probabilities(batch), before, beta)
+        if lacking := set(batch.ids) - logp.keys():
+            raise UserError(f"{reference} lacks {', '.join(sorted(lacking))}, unusable when it was made: move it away")
+        before = process.send(torch.tensor([logp[id] for id in batch.ids[::2]]))                          # (P,2)
+        now = log_probabilities(batch)                                                                    # (P,2)
+        losses, rewards = dpo_loss(now, before, beta)
+        n_token = process.send((batch.targets[::2] != IGNORE_INDEX).sum(1))
+        losses = losses - sft_weight * now[:, 0] / n_token
         (losses.sum() * process.world_size / global_batch_size).backward()       # ranks are averaged
         margin = rewards[:, 0] - rewards[:, 1]
         numbers = torch.stack((losses, (margin > 0).float(), margin, rewards[:, 0])).detach()              # (4,P)
@@ -206,7 +192,7 @@ for step in range(run.first_step, run.last_step):
         # AdamW is not to touch them without an image
         common.drop_gradients(model.projector, model.encoder, model.cross)
     lr_now = lr_at(step, curve)
-    norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
+    norm, skipped = common.optimizer_step(optimizer, lr_now, clip=1.0)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=torch.ones(1))
     if run.due():
         run.save()

@@ -144,7 +144,7 @@ class InstructSource:
         entry = self._entry(index)
         stamp, r = self.shards.locate(index)
         with reading_item(f"{stamp[0]}: entry {r}"):
-            turns, name = _turns(entry), entry.get('image') or None
+            turns, name = self.turns_of(entry), entry.get('image') or None
             image = self._open_image(name) if name else None
             if image and self.boxes == 'letterbox':
                 turns = [original_boxes(text, *image.size) for text in turns]
@@ -157,6 +157,17 @@ class InstructSource:
                 sample.images, sample.image_keys = [image], [name]
         sample.source, sample.id = self.name, self._name(index)
         return sample
+
+    def conversation(self, index):
+        """Return (an entry as it is, its first question without '<image>', its image's name, '' = none)."""
+        entry, (stamp, r) = self._entry(index), self.shards.locate(index)
+        with reading_item(f"{stamp[0]}: entry {r}"):
+            image = entry.get('image') or ''
+            return entry, _clean(_turns(entry)[0]), image and safe_join('', image)
+
+    def turns_of(self, entry):
+        """The texts of an entry's turns as they are laid out; BadSample for an unusable entry."""
+        return _turns(entry)
 
     def _open_image(self, name):
         path = safe_join(self.image_root, name)
@@ -270,19 +281,6 @@ def _turns(entry):
         if turn.get('from') != ('human', 'gpt')[i % 2]:
             raise BadSample(f"turn {i} is from {turn.get('from')!r}, expected {('human', 'gpt')[i % 2]!r}")
     return [turn.get('value') for turn in turns[:len(turns) // 2 * 2]]  # a last question without an answer has no loss
-
-
-def conversations(path):
-    """Yield (entry, its first question without '<image>') of LLaVA JSON, one at a time; BadSample for another entry."""
-    stamp = stamp_of(path)
-    index = cached_index(stamp, '', _build_json_index, JSON_COLUMNS)
-    for r in range(len(index)):
-        with reading_item(f"{path}: entry {r}"):
-            entry = json.loads(read_at(stamp, *index.place(r), MAX_TEXT_BYTES))
-            question, image = _clean(_turns(entry)[0]), entry.get('image') or ''
-            if not isinstance(image, str):
-                raise BadSample(f"image {image!r}: expected a path")
-        yield entry, question
 
 
 def _json_entry(text, at):

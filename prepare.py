@@ -30,7 +30,6 @@ import data
 import files
 from errors import UserError, first_line, reading, user_error_hook
 from files import whole, write_whole, writing
-from instruct import conversations
 from kernels import IGNORE_INDEX
 from shards import about_files, check_free, in_order, new_folder, write_tar
 from weights import read_json
@@ -336,19 +335,20 @@ def join(paths, out, folder=''):
     check_free(out)
     known, counts, between = set(), {}, '[\n'
     with whole(out) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-        for n, path in enumerate(files.find(paths, '.json', '.jsonl')):
-            here, counts[path] = set(), [0, 0]
-            for row, question in tqdm(conversations(path), unit=' rows', desc=path, disable=None):
-                stem = os.path.splitext(os.path.basename(row.get('image') or ''))[0]
+        for path in files.find(paths, '.json', '.jsonl'):
+            source, here, n_new = data.InstructSource(path, '', None, 2, 0, 1), set(), 0
+            for i in tqdm(range(len(source)), unit=' rows', desc=path, disable=None):
+                row, question, image = source.conversation(i)
+                stem = os.path.splitext(os.path.basename(image))[0]
                 key = hashlib.blake2b(f'{stem}\0{question}'.encode('utf-8', 'replace'), digest_size=16).digest()
                 here.add(key)
-                counts[path][key in known] += 1
                 if key not in known:
-                    if n and stem and '/' not in row['image']:
-                        row['image'] = os.path.join(folder, row['image'])
+                    if counts and image and '/' not in image:
+                        row['image'] = os.path.join(folder, image)
                     f.write(between + json.dumps(row))
-                    between = ',\n'
+                    between, n_new = ',\n', n_new + 1
             known |= here
+            counts[path] = n_new, len(source) - n_new
         f.write('\n]\n')
     return counts
 

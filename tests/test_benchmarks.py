@@ -685,7 +685,7 @@ def test_mmvp_a_pair_is_right_where_both_are(tmp_path):
     with pytest.raises(UserError, match='none of its pairs is whole'):
         summarise(task, [0, 1])
     (folder / 'Questions.csv').write_text('Index,Question,Options,Correct Answer\n1,a?,(a) x (b) y,(c)\n')
-    with pytest.raises(UserError, match=r"Index 1 has 'Correct Answer' '\(c\)', expected \(a\) or \(b\)"):
+    with pytest.raises(UserError, match=r"the answer of 1 is '\(c\)', expected \(a\) or \(b\)"):
         one(str(tmp_path), 'mmvp')
 
 
@@ -722,7 +722,7 @@ def test_magnifierbench_unpacks_its_images_once(tmp_path):
     (folder / 'images.json').write_text(json.dumps({'IMG.2': 'no base64!'}))
     with pytest.raises(UserError, match='base64 of IMG.2'):
         one(str(tmp_path), 'magnifier')
-    for change, part in (({'answer': 'E'}, "answer 'E', expected A, B, C or D"), ({'image_ids': ['../x']}, 'inside'),
+    for change, part in (({'answer': 'E'}, "the answer of Q0 is 'E', expected A or B or C or D"), ({'image_ids': ['../x']}, 'inside'),
                          ({'image_ids': []}, 'image_ids')):
         (folder / 'data_instructions.json').write_text(json.dumps({'data': {'Q0': rows['Q0'] | change}}))
         with pytest.raises(UserError, match=part):
