@@ -67,7 +67,7 @@ def what_trains(decoder):
 def meta_vlm(spec, config):
     """A description's model without memory, with adapters and frozen as a config says; no random number is drawn."""
     model = build_vlm(dict(spec, adapters=spec.get('adapters') or adapter_spec(config))).to('meta')
-    set_trained(model, config['freeze'])
+    set_trained(model, config.get('freeze', 'encoder'))
     return model
 
 

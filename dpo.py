@@ -43,16 +43,12 @@ init_from = 'out/{scale}/finetune/ckpt_100'  # the reference, and where training
 reference = ''                          # [free] the file of its log-probabilities, made where it is not there, or
                                         # another run's of the same data; '' = reference.json in out_dir
 beta = 0.1                              # [> 0] strength of the pull to the reference (arXiv 2305.18290, appendix B)
-sft_weight = 0.0                        # [>= 0] of the better answer's nats a token, added to the loss: it keeps answers
-                                        # likely that DPO alone may lower together (RPO, arXiv 2404.19733: 1)
+sft_weight = 0.0                        # [>= 0] of the better answer's nats a token, added to the loss: DPO alone may
+                                        # make both answers unlikely (RPO, arXiv 2404.19733)
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] as in finetune.py
 system_prompt = ''                      # as in finetune.py
-freeze = 'encoder'                      # ['none' | 'decoder' | 'encoder' | 'both'] what stays as it is
-lora_rank = 0                           # [>= 0, <= 65536] of fresh adapters; this and the next four as in finetune.py
-lora_alpha = 0.0                        # [>= 0]
-rslora = False
-dora = False
-lora_on = 'decoder'                     # ['decoder' | 'encoder' | 'both']
+lora_rank = 0                           # [>= 0, <= 65536] of fresh adapters, trained in the decoder's stead; 0 = none
+lora_alpha = 0.0                        # [>= 0] as in finetune.py
 seq_len = 2048                          # [>= 1] a pair with a longer row is a bad sample
 n_epoch = 1.0                           # [> 0] passes, under one cosine to 0 (SIMA, POVID: 1 to 3)
 stop_after = 0                          # [>= 0, free] end at this step with a checkpoint, schedule unchanged; 0 = off
@@ -104,7 +100,7 @@ model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.n_slot, model.encoder.image_size, resize,
-                          system_prompt, name='preferences', view=model.view(resize))
+                          system_prompt, split_turns=True, name='preferences', view=model.view(resize))
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images
@@ -132,7 +128,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 checkpoint.load_weights(model, run.folder, run.meta)
 run.add_adapters(model, spec)
 model.decoder.activation_checkpointing = activation_checkpointing
-set_trained(model, freeze)
+set_trained(model, 'encoder')                                    # it stays as it is
 network = common.distribute(model, process, parallel)
 
 

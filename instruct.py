@@ -46,9 +46,14 @@ def caption_prompt(n_token, tokenizer):
 
 
 def instruct_prompt(question, n_token, tokenizer, system_prompt=''):
-    """Return the ids in front of a first answer: [image x N] [sep] [system] question [sep]; n_token=0 = text only."""
-    system = tokenizer.encode(system_prompt) if system_prompt else []
-    return caption_prompt(n_token, tokenizer) + system + tokenizer.encode(_clean(question)) + [tokenizer.sep_id]
+    """
+    Return the ids in front of an answer: [image x N] [sep] [system] question [sep]; n_token=0 = text only. A tuple of
+    texts stands for a question with the turns before it, each with its [sep].
+    """
+    ids = caption_prompt(n_token, tokenizer) + (tokenizer.encode(system_prompt) if system_prompt else [])
+    for text in question if isinstance(question, tuple) else (question,):
+        ids += tokenizer.encode(_clean(text)) + [tokenizer.sep_id]
+    return ids
 
 
 class InstructSource:

@@ -4,14 +4,11 @@ reference thinks of them. dpo.py trains on them.
 """
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from errors import NUMBER, BadSample, Field, UserError, check
 from instruct import InstructSource, _clean, _turns
-from kernels import IGNORE_INDEX
-from mixture import Sample
 from weights import read_json
 
 
@@ -19,7 +16,7 @@ class PreferenceSource(InstructSource):
     """
     Pairs of answers from LLaVA-RLHF's human-preference JSON: {'image', 'conversations', whose last answer is only a
     place, 'output_1': {'value'}, 'output_2', 'preference': 1 or 2}. A Sample has two rows, the preferred answer first;
-    both begin with the same image and turns, and only the answer with its sep carries loss.
+    both begin with the same image and turns, and only the answer with its sep carries loss (split_turns=True).
     Raises BadSample for an entry that is no such pair, or does not fit seq_len: an answer without its end, or without
     the beginning of its question, is not the one that was judged.
     """
@@ -33,22 +30,14 @@ class PreferenceSource(InstructSource):
             raise BadSample(f"preference={preference!r}, expected 1 or 2")
         if texts[0] == texts[1]:
             raise BadSample(f"output_1 and output_2 are equal: {texts[0][:60]!r}")
-        better, worse = texts if preference == 1 else texts[::-1]
-        return [*turns[:-1], better, turns[-2], worse]
+        prompt, (better, worse) = tuple(turns[:-1]), texts if preference == 1 else texts[::-1]
+        return [prompt, better, prompt, worse]                           # split_turns makes a row of each
 
     def _layout(self, pairs, n_token):
-        rows = []
-        for pair in pairs[-2:]:                                          # what comes before is both answers' prompt
-            row = super()._layout(pairs[:-2] + [pair], n_token)
-            if row.n_truncated:
-                raise BadSample(f"an answer with its prompt does not fit seq_len={self.seq_len}")
-            row.targets[:-1 - len(self.tokenizer.encode(_clean(pair[1])))] = IGNORE_INDEX
-            rows.append(row)
-        T = max(len(row.tokens) for row in rows)
-        stacked = lambda parts, fill: np.stack([np.pad(p, (0, T - len(p)), constant_values=fill) for p in parts])
-        return Sample(stacked([row.tokens for row in rows], self.tokenizer.pad_id),                        # (2,T)
-                      stacked([row.targets for row in rows], IGNORE_INDEX), n_image_token=n_token,
-                      image_id=self.tokenizer.image_id)
+        sample = super()._layout(pairs, n_token)
+        if sample.n_truncated:
+            raise BadSample(f"an answer with its prompt does not fit seq_len={self.seq_len}")
+        return sample
 
 
 def dpo_loss(logp, reference, beta):

@@ -13,7 +13,7 @@ from test_preferences import entry
 from test_pretrain import KILL, equal, tensors
 
 from checkpoint import load_vlm
-from data import collate
+from data import Mixture, collate
 from preferences import PreferenceSource, dpo_loss
 
 
@@ -59,7 +59,7 @@ def test_the_start_is_ln_2_and_the_pairs_are_learned(world, base, run):
     # the last checkpoint's loss on all pairs, computed here from plain logits
     model, tok, _ = load_vlm(str(run / 'ckpt_100'))
     folder = world / 'data' / 'preferences'
-    source = PreferenceSource(str(folder / 'pairs.json'), str(folder), tok, 128, 4, 28)
+    source = PreferenceSource(str(folder / 'pairs.json'), str(folder), tok, 128, 4, 28, split_turns=True)
     content = json.loads((run / 'reference.json').read_text())
     files = meta_of(base)['files']
     assert content['about']['model'] == {k: files[k]['sha256'] for k in ('model.safetensors', 'encoder.safetensors')}
@@ -110,10 +110,19 @@ def test_two_processes_and_a_shared_reference(scripts, args, run, tmp_path):
     assert ours.keys() == theirs.keys() and all(theirs[i] == pytest.approx(ours[i], rel=1e-5) for i in ours)
 
 
-def test_adapters_start_at_the_base_and_leave_it_alone(scripts, args, base, tmp_path):
-    scripts(*args, '--lora_rank=4', '--lora_on=both', '--lr=2e-2', f'--out_dir={tmp_path / "a"}')
+def test_adapters_start_at_the_base_and_leave_it_alone(world, scripts, args, base, tmp_path):
+    scripts(*args, '--lora_rank=4', '--lr=2e-2', '--sft_weight=0.5', f'--out_dir={tmp_path / "a"}')
     lines = steps(tmp_path / 'a')
-    assert lines[0]['loss'] == pytest.approx(math.log(2), abs=1e-6) and lines[-1]['loss'] < 0.65
+    # ln 2, and half of the better answers' nats a token, under the reference
+    folder, tok = world / 'data' / 'preferences', load_vlm(str(base))[1]
+    source = PreferenceSource(str(folder / 'pairs.json'), str(folder), tok, 128, 4, 28, split_turns=True,
+                              name='preferences')
+    mixture = Mixture([source], [1.0], 7)
+    logp = json.loads((tmp_path / 'a' / 'reference.json').read_text())['pairs']
+    first = [mixture[i] for i in range(8)]
+    nats = sum(-logp[sample.id][0] / (sample.targets[0] >= 0).sum() for sample in first) / 8
+    assert lines[0]['loss'] == pytest.approx(math.log(2) + nats / 2, rel=1e-5) and lines[0]['margin'] == 0
+    assert lines[-1]['margin'] > 0 and lines[-1]['loss'] < lines[0]['loss'] - 0.1
     assert (tmp_path / 'a' / 'ckpt_100' / 'adapters.safetensors').exists()
     # a base that has adapters already: it goes on with them, and is its own reference
     scripts(*args[:2], f'--init_from={tmp_path / "a" / "ckpt_100"}', *args[3:], '--stop_after=1',

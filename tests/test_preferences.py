@@ -36,8 +36,8 @@ def pairs(world, tmp_path):
                 (tmp_path / row['image']).write_bytes(picture('red', 'JPEG', int(row['id'])))
         (tmp_path / 'pairs.json').write_text(json.dumps(entries))
         tokenizer = load_tokenizer(str(world / 'data' / 'tokenizer.model'))
-        return PreferenceSource(str(tmp_path / 'pairs.json'), str(tmp_path), tokenizer, seq_len, 4, 28, **options), \
-            tokenizer
+        return PreferenceSource(str(tmp_path / 'pairs.json'), str(tmp_path), tokenizer, seq_len, 4, 28, split_turns=True,
+                                **options), tokenizer
     return make
 
 
