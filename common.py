@@ -350,8 +350,7 @@ class Run:
                       n_worker=self.config['n_worker'] if n_worker is None else n_worker,
                       pin_memory=self.process.device.type == 'cuda', **options)
 
-    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments='',
-              values=('z_loss',)):
+    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments='', values=('z_loss',)):
         """
         Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta.
         values   the names of what the rows of record's row_losses hold behind the loss

@@ -58,4 +58,5 @@ if stage == 'dpo':
     preference_images = 'preferences'
     seq_len = 128
     global_batch_size = micro_batch_size = 16
-    lr = 1e-4
+    lr = 3e-4
+    sft_weight = 1.0                    # without it free answers are lost: docs/options.md
