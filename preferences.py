@@ -4,7 +4,6 @@ reference thinks of them. dpo.py trains on them.
 """
 import os
 
-import torch
 import torch.nn.functional as F
 
 from errors import NUMBER, BadSample, Field, UserError, check

@@ -18,6 +18,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import vision
+import vit
 from test_hostile import retype
 from vision import DINOv2, DINOv2Config, PatchProjection, SigLIP, SigLIPConfig
 
@@ -181,7 +182,7 @@ BIAS = 'vision_model.encoder.layers.1.mlp.fc1.bias'
 
 @pytest.mark.parametrize('damage, message', [
     (lambda t, c: t.pop(BIAS), 'lacks encoder.layers.1.mlp.fc1.bias'),
-    (lambda t, c: t.pop('vision_model.' + vision.PATCH_KEY), 'no siglip tower'),
+    (lambda t, c: t.pop('vision_model.' + vit.PATCH_KEY), 'no siglip tower'),
     (lambda t, c: t.update({BIAS: torch.ones(7)}), r'fc1.bias is \(7,\), this model.s is \(100,\)'),
     (lambda t, c: t.update({BIAS: torch.ones(100).int()}), 'fc1.bias is I32'),
     (lambda t, c: c.update(num_hidden_layers=4), 'num_hidden_layers=4, the weights hold 3'),
@@ -222,7 +223,7 @@ def test_damaged_files_are_named(tmp_path):
 def test_config_defaults_are_transformers_where_the_file_is_silent():
     theirs = {'siglip': SiglipVisionConfig(), 'siglip_vision_model': SiglipVisionConfig(), 'dinov2': Dinov2Config(),
               'dinov2_with_registers': Dinov2WithRegistersConfig()}
-    ours = {**vision.HF_DEFAULTS['siglip'], **vision.HF_DEFAULTS['dinov2']}
+    ours = {**vit.HF_DEFAULTS['siglip'], **vit.HF_DEFAULTS['dinov2']}
     assert ours == {kind: {key: getattr(theirs[kind], key) for key in keys} for kind, keys in ours.items()}
 
 
@@ -594,12 +595,12 @@ def test_positions_of_a_grid_are_idefics2s():
             for h in range(1, n + 1):
                 w = n + 1 - h
                 theirs = embeddings(torch.zeros(1, 3, h, w), torch.ones(1, h, w, dtype=torch.bool))
-                ours = vision.position_ids(h, w, n)
+                ours = vit.position_ids(h, w, n)
                 assert ours.tolist() == theirs.flatten().tolist(), (n, h, w)
                 if (ours.view(h, w)[:, 0] // n).tolist() != [i * n // h for i in range(h)]:
                     off.setdefault(n, []).append(h)
     assert off == {70: [25, 49, 50, 55]}
-    assert vision.position_ids(27, 27, 27).tolist() == list(range(27 ** 2))
+    assert vit.position_ids(27, 27, 27).tolist() == list(range(27 ** 2))
 
 
 def test_images_of_their_own_grids_match_idefics2(tmp_path):
