@@ -56,8 +56,8 @@ def adapter_spec(config):
     rank = config.get('lora_rank')
     if not rank and (config.get('lora_alpha') or config.get('rslora') or config.get('dora')):
         raise UserError("lora_alpha, rslora and dora are of adapters: give --lora_rank=N, too")
-    return dict(rank=rank, alpha=config['lora_alpha'] or 2.0 * rank, rslora=config['rslora'], dora=config['dora'],
-                on=config['lora_on'], base='') if rank else None
+    return dict(rank=rank, alpha=config['lora_alpha'] or 2.0 * rank, rslora=config.get('rslora', False),
+                dora=config.get('dora', False), on=config.get('lora_on', 'decoder'), base='') if rank else None
 
 
 def add_adapters(model, spec):

@@ -10,7 +10,8 @@ from errors import NUMBER, Field, UserError, check, reading
 from files import read_whole
 from scorers import RESULT, Example
 
-IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset')
+IMAGE_FOLDERS = ('', 'images', 'val2014', 'train2014', 'train_images', 'train2017', 'val2017', 'val', 'OCID-dataset',
+                 'MMVP Images')
 IMAGE_ENDINGS = ('.jpg', '.png', '.jpeg')
 
 
@@ -40,6 +41,11 @@ ROWS = {                        # what the rows of each official file have
                 'issimple': Field(bool)},
     'ai2d': {'imageName': TEXT, 'questions': Field(dict, of=Field(dict, of={
         'questionId': ID, 'correctAnswer': Field(int, 0, 3), 'answerTexts': Field(list, 4, 4, of=Field(str))}))},
+    'mmvp': {'Index': Field(str, 1, 9), 'Question': TEXT, 'Options': TEXT, 'Correct Answer': Field(str)},
+    'magnifier': {'id': ID, 'instruction': TEXT, 'answer': Field(str),
+                  'image_ids': Field(list, 1, of=Field(str, 1, 200))},
+    'scienceqa': {'question': TEXT, 'choices': Field(list, 2, 26, of=Field(str)), 'answer': Field(int, 0, 25),
+                  'image': Field(str, optional=True), 'split': Field(str), 'hint': Field(str, optional=True)},
     'captions': {'image': TEXT, 'caption': TEXT},
     'text': {'query': Field(str), 'choices': Field(list, 2, 999, of=Field(str)), 'gold': Field((int, list), 0)},
 }
@@ -48,7 +54,7 @@ ROWS = {                        # what the rows of each official file have
 def read_table(path, key, fields, unique=''):
     """
     The rows of a benchmark's JSON file, checked.
-    key      the list of rows stands under it; None = a file with one JSON object a line; '' = the file is the list, or
+    key      the rows stand under it; None = a file with one JSON object a line; '' = the file is the rows: a list, or
              an object id -> row, whose ids become the rows' `id`
     fields   what each row has, a dict name -> Field; unique: the field in which no two rows may agree
     returns  list of dicts
@@ -66,7 +72,7 @@ def read_table(path, key, fields, unique=''):
         else:
             content = json.load(f)
             rows = content if not key else content.get(key) if isinstance(content, dict) else None
-            if not key and isinstance(rows, dict):
+            if isinstance(rows, dict):
                 rows = [row | {'id': name} if isinstance(row, dict) else row for name, row in rows.items()]
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected " + (f"an object with a list under '{key}'" if key else 'a list of rows'))

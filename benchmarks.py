@@ -5,8 +5,11 @@ Benchmark files to Tasks: the official releases as they are, found under a folde
 
 A new benchmark is one function, which reads its rows with read_table and returns a Task, and its line in READERS.
 """
+import base64
+import csv
 import functools
 import glob
+import io
 import itertools
 import json
 import os
@@ -14,11 +17,14 @@ import string
 
 from benchmark_files import ROWS, check_known, check_rows, example_of, find_images, read_refs, read_table
 from errors import Field, UserError, check, reading
-from metrics import gqa_match, pope_answer, pope_metrics
+from files import read_whole, write_whole
+from instruct import safe_join
+from metrics import gqa_match, magnifier_choice, mmvp_choice, pope_answer, pope_metrics
 from puzzles import CATEGORY, read_puzzles, same_value, split_rows
 from scorers import (TEXT_ALIAS, TEXT_BASELINES_10, VISION_BASELINES, Task, caption_task, same, score_box, subset,
                      unit_box, vqa_task)
 from textbench import ACC_NORM, DCLM_DELIMITER, FORMS
+from weights import read_json
 
 
 # --- benchmarks: each function gets the first file of a benchmark, the task's name and the options ------------------
@@ -223,6 +229,59 @@ def read_smart101(path, name, opt, by_value=False):
                 variant='S_acc: the value' if by_value else 'O_acc: first token, letters')
 
 
+def choice_task(path, name, kind, letters, asked, opt, read, rule):
+    """
+    A Task of questions that name their choices, answered by opt.choice_by.
+    asked    [(row, id, prompt, letter of the answer, image)]; read finds the letter in a text, by the rule of this name
+    """
+    by_text, examples = opt.choice_by == 'text', []
+    for row, id, prompt, letter, image in asked:
+        if letter not in letters:
+            raise UserError(f"{path}: the answer of {id} is {letter[:60]!r}, expected {' or '.join(letters)}")
+        answer = letter.strip('()') if by_text else letters.index(letter)
+        examples.append(example_of(row, id, prompt, [answer], image, choices=None if by_text else letters))
+    return Task(name, kind, examples, same, read=read if by_text else None, variant=rule if by_text else 'first token')
+
+
+def read_mmvp(path, name, opt):
+    """MMVP: a question about each of two like images, which its number names (as text, 10 would come before 2)."""
+    with reading(path, 'CSV'):
+        rows = [*csv.DictReader(io.StringIO(read_whole(path, 64 << 20).decode('utf-8-sig')))]
+        asked = [(row, int(row['Index']), f"{row['Question']} {row['Options']}", row['Correct Answer'].strip(),
+                  row['Index']) for row in check_rows(rows, path, ROWS['mmvp'], unique='Index')]
+    return choice_task(path, name, 'mmvp', ['(a)', '(b)'], asked, opt, mmvp_choice, "text, a parser for GPT-4")
+
+
+def read_magnifier(path, name, opt):
+    """MagnifierBench: small things in large images; images.json, these in base64, is unpacked to images/, once."""
+    folder, packed, asked = os.path.dirname(path), {}, []
+    for row in read_table(path, 'data', ROWS['magnifier']):
+        image = row['image_ids'][0]
+        file = safe_join(os.path.join(folder, 'images'), image + '.jpg')
+        if not os.path.exists(file):
+            packed = packed or read_json(os.path.join(folder, 'images.json'))
+            with reading(os.path.join(folder, 'images.json'), f'base64 of {image}'):
+                content = base64.b64decode(packed[image], validate=True)
+            write_whole(file, content)
+        prompt = f"Answer with the option letter from the given choices directly. {row['instruction']}"
+        asked.append((row, row['id'], prompt, row['answer'].strip()[:1], f'{image}.jpg'))
+    return choice_task(path, name, 'magnifier', [*'ABCD'], asked, opt, magnifier_choice, "text, its authors' rule")
+
+
+def read_scienceqa(path, name, opt):
+    """ScienceQA: the questions of the test split that have an image, by letter."""
+    examples = []
+    for row in read_table(path, '', ROWS['scienceqa']):
+        if row['split'] == 'test' and row.get('image'):
+            if row['answer'] >= len(row['choices']):
+                raise UserError(f"{path}: {row['id']} has answer {row['answer']} of {len(row['choices'])} choices")
+            context = f"\nContext: {row['hint']}" if row.get('hint') else ''
+            prompt, letters = lettered(row['question'] + context, row['choices'])
+            examples.append(example_of(row, row['id'], prompt, [row['answer']], f"test/{row['id']}/{row['image']}",
+                                       choices=letters))
+    return Task(name, 'scienceqa', examples, same, variant='first token, letters')
+
+
 def read_captions(path, name, opt):
     """Captions: what the model writes about an image without being asked; an image may have several captions."""
     captions = {}
@@ -286,13 +345,16 @@ READERS = {
     'ai2d': ('ai2d*/questions/*.json', '{folder}', read_ai2d),
     'smart101': ('smart101*/SMART101-Data', '{folder}', read_smart101),
     'smart101_value': ('smart101*/SMART101-Data', '{folder}_value', functools.partial(read_smart101, by_value=True)),
+    'mmvp': ('mmvp*/Questions.csv', '{folder}', read_mmvp),
+    'magnifier': ('magnifier*/data_instructions.json', '{folder}', read_magnifier),
+    'scienceqa': ('scienceqa*/problems.json', '{folder}', read_scienceqa),
     'captions': ('*/captions.jsonl', '{folder}', read_captions),
     'text': ('text/*.jsonl', '{file}', read_text),
 }
 
 
 # only when named: the paper leaves them out
-NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d', 'smart101', 'smart101_value')
+NAMED_ONLY = ('vsr', 'tallyqa', 'ai2d', 'mmvp', 'magnifier', 'scienceqa', 'smart101', 'smart101_value')
 # task: the files under eval_dir that it needs; the paper's tasks are the first sixteen and VizWiz
 NEEDS = {
     'vqav2': 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/',
@@ -311,6 +373,9 @@ NEEDS = {
     'tallyqa': 'tallyqa/test.json, train2014/, val2014/, VG_100K/, VG_100K_2/',
     'ai2d': 'ai2d/questions/, images/',
     **dict.fromkeys(('smart101', 'smart101_value'), 'smart101/SMART101-Data/, the folders 1 to 101'),
+    'mmvp': 'mmvp/Questions.csv, MMVP Images/',
+    'magnifier': 'magnifier/data_instructions.json, images.json',
+    'scienceqa': 'scienceqa/problems.json, test/',
 }
 PAPER = (*VISION_BASELINES, 'vizwiz', *TEXT_BASELINES_10)
 

@@ -125,7 +125,7 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', 
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
         f.write(tokenizer.content)                           # its file may be gone by now, with a base that was pruned
-    meta['files'] = {name: _digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    meta['files'] = {name: digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     for name in os.listdir(folder):
@@ -160,7 +160,7 @@ def optimizer_state(optimizer, keep=True):
             if p in optimizer.state}
 
 
-def _digest(path):
+def digest(path):
     with open(path, 'rb') as f:
         return dict(size=os.path.getsize(path), sha256=hashlib.file_digest(f, 'sha256').hexdigest())
 
@@ -272,7 +272,7 @@ def checked_path(folder, meta, name):
     with reading(path, f'a file of the checkpoint {folder}'):
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; the checkpoint is damaged")
-        found, expected = _digest(path), meta['files'].get(name)
+        found, expected = digest(path), meta['files'].get(name)
         if found != expected:
             was = f"{expected['size']} bytes with sha256 {expected['sha256'][:12]}..." if expected else 'no such file'
             raise UserError(f"{path}: {found['size']} bytes with sha256 {found['sha256'][:12]}..., meta.json says "

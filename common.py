@@ -287,8 +287,11 @@ class Run:
                       n_worker=self.config['n_worker'] if n_worker is None else n_worker,
                       pin_memory=self.process.device.type == 'cuda', **options)
 
-    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments=''):
-        """Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta."""
+    def begin(self, *, stage, model, optimizer, tokenizer, mixture, spec, schedule, moments='', values=('z_loss',)):
+        """
+        Open the folder and the log; what is given here goes into every checkpoint, moments as a word for meta.
+        values   the names of what the rows of record's row_losses hold behind the loss
+        """
         self.model, self.optimizer, self.tokenizer, self.mixture = model, optimizer, tokenizer, mixture
         self.schedule, self.saved = schedule, None
         self.about = dict(stage=stage, spec=spec, schedule=schedule, moments=moments, init_from=self.init_from,
@@ -314,7 +317,7 @@ class Run:
         config = self.config
         self.logger = Logger(self.process, self.out_dir, self.first_step, self.max_steps, every=config['log_every'],
                              wandb=config['wandb'], tensorboard=config['tensorboard'], config=config)
-        self.reader, self.time = StepReader(self.process, self.logger, mixture.names), time.perf_counter()
+        self.reader, self.time = StepReader(self.process, self.logger, mixture.names, values), time.perf_counter()
         self.process.print(
             f"{config['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, of which "
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} train, {self.max_steps} steps of "

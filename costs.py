@@ -67,7 +67,7 @@ def what_trains(decoder):
 def meta_vlm(spec, config):
     """A description's model without memory, with adapters and frozen as a config says; no random number is drawn."""
     model = build_vlm(dict(spec, adapters=spec.get('adapters') or adapter_spec(config))).to('meta')
-    set_trained(model, config['freeze'])
+    set_trained(model, config.get('freeze', 'encoder'))
     return model
 
 
@@ -186,13 +186,19 @@ def paper_spec(config):
 
 def run_flops(config, model, per_image, max_steps):
     """FLOPs of a whole run, in parts; every row at seq_len, and every target kept but those at images."""
-    images = config['image_ratio'] if 'image_ratio' in config else 1 - config['text_share']
+    images = config['image_ratio'] if 'image_ratio' in config else 1 - config.get('text_share', 0.0)
     T, G, c = config['seq_len'], config['global_batch_size'] * max_steps, model.decoder.config
     how = what_trains(model.decoder)
     with_image = decoder_flops(c, 1, T, max(1, T - model.n_slot), **how)
     without = decoder_flops(c, 1, T, T, **how)
-    parts = {'decoder': G * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
-    return {**parts, 'cross': G * images * cross_flops(model, T, 1)} if model.cross is not None else parts
+    R = G * rows_of(config)
+    parts = {'decoder': R * (images * with_image + (1 - images) * without), 'images': G * images * per_image}
+    return {**parts, 'cross': R * images * cross_flops(model, T, 1)} if model.cross is not None else parts
+
+
+def rows_of(config):
+    """The rows of a sample: in dpo.py two, the answers to one question, which share their image."""
+    return 2 if 'preferences' in config else 1
 
 
 def memory_of(config, model, per_image, *, n_process=1, **changed):
@@ -200,8 +206,9 @@ def memory_of(config, model, per_image, *, n_process=1, **changed):
     config = {**config, **changed}
     images, B = config.get('image_ratio', 1.0), config['micro_batch_size']
     width = 2 if config['dtype'] == 'bfloat16' or (not config['dtype'] and config['device'] != 'cpu') else 4
-    return memory(model, n_row=B, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_slot else 0,
-                  per_image=per_image, n_kept=B * (config['seq_len'] - model.n_slot * (images == 1)), width=width,
+    R = B * rows_of(config)
+    return memory(model, n_row=R, n_position=config['seq_len'], n_image=math.ceil(B * images) if model.n_slot else 0,
+                  per_image=per_image, n_kept=R * (config['seq_len'] - model.n_slot * (images == 1)), width=width,
                   checkpointing=config['activation_checkpointing'], parallel=config.get('parallel', 'ddp'),
                   n_process=n_process)
 
@@ -211,7 +218,7 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     Say what a run will do and need, from its config and its model's description; nothing is read or written.
     n_keep   checkpoints that stay for good; ckpt_step_N come on top
     """
-    tokens = config['global_batch_size'] * config['seq_len']
+    tokens = config['global_batch_size'] * rows_of(config) * config['seq_len']
     print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
     model = meta_vlm(spec, config)
     flops, kept = image_costs(model)

@@ -14,8 +14,9 @@ eval_dir holds a folder for each benchmark. The files in it say which kind it is
 FILES
     captions: captions/captions.jsonl, one {"image": file name, "caption": text} a line; needs a checkpoint of stage 2
     your own: text/NAME.jsonl, one {"query", "choices", "gold": index} a line
-vsr, tallyqa, ai2d, smart101 and smart101_value are asked only when tasks names them. Images are .jpg, .jpeg or .png in
-the folder itself or in one of those named above, there or in eval_dir (COCO is needed once). A question may also carry
+vsr, tallyqa, ai2d, mmvp, magnifier, scienceqa, smart101 and smart101_value are asked only when tasks names them. Images
+are .jpg, .jpeg or .png in the folder itself or in one of those named above, there or in eval_dir (COCO is needed once).
+A question may also carry
 `question_type` (a string or a list of them, each reported apart) and `blind_answers` (what one could guess from the
 image without knowing the question). Beside each score stands what guessers score; the best constant answers are chosen
 on the test questions themselves.
@@ -82,6 +83,8 @@ vqa_variant = 'vlm-eval'      # ['vlm-eval' | 'official' | 'm4c' | 'vizwiz'] sco
                               # harness; results.json always has it and 'official'
 ocid_iou = 0.25               # [> 0, <= 1] a box of OCID-Ref is right from here: 0.25 is its authors', 0.5 RefCOCO's
 pope_by = 'probability'       # ['probability' | 'text'] POPE's answer: see pope_words, or its text by LLaVA's rule
+choice_by = 'text'            # ['text' | 'probability'] the answer to a question of MMVP or MagnifierBench: read in its
+                              # text, or the most probable letter
 text_variant = 'lm-eval'      # ['lm-eval' | 'dclm'] of text benchmarks: lm-evaluation-harness's prompts and scores (its
                               # acc_norm where it has one, else acc), or DCLM's files and nats per token
 max_bad_samples = 0           # [>= 0, free] so many questions of a task without a readable image are left out, counted
@@ -102,6 +105,8 @@ def default_options(**changes):
         raise UserError(f"evaluate has no option {unknown[0]}; it has {', '.join(values)}")
     return SimpleNamespace(**{**values, **changes})
 
+
+TUNED = ('finetune', 'dpo')         # the stages that teach to answer questions
 
 # --- scores -------------------------------------------------------------------------------------------------------
 
@@ -253,12 +258,12 @@ def answer(opt):
     elif opt.prompt:
         print(reply(opt.prompt))
     else:
-        if meta['stage'] != 'finetune':
+        if meta['stage'] not in TUNED:
             print(write(caption_prompt(n_token, tokenizer)))
         if sys.stdin.isatty():
             print(f"ask about {opt.image}; an empty line ends")
             converse(reply)
-        elif meta['stage'] == 'finetune':
+        elif meta['stage'] in TUNED:
             print(f"!!! {opt.ckpt} was fine-tuned to answer questions: give it one with --prompt=...")
 
 
@@ -286,7 +291,7 @@ def run(opt):
     for task in found:
         if task.examples[0].image and model.encoder is None:
             process.print(f"{task.name}: skipped, {opt.ckpt} is text-only")
-        elif task.layout == 'caption' and meta['stage'] == 'finetune' and not opt.tasks:
+        elif task.layout == 'caption' and meta['stage'] in TUNED and not opt.tasks:
             process.print(f"{task.name}: skipped, a fine-tuned model answers questions; --tasks={task.name} asks all "
                           "the same")
         else:

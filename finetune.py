@@ -229,7 +229,7 @@ for step in range(run.first_step, run.last_step):
             loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
                                         batch.kept, noise)
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
-        row_losses.append(row_loss)
+        row_losses.append(row_loss.detach())
     if counts['n_image'].sum() == 0:
         # AdamW is not to touch them without an image
         common.drop_gradients(model.projector, model.encoder, model.cross)

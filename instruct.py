@@ -46,9 +46,14 @@ def caption_prompt(n_token, tokenizer):
 
 
 def instruct_prompt(question, n_token, tokenizer, system_prompt=''):
-    """Return the ids in front of a first answer: [image x N] [sep] [system] question [sep]; n_token=0 = text only."""
-    system = tokenizer.encode(system_prompt) if system_prompt else []
-    return caption_prompt(n_token, tokenizer) + system + tokenizer.encode(_clean(question)) + [tokenizer.sep_id]
+    """
+    Return the ids in front of an answer: [image x N] [sep] [system] question [sep]; n_token=0 = text only. A tuple of
+    texts stands for a question with the turns before it, each with its [sep].
+    """
+    ids = caption_prompt(n_token, tokenizer) + (tokenizer.encode(system_prompt) if system_prompt else [])
+    for text in question if isinstance(question, tuple) else (question,):
+        ids += tokenizer.encode(_clean(text)) + [tokenizer.sep_id]
+    return ids
 
 
 class InstructSource:
@@ -142,7 +147,7 @@ class InstructSource:
         entry = self._entry(index)
         stamp, r = self.shards.locate(index)
         with reading_item(f"{stamp[0]}: entry {r}"):
-            turns, name = _turns(entry), entry.get('image') or None
+            turns, name = self.turns_of(entry), entry.get('image') or None
             image = self._open_image(name) if name else None
             if image and self.boxes == 'letterbox':
                 turns = [original_boxes(text, *image.size) for text in turns]
@@ -155,6 +160,17 @@ class InstructSource:
                 sample.images, sample.image_keys = [image], [name]
         sample.source, sample.id = self.name, self._name(index)
         return sample
+
+    def conversation(self, index):
+        """Return (an entry as it is, its first question without '<image>', its image's name, '' = none)."""
+        entry, (stamp, r) = self._entry(index), self.shards.locate(index)
+        with reading_item(f"{stamp[0]}: entry {r}"):
+            image = entry.get('image') or ''
+            return entry, _clean(_turns(entry)[0]), image and safe_join('', image)
+
+    def turns_of(self, entry):
+        """The texts of an entry's turns as they are laid out; BadSample for an unusable entry."""
+        return _turns(entry)
 
     def _open_image(self, name):
         path = safe_join(self.image_root, name)

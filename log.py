@@ -23,23 +23,24 @@ class StepReader:
     Turns a step's device numbers into a log line one step late, so that the loop never waits for the GPU, and stops the
     run when a step was not finite (such a step has changed nothing: see optimizer_step).
     """
-    def __init__(self, process, logger, names):
-        self.process, self.logger, self.names, self.pending = process, logger, names, None
+    def __init__(self, process, logger, names, values=('z_loss',)):
+        self.process, self.logger, self.names, self.values, self.pending = process, logger, names, values, None
 
     def push(self, line, micro, row_losses, norm, skipped):
         """
         Queue a step.
         line      its log line, all that the host knows; line['sources'] by the names of the sources
-        micro     this rank's Batches; row_losses of each (2,B), as VLM gives them; norm, skipped () device tensors
+        micro     this rank's Batches; row_losses of each (1 + len(values),B), the loss of each row and its values, as
+                  VLM gives them; norm, skipped () device tensors
         """
-        row_loss = torch.cat(row_losses, 1)                                               # (2,R) this rank's rows
+        row_loss = torch.cat(row_losses, 1)                                               # (1+V,R) this rank's rows
         source = self.process.send(torch.cat([batch.source for batch in micro]))         # (R,)
         finite = row_loss.isfinite().all(0)                                              # (R,)
         world = self.process.world_size
         nll = row_loss.new_zeros(len(self.names)).index_add_(0, source, row_loss[0])
         flags = row_loss.new_zeros(world)                                                # one of each rank
         flags[self.process.rank] = (~finite).any()
-        sums = torch.cat([nll, row_loss[1].sum()[None], flags])
+        sums = torch.cat([nll, row_loss[1:].sum(1), flags])
         if world > 1:
             dist.all_reduce(sums)
         norm = norm.detach().float()
@@ -50,7 +51,7 @@ class StepReader:
             event.record()
         else:
             host, event = device, None
-        sizes = [len(nll), 1, world, 1, 1, len(finite)]
+        sizes = [len(nll), len(self.values), world, 1, 1, len(finite)]
         previous, self.pending = self.pending, (line, host, sizes, event, [i for batch in micro for i in batch.ids])
         self._read(previous)
 
@@ -65,15 +66,15 @@ class StepReader:
         line, host, sizes, event, ids = pending
         if event is not None:
             event.synchronize()
-        nll, z_loss, flags, norm, skipped, finite = host.split(sizes)
+        nll, values, flags, norm, skipped, finite = host.split(sizes)
         if skipped or flags.any():
             self._stop(line['step'], flags, norm, finite, ids)
         for name, nats in zip(self.names, nll.tolist()):
             about = line['sources'][name]
             about['loss'] = nats / about['n_kept_now'] if about['n_kept_now'] else None
         n_kept = max(1, line['n_kept'])
-        self.logger.log(dict(line, loss=float(nll.sum()) / n_kept, z_loss=float(z_loss) / n_kept,
-                             grad_norm=float(norm)))
+        values = {name: value / n_kept for name, value in zip(self.values, values.tolist())}
+        self.logger.log(dict(line, loss=float(nll.sum()) / n_kept, **values, grad_norm=float(norm)))
 
     def _stop(self, step, flags, norm, finite, ids):
         """End the run at a step that was not finite; the ranks that know the samples name them."""

@@ -182,6 +182,29 @@ def pope_answer(text):
     return 'no' if {'No', 'not', 'no'} & set(words) else 'yes'
 
 
+def mmvp_choice(text, prompt):
+    """
+    'a' or 'b' of a free answer to a question of MMVP, '' where it says neither or both: the letter in brackets or alone
+    at the beginning, else the option that it names. A parser offline in the stead of GPT-4, which the authors ask.
+    """
+    text = text.lower()
+    said = {*re.findall(r'\(([ab])\)', text)} or {*re.findall(r'^\s*([ab])(?:[.):,]|\s*$)', text)}
+    said = said or {letter for letter, option in re.findall(r'\(([ab])\)\s*([^()]+)', prompt.lower())
+                    if re.search(rf'(?<!\w){re.escape(option.strip())}(?!\w)', text)}
+    return said.pop() if len(said) == 1 else ''
+
+
+def magnifier_choice(text, prompt):
+    """
+    The letter of a free answer by MagnifierBench's own rule, '' for none: after 'The answer is', else the first capital
+    A to D anywhere, so that 'A red car' is A whatever the options are, else the first option that it names.
+    """
+    if match := re.search(r'The answer is ([A-D])', text) or re.search('([A-D])', text):
+        return match[1]
+    options = re.findall(r'\b([A-D])\. (.*?)(?=,? [A-D]\. |$)', prompt)
+    return next((letter for letter, option in options if option.strip(' .').lower() in text.lower()), '')
+
+
 def pope_metrics(predictions, labels):
     """Accuracy, precision, recall, F1 of 'yes' and the share of 'yes' (arXiv 2305.10355) from lists of 'yes'/'no'."""
     pairs = Counter(zip(predictions, labels))

@@ -208,7 +208,7 @@ class VLM(nn.Module):
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
         noise            as in embed
         returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
-                         (2,B) float32, nats and z-loss per row, unweighted and detached, for the log
+                         (2,B) float32, nats and z-loss per row, unweighted, with a graph: dpo.py's loss is made of it
         """
         B, T = tokens.shape
         if kept is None:
@@ -219,7 +219,7 @@ class VLM(nn.Module):
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
-        both = torch.stack((nll, z)).detach().float()                                  # (2,K)
+        both = torch.stack((nll, z)).float()                                           # (2,K)
         row_loss = both.new_zeros(2, B).index_add_(1, kept // T, both)                 # (2,B)
         w = torch.ones_like(nll) if weights is None else weights.reshape(-1)[kept]
         return (w * (nll + z)).sum(), w.sum(), row_loss

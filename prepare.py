@@ -4,6 +4,7 @@ Data preparation: from your own files to the formats that data.py reads, and a l
     python prepare.py tokenize texts/ more.jsonl.zst --tokenizer data/tokenizer.model --out data/text
     python prepare.py pair photos/ more/ --out data/captions       # a.jpg + a.txt, or --captions captions.jsonl
     python prepare.py merge images/ --captions datacompdr/ --synthetic 0.5 --out data/captions         # see captions.py
+    python prepare.py join mix665k.json llavar.json --folder coco/train2017 --out data/instruct/joined.json
     python prepare.py smart101 data/SMART101-Data --out smart101.json          # its training rows as conversations
     python prepare.py index data/captions                         # tar indexes, before many processes want them
     python prepare.py check data/captions --tokenizer data/tokenizer.model
@@ -12,6 +13,7 @@ Texts are .txt .rst .md (a document each), .jsonl .jsonl.gz .jsonl.zst (a docume
 """
 import argparse
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -342,6 +344,36 @@ def smart101(folder, out, split='instance', short_suffix=''):
     return len(entries)
 
 
+# --- conversations --------------------------------------------------------------------------------
+def join(paths, out, folder=''):
+    """
+    Write the rows of LLaVA JSON files, as they are, into one list without those that an earlier file has: the same
+    image, whatever its folder, and first question. (LLaVAR's files hold LLaVA's rows; rows alike within a file stay.)
+    folder   put before the images of the later files that are in none, so that all are below one root
+    returns  {file: (rows written, rows left out)}. Raises UserError when `out` exists, and for the first row that is
+    no conversation. Memory: 16 bytes a row, and the largest file while its index is made.
+    """
+    check_free(out)
+    known, counts, between = set(), {}, '[\n'
+    with whole(out) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+        for path in files.find(paths, '.json', '.jsonl'):
+            source, here, n_new = data.InstructSource(path, '', None, 2, View(1, 0)), set(), 0
+            for i in tqdm(range(len(source)), unit=' rows', desc=path, disable=None):
+                row, question, image = source.conversation(i)
+                stem = os.path.splitext(os.path.basename(image))[0]
+                key = hashlib.blake2b(f'{stem}\0{question}'.encode('utf-8', 'replace'), digest_size=16).digest()
+                here.add(key)
+                if key not in known:
+                    if counts and image and '/' not in image:
+                        row['image'] = os.path.join(folder, image)
+                    f.write(between + json.dumps(row))
+                    between, n_new = ',\n', n_new + 1
+            known |= here
+            counts[path] = n_new, len(source) - n_new
+        f.write('\n]\n')
+    return counts
+
+
 # --- a look at a data set -------------------------------------------------------------------------
 def open_source(paths, tokenizer, seq_len, view, image_root='', caption_field='auto', **instruct):
     """Return the source that reads `paths`: of text, of captions or of conversations, by what is there."""
@@ -437,6 +469,7 @@ def parse(argv=None):
             ('samples_per_shard', 1000, 'images'))
     command('merge', out, ('captions', '', 'tars of DataCompDR'), n_process,
             ('synthetic', 1.0, 'share of images with a synthetic caption'))
+    command('join', out, ('folder', '', 'of images of later files that name none, such as coco/train2017'))
     command('smart101', out, ('split', 'instance', ', '.join(puzzles.SPLITS)),
             ('short_suffix', '\nAnswer the question using a single word or phrase.', 'after questions for the value'))
     command('index', ('cache_dir', '', 'for indexes of read-only data'))
@@ -453,7 +486,10 @@ def main(argv=None):
 
 def run(a):
     """Run a parsed command; returns the exit status."""
-    if a.command == 'train_tokenizer':
+    if a.command == 'join':
+        for path, (n_new, n_known) in join(a.paths, a.out, a.folder).items():
+            print(f"{path}: {n_new:,} rows into {a.out}, {n_known:,} left out that an earlier file has")
+    elif a.command == 'train_tokenizer':
         train_tokenizer(documents(a.paths, a.key), a.out, a.vocab_size, a.model_type, a.max_lines)
         print(f"{a.out}: {data.load_tokenizer(a.out).vocab_size} ids with the four special ones")
     elif a.command == 'tokenize':

@@ -162,6 +162,7 @@ class Task:
     norm: str = 'acc'                           # how choices are compared: see `choose`
     delimiter: str = None                       # 'text': what stands between prompt and choice, which are tokenised as
                                                 # one text (lm-eval); None = apart, the choice behind a space (DCLM)
+    read: Callable = None                       # (what the model wrote, prompt) -> the answer in it, '' = none
     boxes: bool = False                         # answers are boxes, which count the pixels of images as stored: these
                                                 # are not turned as their EXIF says
     by_label: bool = False                      # n_example counts the questions of each first label apart
@@ -292,7 +293,8 @@ def summarise(task, predictions, nats=None, n_token=None):
     nats         per example what `choose` got for each choice, and n_token the same: recorded, and text choices are
                  also scored by every other norm
     """
-    scores = [scored(task, p, e.answers) for p, e in zip(predictions, task.examples)]
+    read = [task.read(p, e.prompt) if task.read and p else p for p, e in zip(predictions, task.examples)]
+    scores = [scored(task, p, e.answers) for p, e in zip(read, task.examples)]
     records, labels = [], {}
     for n, (e, p, s) in enumerate(zip(task.examples, predictions, scores)):
         record = {'id': e.id, 'prompt': e.prompt, 'prediction': p, 'answers': e.answers, 'score': s or 0.0,
@@ -317,6 +319,17 @@ def summarise(task, predictions, nats=None, n_token=None):
         splits = {e.types[0] for e in task.examples}
         result['score'] = sum(result['types'][split]['score'] for split in splits) / len(splits)
         result['low'], result['high'] = wilson_interval(result['score'], len(values))
+    if task.kind == 'mmvp':                                  # both questions of a pair right (arXiv 2401.06209)
+        pairs = defaultdict(list)
+        for e, value in zip(task.examples, values):
+            pairs[(int(e.id) - 1) // 2].append((value, e.answers[0]))
+        whole = [pair for pair in pairs.values() if len(pair) == 2]
+        if not whole:
+            raise UserError(f"{task.name}: none of its pairs is whole: ask all questions, with --n_example=0")
+        right, alike = [min(a, b) for (a, _), (b, _) in whole], Counter(a for (_, a), (_, b) in whole if a == b)
+        low, high = mean_interval(right)
+        result |= dict(accuracy=result['score'], n=len(whole), score=sum(right) / len(whole), low=low, high=high,
+                       chance=0.25, constant=max(alike.values(), default=0) / len(whole), attribute=None)
     if task.layout == 'text' and n_token:
         for norm in NORMS:
             picked = [choose(a, e.choices, b, norm) for e, a, b in zip(task.examples, nats, n_token)]

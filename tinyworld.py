@@ -3,6 +3,7 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
     python tinyworld.py data --out=data/tiny                 # text, captions, instructions, benchmarks
     python tinyworld.py data --study --out=data/study        # the same with facts about what scenes show, told in text
     python tinyworld.py encoder --out=data/tiny/encoder      # a 3-layer SigLIP in Hugging Face layout
+    python tinyworld.py preferences                          # pairs of answers for dpo.py, in data/tiny/preferences
 
 A scene is a grid of 3 x 3 cells of 14 px, so that one image token sees one cell. Three or four cells hold an object (4
 shapes x 4 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
@@ -413,6 +414,27 @@ def write_instruct(folder, n, seed, study=False, n_question=6):
         write_file(f'{folder}/{name}.json', json.dumps(part, indent=1))
 
 
+def write_preferences(folder, n=2000, seed=(7, 9)):
+    """
+    LLaVA-RLHF's JSON of preferences, and its images: what is true of a scene is preferred to what is not in it. Half of
+    the questions are POPE's, as often yes as no; the others ask what is in a cell.
+    """
+    draw, rows = Draws(*seed), []
+    scenes = [make_scene(draw, 'train') for _ in range(n)]
+    for i, (scene, pixels) in enumerate(zip(scenes, render(scenes))):
+        kind, want = ('presence', 'at')[i % 2], ('yes', 'no', 'yes', 'binding')[i // 2 % 4]
+        question, better, _ = ask(kind, scene, draw, want=want)
+        there = {(thing.colour, thing.shape) for thing in scene.objects}
+        wrong = {'yes': ['no'], 'no': ['yes']}.get(better) or [' '.join(pair) for pair in SEEN if pair not in there]
+        outputs = draw.sample([better, draw.pick(wrong)])
+        rows.append(dict(
+            id=f'{i:06d}', image=f'images/{i:06d}.jpg', preference=1 + outputs.index(better), hallucination=True,
+            conversations=[{'from': 'human', 'value': f'<image>\n{question}'}, {'from': 'gpt', 'value': ''}],
+            **{f'output_{k}': {'from': 'llava', 'value': text} for k, text in enumerate(outputs, 1)}))
+        write_file(f"{folder}/{rows[-1]['image']}", encode_image(pixels, 'jpg'))
+    write_file(f'{folder}/preferences.json', json.dumps(rows, indent=1))
+
+
 # --- benchmarks: official files; question_type and blind_answers are extra keys that evaluate.py reports ------------
 def ask_all(scenes, draw, about=None, per_scene=3):
     """Questions about scenes, as many of each kind: [(id, kind, what ask() gave)]; id // 1000 is the scene's number."""
@@ -633,19 +655,22 @@ def train_encoder(out, *, patch=CELL, n_step=500, batch_size=48, n_cell=8, lr=3e
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=('data', 'encoder'))
-    parser.add_argument('--out', default='', help="folder to make; '' = data/tiny (data/study), data/tiny/encoder")
+    parser.add_argument('command', choices=('data', 'encoder', 'preferences'))
+    parser.add_argument('--out', default='', help="folder to make; '' = data/tiny (data/study), or its COMMAND")
     parser.add_argument('--study', action='store_true', help='data: the world of the study')
     parser.add_argument('--patch', type=int, choices=(CELL, CELL // 2), default=CELL, help='encoder: pixels a side')
     parser.add_argument('--seed', type=int, default=7)
     args = parser.parse_args()
     sys.excepthook = user_error_hook
     world = 'data/study' if args.study else 'data/tiny'
-    name = 'encoder' if args.patch == CELL else f'encoder_{args.patch}'
-    out = args.out or {'data': world, 'encoder': f'data/tiny/{name}'}[args.command]
+    name = args.command if args.patch == CELL else f'encoder_{args.patch}'
+    out = args.out or (world if args.command == 'data' else f'data/tiny/{name}')
     with writing(out):
         if args.command == 'data':
             write_data(out, study=args.study, seed=args.seed)
         else:
             with new_folder(out) as part:
-                train_encoder(part, patch=args.patch, seed=args.seed)
+                if args.command == 'encoder':
+                    train_encoder(part, patch=args.patch, seed=args.seed)
+                else:
+                    write_preferences(part, seed=(args.seed, 9))

@@ -1,9 +1,9 @@
 # the 7B model (appendices A, H; DCLM's records); after a recipe: torchrun pretrain.py config/text.py config/7b.py
 scale = '7b'
-if stage in ('text', 'mix', 'finetune'):
+if stage in ('text', 'mix', 'finetune', 'dpo'):
     parallel = 'fsdp'                   # weights, gradients and moments: 110 GB in float32
     activation_checkpointing = True
-    micro_batch_size = 4
+    micro_batch_size = 2 if stage == 'dpo' else 4
 if stage in ('text', 'mix'):
     n_layer, n_head, n_embd = 32, 32, 4096
     lr, final_lr = 2e-3, 3e-5

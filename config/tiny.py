@@ -11,10 +11,9 @@ if stage == 'evaluate':
     text_variant = 'dclm'
     max_new_tokens = 32
     batch_size = 64
-if stage in ('text', 'mix', 'finetune'):
+if stage in ('text', 'mix', 'finetune', 'dpo'):
     data_dir = 'data/tiny'
     data_hint = 'the tiny world is made by: python tinyworld.py data && python tinyworld.py encoder'
-    encoder_path = 'encoder'
     n_worker = 0                        # two cores: the loader shares them anyway
     save_every = 200
     log_every = 100
@@ -38,6 +37,8 @@ if stage == 'mix':
     max_steps = 240                     # 12 % of stage 1 (the paper's is 0.65 %); the projector starts from nothing
     projector_lr = 1.5e-3
     rewarm_steps = 24
+if stage in ('text', 'mix', 'finetune'):
+    encoder_path = 'encoder'
 if stage in ('mix', 'finetune'):
     image_size = 42                     # the world's own, for every encoder
     instruct = 'instruct/llava.json'
@@ -51,6 +52,14 @@ if stage == 'finetune':
     final_lr = 1e-5
     split_turns = True                  # several questions in a row leak into each other at this size
     loss_average = 'answer'             # boxes are long answers
+if stage == 'dpo':
+    data_hint = 'the tiny world has them by: python tinyworld.py preferences'
+    preferences = 'preferences/preferences.json'
+    preference_images = 'preferences'
+    seq_len = 128
+    global_batch_size = micro_batch_size = 16
+    lr = 3e-4
+    sft_weight = 1.0                    # without it free answers are lost: docs/options.md
 if stage == 'smart101':                 # the puzzles are made by: python tinypuzzles.py
     data_dir = 'data/tiny'
     width, n_query = 64, 8

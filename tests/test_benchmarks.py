@@ -1,4 +1,5 @@
 """benchmarks.py on small benchmarks in the official formats: what they become, what they score, how they break."""
+import base64
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import scorers
 from benchmarks import find_tasks
 from errors import Field, UserError
 from evaluate import default_options
+from scorers import summarise
 
 COLOURS = {'red': (220, 30, 30), 'blue': (30, 30, 220), 'green': (30, 200, 30)}
 
@@ -606,7 +608,8 @@ def test_groups_of_tasks_say_what_is_not_there(tmp_path, capsys):
     assert sorted(names('')) == sorted(vision + ['copa', 'sat_en']) and capsys.readouterr().out == ''
     with pytest.raises(UserError, match='no ai2d found.*ai2d needs ai2d/questions/, images/'):
         find_tasks(options(str(tmp_path / 'more'), tasks='ai2d'))
-    assert {kind for kind, _ in benchmarks.list_tasks(str(tmp_path)).values()} == set(benchmarks.READERS)
+    elsewhere = {'mmvp', 'magnifier', 'scienceqa'}                       # their tests write them
+    assert {kind for kind, _ in benchmarks.list_tasks(str(tmp_path)).values()} == set(benchmarks.READERS) - elsewhere
 
 
 # --- missing images and other models' predictions -----------------------------------------------------------------
@@ -653,3 +656,92 @@ def test_predictions_need_every_id_once(eval_dir, change, message):
     with pytest.raises(UserError) as e:
         scorers.score_predictions(task, change(rows))
     assert message in str(e.value) and '\n' not in str(e.value), e.value
+
+
+def write_mmvp(root, n=12):
+    folder = root / 'mmvp'
+    lines = ['Index,Question,Options,Correct Answer']
+    for i in range(1, n + 1):
+        save(folder / 'MMVP Images', f'{i}.jpg', 'red')
+        lines.append(f'{i},"Are the wings, in {i}, open?",(a) Open (b) Not open,({"ab"[i % 2]})')
+    (folder / 'Questions.csv').write_text('\ufeff' + '\n'.join(lines))
+    return folder
+
+
+def test_mmvp_a_pair_is_right_where_both_are(tmp_path):
+    folder = write_mmvp(tmp_path)
+    task = one(str(tmp_path), 'mmvp')
+    assert [e.image.rsplit('/', 1)[1] for e in task.examples] == [f'{i}.jpg' for i in range(1, 13)]     # not 1, 10, 11
+    assert task.examples[1].prompt == 'Are the wings, in 2, open? (a) Open (b) Not open' and not task.examples[0].choices
+    gold = ['(b)', '(a)'] * 6
+    said = ['(b)', '(a)', 'b', 'a', '(b) not open', 'They are (a).', '(a)', '(a)', '(a)', '(b)', 'A cat', 'open']
+    result, records = summarise(task, said)                              # pairs: 3 right, one by half, two wrong
+    assert (result['n'], result['score'], result['chance'], result['constant']) == (6, 0.5, 0.25, 0.0)
+    assert result['accuracy'] == 8 / 12 and result['malformed'] == 1     # 'A cat': an article, no letter
+    assert [r['score'] for r in records] == [1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1] and records[4]['prediction'] == said[4]
+    assert summarise(task, gold)[0]['score'] == 1
+    task = one(str(tmp_path), 'mmvp', choice_by='probability')
+    assert task.examples[0].choices == ['(a)', '(b)'] and task.examples[0].answers == [1]
+    assert summarise(task, [1, 0] * 5 + [1, 1])[0]['score'] == pytest.approx(5 / 6)
+    task.examples = task.examples[1:3]
+    with pytest.raises(UserError, match='none of its pairs is whole'):
+        summarise(task, [0, 1])
+    (folder / 'Questions.csv').write_text('Index,Question,Options,Correct Answer\n1,a?,(a) x (b) y,(c)\n')
+    with pytest.raises(UserError, match=r"the answer of 1 is '\(c\)', expected \(a\) or \(b\)"):
+        one(str(tmp_path), 'mmvp')
+
+
+def test_letters_of_free_answers():
+    magnifier_choice, mmvp_choice = metrics.magnifier_choice, metrics.mmvp_choice
+    prompt = 'Is it open? (a) Open (b) Closed'
+    for text, letter in (('(a)', 'a'), ('(B) Closed', 'b'), ('b.', 'b'), (' a ', 'a'), ('It is closed', 'b'), ('', ''),
+                         ('(a) or (b)', ''), ('opening', ''), ('open or closed', ''), ('a door that is closed', 'b')):
+        assert mmvp_choice(text, prompt) == letter, text
+    prompt = 'Answer with ... What is it? A. a red car, B. two, or three, dogs, C. Big Ben, D. none.'
+    for text, letter in (('C', 'C'), ('The answer is D.', 'D'), ('A dog. The answer is B', 'B'), ('two, or three, dogs', 'B'),
+                         ('Because of D', 'B'), ('it is big ben', 'C'), ('none', 'D'), ('red', '')):
+        assert magnifier_choice(text, prompt) == letter, text
+
+
+def test_magnifierbench_unpacks_its_images_once(tmp_path):
+    folder = tmp_path / 'magnifier'
+    folder.mkdir()
+    save(tmp_path, 'x.jpg', 'blue')
+    packed = base64.b64encode((tmp_path / 'x.jpg').read_bytes()).decode()
+    (folder / 'images.json').write_text(json.dumps({'IMG.1': packed, 'IMG.2': packed}))
+    rows = {f'Q{i}': {'instruction': f'What is {i}? A. a cat, B. a dog, C. a hat, D. a mat', 'answer': 'BC'[i],
+                      'image_ids': [f'IMG.{i + 1}'], 'rel_ins_ids': []} for i in range(2)}
+    (folder / 'data_instructions.json').write_text(json.dumps({'meta': {}, 'data': rows}))
+    task = one(str(tmp_path), 'magnifier')
+    assert [open(e.image, 'rb').read() for e in task.examples] == 2 * [(tmp_path / 'x.jpg').read_bytes()]
+    assert task.examples[0].prompt.startswith('Answer with the option letter from the given choices directly. What is 0?')
+    result, _ = summarise(task, ['a dog', 'D'])
+    assert result['score'] == 0.5 and result['n'] == 2 and 'authors' in result['variant']
+    (folder / 'images.json').unlink()                                    # no longer needed
+    task = one(str(tmp_path), 'magnifier', choice_by='probability')
+    assert task.examples[1].choices == [*'ABCD'] and task.examples[1].answers == [2]
+    (folder / 'images' / 'IMG.2.jpg').unlink()
+    (folder / 'images.json').write_text(json.dumps({'IMG.2': 'no base64!'}))
+    with pytest.raises(UserError, match='base64 of IMG.2'):
+        one(str(tmp_path), 'magnifier')
+    for change, part in (({'answer': 'E'}, "the answer of Q0 is 'E', expected A or B or C or D"), ({'image_ids': ['../x']}, 'inside'),
+                         ({'image_ids': []}, 'image_ids')):
+        (folder / 'data_instructions.json').write_text(json.dumps({'data': {'Q0': rows['Q0'] | change}}))
+        with pytest.raises(UserError, match=part):
+            one(str(tmp_path), 'magnifier')
+
+
+def test_scienceqa_asks_the_test_questions_that_have_an_image(tmp_path):
+    folder = tmp_path / 'scienceqa'
+    save(folder / 'test' / '7', 'image.png', 'blue')
+    row = {'question': 'Which?', 'choices': ['x', 'y', 'z'], 'answer': 2, 'image': 'image.png', 'split': 'test',
+           'hint': 'Look.'}
+    rows = {'6': row | {'split': 'train'}, '7': row, '8': row | {'image': None}}
+    (folder / 'problems.json').write_text(json.dumps(rows))
+    task = one(str(tmp_path), 'scienceqa')
+    (example,) = task.examples
+    assert example.prompt.startswith('Which?\nContext: Look.\nA. x\nB. y\nC. z\n') and example.choices == [*'ABC']
+    assert example.answers == [2] and example.image.endswith('test/7/image.png')
+    (folder / 'problems.json').write_text(json.dumps({'7': row | {'answer': 3}}))
+    with pytest.raises(UserError, match='7 has answer 3 of 3 choices'):
+        one(str(tmp_path), 'scienceqa')

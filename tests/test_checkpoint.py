@@ -251,7 +251,7 @@ def rewrite_meta(folder, **kw):
 def resign(folder, *names):
     """Make meta.json vouch for files that a test has changed, so that what is behind its sums is tested."""
     files = json.loads((folder / 'meta.json').read_text())['files']
-    rewrite_meta(folder, files={**files, **{name: checkpoint._digest(folder / name) for name in names}})
+    rewrite_meta(folder, files={**files, **{name: checkpoint.digest(folder / name) for name in names}})
 
 
 def cut(path):
@@ -335,7 +335,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, vocabulary, case):
 
 def loads(optimizer, folder):
     """load_optimizer of a folder that holds optim.pt alone, vouched for."""
-    files = {'optim.pt': checkpoint._digest(folder / 'optim.pt')} if (folder / 'optim.pt').exists() else {}
+    files = {'optim.pt': checkpoint.digest(folder / 'optim.pt')} if (folder / 'optim.pt').exists() else {}
     return checkpoint.load_optimizer(optimizer, str(folder), dict(files=files))
 
 
@@ -346,7 +346,7 @@ def test_a_damaged_optimizer_state_is_named(tmp_path):
     torch.save({'decoder.norm.weight': {'step': torch.ones(())}}, path)
     with pytest.raises(UserError, match="moments of decoder.tok_embeddings.weight are None, expected floats of shapes"):
         loads(optimizer, tmp_path)
-    meta = dict(files={'optim.pt': checkpoint._digest(path)})
+    meta = dict(files={'optim.pt': checkpoint.digest(path)})
     flip(path)
     with pytest.raises(UserError, match='optim.pt: .*damaged, or from another checkpoint'):
         checkpoint.load_optimizer(optimizer, str(tmp_path), meta)

@@ -432,3 +432,29 @@ def test_an_impossible_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match='Vocabulary size too high'):
         prepare.train_tokenizer(TEXTS[:3], str(tmp_path / 'x.model'), 50_000)
     assert not os.listdir(tmp_path)
+
+
+def test_join_leaves_out_what_an_earlier_file_has(tmp_path, capsys):
+    def row(image, *texts):
+        turns = [{'from': ('human', 'gpt')[i % 2], 'value': text} for i, text in enumerate(texts)]
+        return {'id': texts[-1], 'conversations': turns} | ({'image': image} if image else {})
+    mix = [row('coco/train2017/1.jpg', '<image>\nwhat ?', 'a'), row('coco/train2017/1.jpg', 'where ?', 'b'),
+           row('coco/train2017/1.jpg', 'what ?\n<image>', 'again'), row('', 'what ?', 'c', 'more ?', 'é')]
+    llavar = [row('1.jpg', 'what ?\n<image>', 'd'), row('1.png', 'who ?', 'e'), row('2.jpg', 'what ?', 'f'),
+              row('2.jpg', 'what ?', 'twice'), row('', 'what ?', 'g'), row('llavar/3.jpg', 'what ?', 'h')]
+    (tmp_path / 'a.json').write_text(json.dumps(mix))
+    (tmp_path / 'b.jsonl').write_text('\n'.join(map(json.dumps, llavar)))
+    out = tmp_path / 'joined.json'
+    paths = [str(tmp_path / 'a.json'), str(tmp_path / 'b.jsonl')]
+    assert prepare.main(['join', *paths, '--folder', 'coco/train2017', '--out', str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert rows[:4] == mix and [r['id'] for r in rows[4:]] == ['e', 'f', 'twice', 'h']
+    assert [r.get('image') for r in rows[4:]] == ['coco/train2017/1.png', *2 * ['coco/train2017/2.jpg'], 'llavar/3.jpg']
+    told = capsys.readouterr().out
+    assert '4 rows into' in told and '4 rows into' in told.splitlines()[1] and ', 2 left out' in told
+    with pytest.raises(UserError, match='is there already'):
+        prepare.join(paths, str(out))
+    (tmp_path / 'b.jsonl').write_text(json.dumps(row('1.jpg', 'who ?', 'x')) + '\n{"image": "2.jpg"}')
+    with pytest.raises(UserError, match="b.jsonl: entry 1: no 'conversations'"):
+        prepare.join(paths, str(tmp_path / 'c.json'))
+    assert not [p for p in os.listdir(tmp_path) if p.startswith('c.json')]              # whole or not at all

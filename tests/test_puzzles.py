@@ -17,6 +17,7 @@ from benchmarks import find_tasks
 from data import InstructSource
 from errors import UserError
 from evaluate import default_options
+from images import View
 from puzzles import (N_STEP, PADS, Row, accuracies, answer_value, n_class, read_puzzles, same_value, score,
                      split_rows)
 from scorers import score_predictions
@@ -245,7 +246,7 @@ def test_prepare_makes_conversations_of_the_training_rows(folder, tmp_path):
     assert value['conversations'][1]['value'] == rows[0].options[rows[0].answer]
     task = find_tasks(default_options(eval_dir=str(folder.parent.parent), tasks='smart101'))[0]
     assert letter['conversations'][0]['value'].splitlines()[-1] == task.examples[0].prompt.splitlines()[-1]
-    source = InstructSource(out, str(folder), None, 64, 4, 42)
+    source = InstructSource(out, str(folder), None, 64, View(42, 4))
     assert len(source) == len(entries) and not source.damaged                  # all images are there
     with pytest.raises(UserError, match='split=.other.: expected one of instance'):
         prepare.main(['smart101', str(folder), '--out', str(tmp_path / 'x'), '--split', 'other'])

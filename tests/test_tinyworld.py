@@ -341,3 +341,27 @@ def test_the_encoder_has_the_same_bits_every_time(tmp_path):
     with AddsInOrder() as mode:
         tw.train_encoder(str(tmp_path / 'c'), n_step=1, n_thread=1)
     assert mode.seen > 0, 'the backward of an indexing, at least one'
+
+
+def test_preferences_name_what_is_there_before_what_is_not(tmp_path):
+    tw.write_preferences(str(tmp_path), n=48, seed=(3, 9))
+    rows = json.loads((tmp_path / 'preferences.json').read_text())
+    assert len({row['image'] for row in rows}) == 48 and {row['preference'] for row in rows} == {1, 2}
+    draw = tw.Draws(3, 9)
+    scenes = [tw.make_scene(draw, 'train') for _ in rows]
+    said = []
+    for row, scene in zip(rows, scenes):
+        there = {thing.name for thing in scene.objects}
+        outputs = [row[f'output_{k}']['value'] for k in (1, 2)]
+        better, worse = outputs if row['preference'] == 1 else outputs[::-1]
+        question = row['conversations'][0]['value'].removeprefix('<image>\n')
+        if question.startswith('is there a '):
+            yes = question[len('is there a '):-1] in there
+            assert (better, worse) == (('yes', 'no') if yes else ('no', 'yes'))
+            said.append(better)
+        else:
+            cell = tw.CELLS.index(question[len('what is at '):-1])
+            shown = [thing.name for thing in scene.things if thing.cell == cell] or ['nothing']
+            assert better == shown[0] and worse not in there and tuple(worse.split()) in tw.SEEN
+        assert [turn['value'] for turn in row['conversations'][1:]] == [''] and (tmp_path / row['image']).exists()
+    assert said.count('yes') == said.count('no') == 12
