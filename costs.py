@@ -135,7 +135,7 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
         block = (3 * width * blocks + 4 * blocks_trained) // (c.n_layer + cross)
         weights, whole = 16 * trained / n_process, 4 * root + block
     else:
-        weights, whole = 16 * trained, 2 * (blocks + size(model.projector)) if width == 2 else 0
+        weights, whole = 16 * trained, 2 * (blocks + size(model.projector) + size(model.text_cond)) if width == 2 else 0
     # attention keeps its input, the norm's output, q, k, v, both rotated, its own output: 8 C; the feed-forward its
     # input, the norm's output, gate, up, silu(gate) and their product: 2 C + 4 F
     attention, ffn = 8 * c.n_embd * width, (2 * c.n_embd + 4 * c.n_ffn) * width
