@@ -41,7 +41,8 @@ from tqdm import tqdm
 import checkpoint
 from ask import (ask, autocast, check_bad, journal_files, journal_open, journal_read, load_image, question_keys,
                  share)
-from benchmarks import NEEDS, READERS, find_tasks, read_results, read_table
+from benchmark_files import read_results, read_table
+from benchmarks import NEEDS, READERS, find_tasks
 from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import read_results
+from benchmark_files import read_results
 from errors import reading
 from files import write_whole
 from page import link, page, picture, table, tag

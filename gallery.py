@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import zip_longest
 from random import Random
 
-from benchmarks import IMAGE_ENDINGS, image_path
+from benchmark_files import IMAGE_ENDINGS, image_path
 from errors import NUMBER, Field, UserError, check, reading
 from files import regular
 from metrics import box_iou, parse_box
@@ -56,7 +56,7 @@ def sample_records(path, name):
 def find_image(name, task, was, now):
     """
     The path of a record's image, or ''. What a record has is a path under the eval_dir that `was`, or the benchmark's
-    own name; it is looked for by benchmarks.image_path under the eval_dir that is `now`, nowhere else.
+    own name; it is looked for by benchmark_files.image_path under the eval_dir that is `now`, nowhere else.
     """
     inside = os.path.relpath(name, was or '.')
     return image_path(name if inside.startswith('..') else inside, (now, os.path.join(now, task.removesuffix('_ocr'))),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import RESULTS, read_results
+from benchmark_files import RESULTS, read_results
 from errors import NUMBER, Field, UserError, reading, user_error_hook
 from files import write_whole
 from gallery import STATES, TEXTS, cards, cut

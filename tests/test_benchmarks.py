@@ -11,6 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import benchmark_files
 import benchmarks
 import metrics
 import scorers
@@ -272,7 +273,7 @@ def test_a_new_benchmark_is_one_function_and_one_line(tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'gqa.json').write_text(json.dumps({'rows': [{'question': 'what is it?', 'answer': 'red'}]}))
 
     def read_gqa(path, name, opt):
-        rows = benchmarks.read_table(path, 'rows', {'question': Field(str), 'answer': Field(str)})
+        rows = benchmark_files.read_table(path, 'rows', {'question': Field(str), 'answer': Field(str)})
         return scorers.Task(name, 'gqa', [scorers.Example(str(i), row['question'], [row['answer']])
                                           for i, row in enumerate(rows)], lambda p, a: metrics.gqa_match(p, a[0]))
     monkeypatch.setitem(benchmarks.READERS, 'gqa', ('*/gqa.json', '{folder}', read_gqa))
@@ -329,7 +330,7 @@ def test_a_table_names_its_file_and_the_entry(tmp_path, content, key, message):
     path = tmp_path / 't.json'
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as e:
-        benchmarks.read_table(str(path), key, {'a': Field(int), 'b': Field(int)})
+        benchmark_files.read_table(str(path), key, {'a': Field(int), 'b': Field(int)})
     assert str(path) in str(e.value) and '\n' not in str(e.value)
 
 
@@ -355,7 +356,7 @@ def test_a_row_outside_its_schema_is_named(tmp_path, write, change, message):
 
 def test_labels_and_guesses_are_optional_in_every_row():
     def of(row, *names):
-        e = benchmarks.example_of(row, 1, '', [], choices=names or None)
+        e = benchmark_files.example_of(row, 1, '', [], choices=names or None)
         return e.types, e.guesses
     assert of({}) == ((), None)
     assert of({'question_type': 'colour', 'blind_answers': ['x']}) == (('colour',), ['x'])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import benchmarks
+import benchmark_files
 import evaluate
 import scorers
 import tinyworld as tw
@@ -291,7 +291,7 @@ def test_benchmarks_are_read_by_evaluate_with_balanced_answers(world):
     assert re.fullmatch(r'box of the \w+ \w+\?', box.prompt)
     for task in tasks.values():
         assert all(Image.open(example.image).size == (tw.SIZE, tw.SIZE) for example in task.examples if example.image)
-    refs = benchmarks.read_refs(str(world / 'eval/refcoco/refs(unc).p'))
+    refs = benchmark_files.read_refs(str(world / 'eval/refcoco/refs(unc).p'))
     assert {'ref_id', 'ann_id', 'image_id', 'category_id', 'split', 'sent_ids', 'sentences'} <= refs[0].keys()
 
 
