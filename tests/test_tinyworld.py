@@ -300,8 +300,8 @@ def test_crowded_scenes_ask_about_one_of_eight_objects(world, tmp_path):
         tw.write_crowded(str(tmp_path / name), 5, 4, seed=(3, 9))
     assert digests(tmp_path / 'a') == digests(tmp_path / 'b') and len(digests(tmp_path / 'a')) == 5 + 1 + 4 + 2
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
-    source = InstructSource(str(tmp_path / 'a/instruct/llava.json'), str(tmp_path / 'a/instruct'), tokenizer, 128, 9, 42,
-                            split_turns=True, text_cond=True)
+    json, images = (str(tmp_path / 'a/instruct' / name) for name in ('llava.json', ''))
+    source = InstructSource(json, images, tokenizer, 128, 9, 42, split_turns=True, text_cond=True)
     samples = [source[i] for i in range(len(source))]
     assert len(samples) == 5 and all(s.tokens.shape[0] == len({tuple(p) for p in s.prompts}) == 4 for s in samples)
     (task,) = benchmarks.find_tasks(evaluate.default_options(eval_dir=str(tmp_path / 'a/eval')))
