@@ -175,6 +175,23 @@ def test_photos_of_many_sizes_and_parts_are_conditioned_each_with_its_own():
         torch.testing.assert_close(ours[1, :9], model.image_features(five[1, :1], QUESTIONS[1:2])[0])
 
 
+@KINDS
+@pytest.mark.parametrize('other', [dict(fusion=dict(kind='cross', every=1)), dict(projector=dict(kind='attn')),
+                                   dict(projector=dict(kind='perceiver', n_token=4)), dict(image_mask='prefix')])
+def test_other_options_read_the_conditioned_features(kind, other):
+    spec = spec_of(kind) | other
+    model, losses = build_vlm(spec, 3), []
+    for p in (*[model.text_cond.gates] * (kind == 'prefix'), *(block.gates for block in model.cross or ())):
+        nn.init.constant_(p, 0.8)
+    tokens = torch.arange(2 * 24).view(2, 24)
+    tokens[:, :model.n_slot] = IMAGE
+    for text in (QUESTIONS[:2], QUESTIONS[1:], None):
+        losses.append(model(tokens, tokens.clamp(max=200), pictures(2), image_text=text)[0])
+    assert len({loss.item() for loss in losses}) == 3
+    losses[0].backward()
+    assert all(p.grad.abs().max() > 0 for p in model.text_cond.parameters())
+
+
 # --- the question, never an answer ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
