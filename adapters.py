@@ -95,7 +95,8 @@ def _layers(module, kind):
 
 def set_trained(model, freeze):
     """
-    Say what of a VLM trains. A part with adapters trains these alone, whatever freeze says; the projector always does.
+    Say what of a VLM trains. A part with adapters trains these alone, whatever freeze says; the projector and text_cond
+    always do.
     freeze  one of PARTS: which parts without adapters stay as they are
     """
     for part in PARTS['both']:

@@ -18,7 +18,7 @@ import torch
 
 from errors import UserError, reading
 from images import batched, open_image
-from instruct import caption_prompt, instruct_prompt
+from instruct import caption_prompt, instruct_prompt, question_ids
 
 
 def share(task, rank=0, world_size=1):
@@ -55,6 +55,11 @@ def prompt_ids(example, task, model, tokenizer, opt, n_slot=None):
     return instruct_prompt(example.prompt, n_token, tokenizer, opt.system_prompt)
 
 
+def image_prompt(example, task, tokenizer):
+    """The ids that text_cond encodes an example's image with: its question, or nothing before a caption."""
+    return [] if task.layout == 'caption' else question_ids(example.prompt, tokenizer)
+
+
 def pair_ids(context, continuation, tokenizer):
     """Two texts tokenised as one, as lm-eval does it: the ids of context without its last spaces, and what follows."""
     start = context.rstrip()
@@ -78,12 +83,17 @@ def choice_ids(example, task, tokenizer):
     return [c[:first + 1] for c in ids]
 
 
-def prefilled(model, task, opt, groups, unreadable):
+def prefilled(model, tokenizer, task, opt, groups, unreadable):
     """
     Yield ({number: (row of its image, positions)}, the images' prefix) of at least batch_size questions at a time.
-    Images are decoded in threads while others are asked about; each is encoded and prefilled once. What cannot be read
-    goes into `unreadable`, {number: why}.
+    Images are decoded in threads while others are asked about; each is encoded and prefilled once, with text_cond once
+    for each question. What cannot be read goes into `unreadable`, {number: why}.
     """
+    if model.text_cond is not None:                             # an image serves those who ask the same of it
+        alike = {}
+        for g, n in ((g, n) for g, group in enumerate(groups) for n in group):
+            alike.setdefault((g, *image_prompt(task.examples[n], task, tokenizer)), []).append(n)
+        groups = [*alike.values()]
     batches = [[]]                                              # of groups
     for group in groups:
         if sum(map(len, batches[-1])) >= opt.batch_size:
@@ -96,7 +106,7 @@ def prefilled(model, task, opt, groups, unreadable):
         ahead = load(batches[0])
         for batch, following in zip(batches, [*batches[1:], []]):
             loading, ahead = ahead, load(following)
-            rows, images = {}, []
+            rows, images, texts = {}, [], []
             for group, image in zip(batch, loading):
                 try:
                     pixels, n_slot = image.result() if image else (None, 0)
@@ -105,9 +115,11 @@ def prefilled(model, task, opt, groups, unreadable):
                     check_bad(task, unreadable, opt)
                 else:
                     images += [pixels] if image else []
+                    if image and model.text_cond is not None:
+                        texts.append(image_prompt(task.examples[group[0]], task, tokenizer))
                     rows.update(dict.fromkeys(group, (len(images) - 1, n_slot)))
             if rows:
-                yield rows, model.prefill_images(batched(images)) if images else None
+                yield rows, model.prefill_images(batched(images), texts or None) if images else None
 
 
 def ask(model, tokenizer, task, opt, groups):
@@ -115,7 +127,7 @@ def ask(model, tokenizer, task, opt, groups):
     if not groups:
         return
     unreadable, rows, prefix = {}, {}, None
-    batches = prefilled(model, task, opt, groups, unreadable)
+    batches = prefilled(model, tokenizer, task, opt, groups, unreadable)
 
     def feed(n):
         """(numbers, prompts, None, image_index, prefix) of at most n further questions, or None."""

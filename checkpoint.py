@@ -30,6 +30,7 @@ from decoder import DECODER
 from errors import Field, UserError, check, first_line, reading, user_error_hook
 from mixture import COUNTS
 from model import build_vlm
+from text_cond import SPEC as TEXT_COND
 from vision import fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
 
@@ -52,7 +53,7 @@ META = {                        # what every meta.json holds
                            optional=True), 'image_id': COUNT,
         'image_mask': Field(str, optional=True), 'document_end': Field(int, 0, optional=True),
         'fusion': Field(dict, of={'kind': Field(str), 'every': Field(int, 1)}, optional=True),
-        'adapters': Field(dict, of=SPEC, optional=True),
+        'adapters': Field(dict, of=SPEC, optional=True), 'text_cond': Field(dict, of=TEXT_COND, optional=True),
         'view': Field(dict, optional=True, of={'shortest': Field(int, 0, 1 << 14, optional=True),
                                                'split': Field(bool, optional=True)})}),
     'tokenizer_path': Field(str, 1), 'tokenizer_sha256': Field(str, 64, 64),
@@ -302,7 +303,7 @@ def load_weights(model, folder, meta, may_lack=(), tell=None):
     Copy a checkpoint's tensors into a VLM, by name; those of a part that the VLM does not have stay unread.
     meta      its meta.json
     may_lack  prefixes of names that the checkpoint need not hold: ('encoder.', 'projector.') of a text-only base,
-              ('cross.',) of one without cross blocks
+              ('cross.',) of one without cross blocks, ('text_cond.',) of one that encodes images alone
     tell      tell(line) of position tables that are resized to the model's image_size; None = none is
     returns   the names of the model's tensors that the checkpoint does not have
     Raises UserError naming the first tensor whose shape differs, that is missing, or that the model does not have.
@@ -444,8 +445,9 @@ def check_spec(meta, spec, folder):
     masks = [one.get('image_mask') or 'causal' for one in (meta['spec'], spec) if one['encoder'] is not None]
     if len({*masks}) > 1:
         raise UserError(f"{folder} was trained with image_mask={masks[0]!r}, this run has {masks[1]!r}: give the same")
-    for part in ('decoder', 'encoder', 'projector', 'fusion'):
-        ours = spec.get(part) or (dict(kind='sequence') if part == 'fusion' and spec['encoder'] else None)
+    off = {'fusion': dict(kind='sequence'), 'text_cond': dict(kind='none')} if spec['encoder'] else {}
+    for part in ('decoder', 'encoder', 'projector', 'fusion', 'text_cond'):
+        ours = spec.get(part) or off.get(part)
         there, here = _fixed(meta['spec'].get(part) or {}), _fixed(ours or {})
         keys = [*there, 'n_token'] if part == 'projector' and there else there   # n_token: only of some projectors
         for key in keys:

@@ -30,9 +30,9 @@ from schedules import check_schedule, cooldown_lr, lr_at, main_lr, remaining_lr,
 def make_optimizer(model, shares, *, weight_decay, betas, decay='all'):
     """
     AdamW over the parts of a VLM that train.
-    shares   dict part ('decoder', 'projector', 'encoder', 'cross') -> its share of the scheduled lr
+    shares   dict part ('decoder', 'projector', 'encoder', 'cross', 'text_cond') -> its share of the scheduled lr
     decay    'all' = every parameter decays, gains and embeddings too (OpenLM); 'matrices' = those of two or more
-             dimensions, so gains and biases do not (Prismatic); adapters and the gates of cross blocks never do
+             dimensions, so gains and biases do not (Prismatic); adapters and gates never do
     returns  torch.optim.AdamW (fused), groups with 'share' and 'names'
     """
     groups = []
@@ -265,7 +265,8 @@ class Run:
         """
         seen_images = any(counts['n_image'] for counts in self.seen.values())
         # untouched without images
-        may_lack = untouched if self.resumed and seen_images else ('projector.', 'encoder.', 'cross.', *untouched)
+        may_lack = untouched if self.resumed and seen_images else (
+            'projector.', 'encoder.', 'cross.', 'text_cond.', *untouched)
         if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
             may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
@@ -302,7 +303,7 @@ class Run:
         # else no share of a peak is logged
         self.counts_flops = self.process.device.type == 'cuda' and hasattr(model, 'projector')
         if self.counts_flops:
-            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config))
+            self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config), self.config)
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
         self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''

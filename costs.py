@@ -3,8 +3,9 @@ What a run costs, from its config and its model's description alone: FLOPs, GPU 
 
 FLOPs are two for each multiply-add of a matrix product that the loss needs, forward and backward: attention at the
 pairs that the causal mask lets through (also where document_mask hides some of them, or image_mask='prefix' adds those
-inside an image), the last feed-forward and the output matrix at kept targets only, a frozen encoder once. What
-activation checkpointing computes again does not count: the share of a peak is PaLM's MFU (arXiv 2204.02311).
+inside an image), the last feed-forward and the output matrix at kept targets only, a frozen encoder once (but backward,
+too, where text_cond's weights are behind it; a question counts as QUESTION tokens). What activation checkpointing
+computes again does not count: the share of a peak is PaLM's MFU (arXiv 2204.02311).
 """
 import math
 import os
@@ -16,6 +17,7 @@ from adapters import AdaptedLinear, adapter_spec, set_trained
 from configurator import config_keys
 from connectors import projector_spec
 from model import build_vlm, fusion_spec, vlm_spec, with_view
+from text_cond import text_cond_spec
 from vision import SigLIP, SigLIPConfig, encoder_files, resolution, sides
 
 # peak dense bf16 FLOP/s; the first key that the device's name contains
@@ -23,6 +25,7 @@ PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL
               'H200': 989e12, 'B200': 2250e12}
 ASSUMED_UTILISATION = 0.45      # of an A100's peak, for GPU hours before anything is measured
 LLAVA_ROWS = 665_298            # of llava_v1_5_mix665k.json
+QUESTION = 32                   # assumed tokens of a first question, where text_cond reads it
 
 
 def model_flops_utilisation(flops_per_s, device):
@@ -71,13 +74,23 @@ def meta_vlm(spec, config):
     return model
 
 
-def image_costs(model):
+def image_costs(model, config=None):
     """
     What one image, the largest where aspects are kept, costs in encoder and projector, counted on a meta_vlm: (FLOPs of
     forward and backward, bytes that the backward keeps in float32); (0, 0) for text.
+    config  a stage's, for a model with text_cond: of stage 2's images only the instruct_share have a question, and
+            FLOPs are the mean; None = all have one
     """
     if model.encoder is None:
         return 0, 0
+    if model.text_cond is None:
+        return _image_costs(model, None)
+    asked = (config or {}).get('instruct_share', 1.0)
+    (flops, kept), (plain, _) = (_image_costs(model, text) for text in ([[0] * QUESTION], None))
+    return round(asked * flops + (1 - asked) * plain), kept
+
+
+def _image_costs(model, image_text):
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
     n, kept = model.n_token // (5 if model.split else 1), {}
     shape = (1, *(5,) * model.split, 3, *sides(model.encoder.image_size))
@@ -88,7 +101,7 @@ def image_costs(model):
             kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        features = model.image_features(torch.empty(shape, dtype=torch.uint8, device='meta'))
+        features = model.image_features(torch.empty(shape, dtype=torch.uint8, device='meta'), image_text)
         features.sum().backward()
     return counter.get_total_flops(), sum(kept.values())
 
@@ -122,7 +135,7 @@ def memory(model, *, n_row, n_position, n_image=0, per_image=0, n_kept=None, wid
         block = (3 * width * blocks + 4 * blocks_trained) // (c.n_layer + cross)
         weights, whole = 16 * trained / n_process, 4 * root + block
     else:
-        weights, whole = 16 * trained, 2 * (blocks + size(model.projector)) if width == 2 else 0
+        weights, whole = 16 * trained, 2 * (blocks + size(model.projector) + size(model.text_cond)) if width == 2 else 0
     # attention keeps its input, the norm's output, q, k, v, both rotated, its own output: 8 C; the feed-forward its
     # input, the norm's output, gate, up, silu(gate) and their product: 2 C + 4 F
     attention, ffn = 8 * c.n_embd * width, (2 * c.n_embd + 4 * c.n_ffn) * width
@@ -171,7 +184,7 @@ def described(config, image_id, images):
             shape = SigLIPConfig(image_size=resolution(config, 14) or 384)
             tower = SigLIP(shape, config['encoder_layer'], config['encoder_norm'])
         spec.update(encoder=tower.spec(), projector=projector_spec(config, tower.n_token), **fusion_spec(config),
-                    image_mask=config.get('image_mask', 'causal'))
+                    **text_cond_spec(config), image_mask=config.get('image_mask', 'causal'))
         spec = with_view(spec, config)
     return spec
 
@@ -221,12 +234,12 @@ def print_cost(config, spec, *, out_dir, max_steps, n_keep):
     tokens = config['global_batch_size'] * rows_of(config) * config['seq_len']
     print(f"{max_steps:,} steps of {tokens:,} tokens = {max_steps * tokens:,} tokens, into {out_dir}")
     model = meta_vlm(spec, config)
-    flops, kept = image_costs(model)
+    flops, kept = image_costs(model, config)
     n = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     trained = {part: sum(p.numel() for p in module.parameters() if p.requires_grad)
                for part, module in model.named_children()}
     total = sum(trained.values())
-    stored = n['decoder'] + n.get('projector', 0) + n.get('cross', 0)
+    stored = sum(n.values()) - n.get('encoder', 0)
     steps = (config['keep_steps'] + 1) * bool(config['save_every'])                # one more while the next is written
     states = {'all': n_keep + steps, 'percent': n_keep + 1, 'last': 2, 'none': 2}[config['keep_optimizer']]
     gib = lambda n_byte: f'{n_byte / 2 ** 30:.2f} GiB'

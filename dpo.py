@@ -100,7 +100,7 @@ model = checkpoint.build(run.folder, spec)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 source = PreferenceSource(pairs_file, images, tokenizer, seq_len, model.view(resize), system_prompt, split_turns=True,
-                          name='preferences')
+                          name='preferences', text_cond=model.text_cond is not None)
 mixture = Mixture([source], [1.0], seed, max_bad_samples=max_bad_samples)
 if source.damaged:
     process.print(source.damaged[0])                             # missing images
@@ -136,7 +136,8 @@ def log_probabilities(batch):
     """ln p (P,2) float32 of the better and the worse answers of a Batch's pairs, each with its end."""
     batch = batch.to(process.device, non_blocking=True)
     with process.autocast():
-        _, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.kept)
+        _, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, kept=batch.kept,
+                                 image_text=batch.image_text)
     return -row_loss[0].view(-1, 2)
 
 
@@ -156,7 +157,7 @@ if asked:
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 curve = dict(kind='main', peak=lr, final=0.0, warmup=int(warmup_ratio * max_steps), total=max_steps, from_zero=True)
-shares = dict.fromkeys(('decoder', 'projector', 'encoder', 'cross'), 1.0)
+shares = dict.fromkeys(('decoder', 'projector', 'encoder', 'cross', 'text_cond'), 1.0)
 optimizer = common.make_optimizer(model, shares, weight_decay=0.0, betas=(0.9, 0.999))       # TRL's defaults
 if run.resumed:
     run.load_moments(optimizer)
@@ -186,7 +187,7 @@ for step in range(run.first_step, run.last_step):
         row_losses.append(numbers.repeat_interleave(2, 1) * (n_kept / (2 * global_batch_size)))
     if counts['n_image'].sum() == 0:
         # AdamW is not to touch them without an image
-        common.drop_gradients(model.projector, model.encoder, model.cross)
+        common.drop_gradients(model.projector, model.encoder, model.cross, model.text_cond)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, clip=1.0)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=torch.ones(1))

@@ -26,6 +26,7 @@ out_dir gets table.txt, results.json and predictions/TASK.jsonl, a question a li
 goes on after them.
 """
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -47,7 +48,7 @@ from configurator import config_keys, configure
 from errors import NUMBER, Field, UserError, leave, printable, reading, user_error_hook, world_size
 from files import write_whole
 from images import batched
-from instruct import caption_prompt, instruct_prompt
+from instruct import caption_prompt, instruct_prompt, question_ids
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
 from scorers import (TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
@@ -238,13 +239,15 @@ def answer(opt):
     if opt.image and model.encoder is None:
         raise UserError(f"image={opt.image}: {opt.ckpt} is a text-only checkpoint; give one of stage 2 or 3")
     generator = torch.Generator(opt.device).manual_seed(opt.seed)
-    n_token, prefix = 0, None
-    if opt.image:
-        pixels, n_token = load_image(opt.image, model.view(opt.resize))
-        with autocast(opt):
-            prefix = model.prefill_images(batched([pixels]))                             # once for all questions
+    pixels, n_token = load_image(opt.image, model.view(opt.resize)) if opt.image else (None, 0)
 
-    def write(ids):
+    @functools.lru_cache(maxsize=1)
+    def look(*asked):
+        with autocast(opt):
+            return model.prefill_images(batched([pixels]), [asked] if asked else None)   # once for all questions
+
+    def write(ids, *asked):
+        prefix = look(*asked) if opt.image else None
         with autocast(opt):
             (new,) = model.generate([ids], prefix=prefix, max_new_tokens=opt.max_new_tokens, generator=generator,
                                     temperature=opt.temperature, top_k=opt.top_k,
@@ -252,7 +255,8 @@ def answer(opt):
         return tokenizer.decode(new)
 
     def reply(question):
-        return write(instruct_prompt(question, n_token, tokenizer, opt.system_prompt))
+        asked = question_ids(question, tokenizer) if model.text_cond is not None else ()       # or once for each
+        return write(instruct_prompt(question, n_token, tokenizer, opt.system_prompt), *asked)
     if not opt.image:
         print(write(tokenizer.encode(opt.prompt) or [tokenizer.eot_id]))
     elif opt.prompt:

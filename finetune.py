@@ -22,6 +22,7 @@ from errors import UserError, leave, user_error_hook
 from images import View
 from model import FRESH_CROSS, add_images, fusion_spec, with_view
 from schedules import lr_at
+from text_cond import FRESH_TEXT_COND, text_cond_spec
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -55,6 +56,9 @@ image_mask = 'causal'                   # ['causal' | 'prefix'] as in pretrain.p
 fusion = 'sequence'                     # ['sequence' | 'cross'] as in pretrain.py; a base without cross blocks gets
                                         # fresh ones, one with them keeps them
 cross_every = 4                         # [>= 1] of 'cross', for fresh blocks
+text_cond = 'none'                      # ['none' | 'append' | 'prefix'] as in pretrain.py, with a row's first question
+                                        # (split_turns: with each its own); what the base has stays
+cond_layers = 0                         # [>= 0] of 'prefix', as in pretrain.py
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is appendix D's
 aspect = 'square'                       # ['square' | 'keep'] as in pretrain.py; what the base has on stays on
 split = False                           # as in pretrain.py; Idefics2 splits in this stage only
@@ -80,7 +84,7 @@ lr = 3e-4                               # [> 0] peak (appendix D)
 final_lr = 0.0                          # [>= 0] the paper gives none
 warmup_ratio = 0.05                     # [>= 0, < 1] of max_steps (appendix D)
 warmup_from_zero = True                 # True: the first step's lr is 0 (Prismatic's rule; appendix D names none)
-projector_lr = 0.0                      # [>= 0] peak of the lr of projector and cross blocks; 0 = lr
+projector_lr = 0.0                      # [>= 0] peak of the lr of projector, cross blocks and text_cond; 0 = lr
 encoder_lr = 0.0                        # [>= 0] peak of a trained encoder's lr; 0 = lr
 weight_decay = 0.1                      # [>= 0] the paper gives none, Prismatic 0.1
 decay = 'matrices'                      # ['all' | 'matrices'] gains and biases do not decay (Prismatic)
@@ -157,16 +161,24 @@ if fresh_cross:
     process.print(FRESH_CROSS.format(run.folder, cross_every))
 elif spec.get('fusion') and not run.resumed and spec['fusion']['every'] != cross_every:
     process.print(f"cross_every={spec['fusion']['every']}, as {run.folder} has it")
+fresh_text_cond = text_cond != 'none' and not run.meta['spec'].get('text_cond')
+asked_text_cond = text_cond_spec(config).get('text_cond')
+if fresh_text_cond:
+    spec['text_cond'] = asked_text_cond
+    process.print(FRESH_TEXT_COND.format(run.folder, text_cond))
+elif asked_text_cond not in (None, spec.get('text_cond')):
+    process.print(f"!!! text_cond has no effect: {run.folder} brings its own, {spec['text_cond']}")
 spec = with_view(spec, config)
 if dry_run:
     costs.print_cost(config, spec, out_dir=out_dir, max_steps=n_step, n_keep=1)
     common.require(inputs, dry_run)
-model = checkpoint.build(run.folder, spec, seed if (fresh_projector or fresh_cross) and not dry_run else None)
+fresh = ('encoder.', 'projector.') * fresh_projector + ('cross.',) * fresh_cross + ('text_cond.',) * fresh_text_cond
+model = checkpoint.build(run.folder, spec, seed if fresh and not dry_run else None)
 
 # --- data -------------------------------------------------------------------------------------------------------------
 chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, model.view(resize),
                       system_prompt, loss_average, split_turns, cache_dir=cache_dir, boxes=boxes,
-                      shuffle_turns=shuffle_turns)
+                      shuffle_turns=shuffle_turns, text_cond=model.text_cond is not None)
 mixture = Mixture([chat], [1.0], seed, max_bad_samples=max_bad_samples)
 if chat.note:
     process.print(chat.note)                                     # missing images, questions that are cut
@@ -189,8 +201,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)                      # it plans ever
 # --- model ------------------------------------------------------------------------------------------------------------
 if fresh_projector:
     fill_encoder(model.encoder, encoder_files(config))
-checkpoint.load_weights(model, run.folder, run.meta,
-                        ('encoder.', 'projector.') * fresh_projector + ('cross.',) * fresh_cross)
+checkpoint.load_weights(model, run.folder, run.meta, fresh)
 run.add_adapters(model, spec)
 model.z_loss, model.decoder.activation_checkpointing = z_loss, activation_checkpointing
 set_trained(model, freeze)
@@ -202,7 +213,7 @@ if compile:
 curve = dict(kind='main', peak=lr, final=final_lr, warmup=int(warmup_ratio * max_steps), total=max_steps,
              from_zero=warmup_from_zero)
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or lr) / lr, 'encoder': (encoder_lr or lr) / lr}
-lr_factors['cross'] = lr_factors['projector']
+lr_factors['cross'] = lr_factors['text_cond'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if run.resumed:
     run.load_moments(optimizer)
@@ -227,12 +238,12 @@ for step in range(run.first_step, run.last_step):
         noise = batch.noise(neftune, model.decoder.config.n_embd) if neftune else None                   # (B,T,C)
         with process.autocast():
             loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.kept, noise)
+                                        batch.kept, noise, batch.image_text)
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss.detach())
     if counts['n_image'].sum() == 0:
         # AdamW is not to touch them without an image
-        common.drop_gradients(model.projector, model.encoder, model.cross)
+        common.drop_gradients(model.projector, model.encoder, model.cross, model.text_cond)
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)

@@ -103,17 +103,18 @@ def cross_cache(model, features):
 
 
 @torch.no_grad()
-def prefill_images(model, images):
+def prefill_images(model, images, image_text=None):
     """
     Read images once, for any number of calls of generate(prompts, prefix=..., image_index=...).
-    images   as model.image_features takes them
+    images   as model.image_features takes them; and image_text, of a model with text_cond: to generate and choice_nats
+             such a model's images come in this way
     returns  KVCache of N rows and as many positions as the largest image takes; .slots (N,), what each of them takes
     """
     slots = model.slots(images)
     N, n = len(slots), max(slots)
     prefix = new_cache(model, N, n)
     prefix.slots, device = torch.tensor(slots), prefix.k.device
-    x = model.image_features(each(lambda t: t.to(device), images))                     # (N,n,C), or a list of (n,C)
+    x = model.image_features(each(lambda t: t.to(device), images), image_text)         # (N,n,C), or a list of (n,C)
     x = pad_sequence(list(x), batch_first=True).to(model.decoder.tok_embeddings.weight.dtype)   # as embed
     if model.cross is not None:
         prefix.show(cross_cache(model, x), torch.arange(N, device=device))

@@ -52,8 +52,13 @@ def instruct_prompt(question, n_token, tokenizer, system_prompt=''):
     """
     ids = caption_prompt(n_token, tokenizer) + (tokenizer.encode(system_prompt) if system_prompt else [])
     for text in question if isinstance(question, tuple) else (question,):
-        ids += tokenizer.encode(_clean(text)) + [tokenizer.sep_id]
+        ids += question_ids(text, tokenizer) + [tokenizer.sep_id]
     return ids
+
+
+def question_ids(question, tokenizer):
+    """Return the ids of a question alone, which are also what text_cond encodes its image with."""
+    return tokenizer.encode(_clean(question))
 
 
 class InstructSource:
@@ -70,6 +75,7 @@ class InstructSource:
     shuffle_turns True = the questions, each with its answer, come in the order of draw's key; the image stays first
     boxes         the frame of boxes such as [0.25, 0.10, 0.75, 0.90] in the texts: 'original' = shares of the photo,
                   left as they are; 'letterbox' = shares of the photo padded to a square (original_box)
+    text_cond     True = samples say what their images are encoded with (Sample.prompts): each row's first question
     .note         lines for the user about missing images and questions that are cut; else ''
     .damaged      a line about missing images: without max_bad_samples a Mixture raises it
     Raises UserError for a missing file or broken JSON, BadSample for an unusable entry.
@@ -77,7 +83,8 @@ class InstructSource:
     items_per_row = 1
 
     def __init__(self, json, image_root, tokenizer, seq_len, view, system_prompt='', loss_average='token',
-                 split_turns=False, name='instruct', cache_dir='', boxes='original', shuffle_turns=False):
+                 split_turns=False, name='instruct', cache_dir='', boxes='original', shuffle_turns=False,
+                 text_cond=False):
         check_room(name, seq_len, view)
         for key, value, words in (('loss_average', loss_average, ('token', 'answer')),
                                   ('boxes', boxes, ('original', 'letterbox'))):
@@ -85,8 +92,9 @@ class InstructSource:
                 raise UserError(f"{name}: {key}={value!r}: expected {words[0]!r} or {words[1]!r}")
         if shuffle_turns and split_turns:
             raise UserError(f"{name}: shuffle_turns with split_turns: a question alone in its row has no order")
+        self.shuffle_turns, self.text_cond = shuffle_turns, text_cond
         self.name, self.image_root, self.tokenizer, self.seq_len = name, image_root, tokenizer, seq_len
-        self.view, self.system_prompt, self.shuffle_turns = view, system_prompt, shuffle_turns
+        self.view, self.system_prompt = view, system_prompt
         self.loss_average, self.split_turns, self.boxes, self.shards = loss_average, split_turns, boxes, Shards()
         entries, images, paths = [], [], find(json, '.json', '.jsonl')
         for path in paths:
@@ -192,7 +200,10 @@ class InstructSource:
                     room = self.seq_len + 1 - fixed
                     keep = max(0, room - min(len(encode(_clean(answer))) + 1, (room + 1) // 2))
                     ids, shortened = ids[:fixed - 1] + ids[-1 - keep:], True
-                rows.append(([], []))                                    # ids, and a weight for each id as a target
+                before = len(instruct_prompt('', n_token, self.tokenizer, self.system_prompt)) - 1
+                if isinstance(question, tuple):                          # the question is the last of these turns
+                    before = len(ids) - 1 - len(question_ids(question[-1], self.tokenizer))
+                rows.append(([], [], ids[before:-1]))                    # ids, a weight for each as a target, question
             else:
                 ids = encode(_clean(question)) + [sep]
             rows[-1][0].extend(ids)
@@ -200,22 +211,23 @@ class InstructSource:
             ids = encode(_clean(answer)) + [sep]
             rows[-1][0].extend(ids)
             rows[-1][1].extend([1 / len(ids) if self.loss_average == 'answer' else 1.0] * len(ids))
-        cut = int(shortened or max(len(ids) for ids, _ in rows) > self.seq_len + 1)
-        rows = [(ids[:self.seq_len + 1], w[:self.seq_len + 1]) for ids, w in rows]
-        rows = [(ids, w) for ids, w in rows if any(w)]
+        cut = int(shortened or max(len(ids) for ids, *_ in rows) > self.seq_len + 1)
+        rows = [(ids[:self.seq_len + 1], w[:self.seq_len + 1], asked) for ids, w, asked in rows]
+        rows = [row for row in rows if any(row[1])]
         if not rows:
             raise BadSample(f"no answer is left within seq_len={self.seq_len}: the system prompt fills it")
-        shape = len(rows), max(len(ids) for ids, _ in rows) - 1
+        shape = len(rows), max(len(ids) for ids, *_ in rows) - 1
         tokens, targets = np.full(shape, self.tokenizer.pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         weights = np.zeros(shape, np.float32)
-        for b, (ids, w) in enumerate(rows):
+        for b, (ids, w, _) in enumerate(rows):
             n = len(ids) - 1
             tokens[b, :n], weights[b, :n] = ids[:-1], w[1:]
             targets[b, :n] = np.where(weights[b, :n] > 0, ids[1:], IGNORE_INDEX)
         if not self.split_turns:
             tokens, targets, weights = tokens[0], targets[0], weights[0]
         return Sample(tokens, targets, weights if self.loss_average == 'answer' else None, n_image_token=n_token,
-                      image_id=self.tokenizer.image_id, n_truncated=cut)
+                      image_id=self.tokenizer.image_id, n_truncated=cut,
+                      prompts=[asked for *_, asked in rows] if self.text_cond else [])
 
 
 def safe_join(root, path):

@@ -51,6 +51,8 @@ class Sample:
     n_truncated: int = 0                                 # 1 when the item was cut to seq_len
     bad: list = field(default_factory=list)              # messages of the bad items that this one replaces
     key: int = 0                                         # 64 bits of this draw: what is random in it follows from them
+    prompts: list = field(default_factory=list)          # of each row the ids that its images are encoded with; empty
+                                                         # = images alone
 
 
 class Batch(NamedTuple):
@@ -59,7 +61,7 @@ class Batch(NamedTuple):
     the m-th slot, or None without images; weights (B,T) float32 or None; source (B,) int64 index into mixture.names;
     ids: B str; kept (K,) int64 positions of the targets that carry loss, in the flat (B*T) grid; bad: messages of the
     items that were replaced; stats {source: {one of COUNTS: int}}; rows: (Sample.key plus the row's place in it,
-    positions without pads) of each row.
+    positions without pads) of each row; image_text: a list of ids for each image as VLM takes it, or None.
     """
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -72,6 +74,7 @@ class Batch(NamedTuple):
     bad: list[str]
     stats: dict
     rows: list[tuple[int, int]]
+    image_text: list = None
 
     def _map(self, f):
         batch = self._replace(images=None)
@@ -104,23 +107,23 @@ def collate(samples, pad_id, pad_to=0, names=None):
     pad_to  the positions that a row counts as, its pads included (0 = the batch's own width): columns of pads that no
             row needs are counted in n_pad and not computed
     names lists the sources in the order of Batch.source (None = order of appearance). An image that occurs twice
-    (same source and key) is kept once. Raises BadSample for a row longer than pad_to, and for image positions that
-    do not fit the images.
+    (same source, key and prompt) is kept once. Raises BadSample for a row longer than pad_to, and for image positions
+    that do not fit the images.
     """
-    rows = [(s, t, y, w) for s in samples for t, y, w in _rows_of(s)]
-    width = max(len(t) for _, t, _, _ in rows)
+    rows = [(s, *row) for s in samples for row in _rows_of(s)]
+    width = max(len(t) for _, t, *_ in rows)
     T = -(-width // 8) * 8
     T = min(T, pad_to) if pad_to else T
     if width > T:
-        long = next(s for s, t, _, _ in rows if len(t) > T)
+        long = next(s for s, t, *_ in rows if len(t) > T)
         raise BadSample(f"{long.source} {long.id}: a row of {width} positions does not fit pad_to={T}")
     tokens = np.full((len(rows), T), pad_id, np.int64)
     targets = np.full((len(rows), T), IGNORE_INDEX, np.int64)
-    weights = np.zeros((len(rows), T), np.float32) if any(w is not None for _, _, _, w in rows) else None
+    weights = np.zeros((len(rows), T), np.float32) if any(w is not None for *_, w, _ in rows) else None
     names = list(names) if names is not None else list(dict.fromkeys(s.source for s in samples))
-    place, images, slots = {}, [], []
+    place, images, slots, texts = {}, [], [], []
     stats = {s.source: dict.fromkeys(COUNTS, 0) for s in samples}
-    for b, (s, t, y, w) in enumerate(rows):
+    for b, (s, t, y, w, prompt) in enumerate(rows):
         n = len(t)
         tokens[b, :n], targets[b, :n] = t, y
         if weights is not None:
@@ -130,10 +133,11 @@ def collate(samples, pad_id, pad_to=0, names=None):
             raise BadSample(f"{s.source} {s.id}: row {b} of the batch has {n_slot} image positions, its "
                             f"{len(s.images)} image(s) of {s.n_image_token} need {len(s.images) * s.n_image_token}")
         for j, image in enumerate(s.images):
-            key = (s.source, s.image_keys[j]) if s.image_keys else (id(s), j)
+            key = (s.source, s.image_keys[j], *prompt) if s.image_keys else (id(s), j, *prompt)
             if key not in place:
                 place[key] = len(images)
                 images.append(image)
+                texts.append(prompt)
             slots.append(place[key])
         n_pad, count = int(np.count_nonzero(t == pad_id)) + (pad_to or T) - n, stats[s.source]
         count['n_text'] += (pad_to or T) - n_pad - n_slot
@@ -151,13 +155,15 @@ def collate(samples, pad_id, pad_to=0, names=None):
                  torch.tensor([names.index(s.source) for s, *_ in rows]), [s.id for s, *_ in rows], kept,
                  [message for s in samples for message in s.bad], stats,
                  [(s.key + r, int(np.count_nonzero(t != pad_id))) for s in samples
-                  for r, (t, _, _) in enumerate(_rows_of(s))])
+                  for r, (t, *_) in enumerate(_rows_of(s))], texts if any(texts) else None)
 
 
 def _rows_of(s):
+    prompts = s.prompts or [[]] * s.tokens[..., 0].size
     if s.tokens.ndim == 1:
-        return [(s.tokens, s.targets, s.weights)]
-    return [(t, y, None if s.weights is None else s.weights[r]) for r, (t, y) in enumerate(zip(s.tokens, s.targets))]
+        return [(s.tokens, s.targets, s.weights, prompts[0])]
+    return [(t, y, None if s.weights is None else s.weights[r], prompts[r])
+            for r, (t, y) in enumerate(zip(s.tokens, s.targets))]
 
 
 # --- mixture: sample n is a pure function of (seed, n) --------------------------------------------

@@ -28,6 +28,7 @@ from errors import NUMBER, Field, UserError, check, reading
 from files import whole, write_file
 from images import View, sides
 from kernels import IGNORE_INDEX, Intervals, linear_cross_entropy
+from text_cond import TextCond, text_cond_spec
 from vision import EncoderBlock, build_encoder, encoder_spec, lowered
 from weights import fill, read_json, read_pt, tensors
 
@@ -41,13 +42,15 @@ class VLM(nn.Module):
                   position
     shortest, split  see images.View
     image_mask    'causal' over images too (the paper's choice), or 'prefix': the positions of an image see each other
+    text_cond     TextCond, where the encoder reads questions, too; None = it sees images alone
     document_end  None, or the id after which attention starts anew. Rotary positions go on: scores depend on distances
                   alone, so that a document inside a row gives what it gives by itself
     """
     def __init__(self, decoder, encoder=None, projector=None, *, image_id=None, z_loss=0.0, n_token=None, cross=None,
-                 shortest=0, split=False, image_mask='causal', document_end=None):
+                 shortest=0, split=False, image_mask='causal', document_end=None, text_cond=None):
         super().__init__()
         self.decoder, self.encoder, self.projector, self.cross = decoder, encoder, projector, cross
+        self.text_cond = text_cond
         self.fixed, self.shortest, self.split = bool(n_token), shortest, split       # fixed: whatever an image's size
         self.n_token = (n_token or (encoder.n_token if encoder is not None else 0)) * (5 if split else 1)
         self.image_id, self.z_loss, self.image_mask, self.document_end = image_id, z_loss, image_mask, document_end
@@ -94,31 +97,47 @@ class VLM(nn.Module):
             if isinstance(module, (Block, CrossBlock, EncoderBlock)):
                 module.compile(dynamic=None)
 
-    def image_features(self, images):
+    def image_features(self, images, image_text=None):
         """
-        Images encoded, those of one size together, and projected; a frozen encoder builds no graph.
+        Images encoded, those of one size together, and projected; a frozen encoder builds no graph but for text.
         images   (N,3,S,S) uint8 or normalised float, (N,5,3,S,S) split, or lists of parts (3,h,w) as images.View gives
+        image_text  of a model with text_cond: N lists of ids, what is asked about each image; [] or None = nothing
         returns  (N,n_slot,C), or where images take different numbers of positions a list of (n,C)
         """
         if isinstance(images, list):
-            parts = [part for image in images for part in image]
+            parts, k = [part for image in images for part in image], len(images[0])
+            text = image_text and [ids for ids in image_text for _ in range(k)]
             features = {}                                      # of the i-th part (n,C)
             for shape in dict.fromkeys(part.shape for part in parts):
                 at = [i for i, part in enumerate(parts) if part.shape == shape]
-                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]))))
-            k = len(images[0])
+                features.update(zip(at, self.image_features(torch.stack([parts[i] for i in at]),
+                                                            text and [text[i] for i in at])))
             features = [torch.cat([features[k * i + j] for j in range(k)]) for i in range(len(images))]
             return torch.stack(features) if len({len(x) for x in features}) == 1 else features
         if images.ndim == 5:
-            return self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
+            text = image_text and [ids for ids in image_text for _ in range(images.shape[1])]
+            return self.image_features(images.flatten(0, 1), text).unflatten(0, images.shape[:2]).flatten(1, 2)
+        return self.projector(self._encode(images, image_text))
+
+    def _encode(self, images, image_text):
+        """The encoder's features (N,T,width) of images (N,3,H,W); those that nothing is asked about are its own."""
+        asked = [i for i, ids in enumerate(image_text or ()) if ids]
+        if 0 < len(asked) < len(images):
+            rest = [i for i, ids in enumerate(image_text) if not ids]
+            parts = self._encode(images[asked], [image_text[i] for i in asked]), self._encode(images[rest], None)
+            return torch.cat(parts).index_select(0, torch.tensor(asked + rest).argsort().to(images.device))
         trained = any(p.requires_grad for p in self.encoder.parameters())
         autocast = images.device.type != 'meta' and torch.is_autocast_enabled(images.device.type)
         encoder = self.encoder
         if autocast and not trained:
             encoder = self._low_encoder(torch.get_autocast_dtype(images.device.type))
+        if asked:
+            return encoder(images, self.text_cond(image_text, self.decoder.tok_embeddings.weight))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = encoder(images)
-        return self.projector(features)
+        if self.text_cond is not None and torch.is_grad_enabled():       # ddp waits for its gradients: exact zeros
+            features = features + 0.0 * sum(p.sum() for p in self.text_cond.parameters())
+        return features
 
     def _low_encoder(self, dtype):
         """
@@ -148,11 +167,11 @@ class VLM(nn.Module):
             return None
         return mask.joined(tokens == self.image_id, self.n_token) if together else mask
 
-    def embed(self, tokens, images=None, image_index=None, noise=None):
+    def embed(self, tokens, images=None, image_index=None, noise=None, image_text=None):
         """
         Token embeddings with image features in the slots, where there are no cross blocks to read them.
-        tokens (B,T) int64, images as image_features takes them or None, image_index (M,) int64 or None = arange(N);
-        returns (B,T,C)
+        tokens (B,T) int64, images and image_text as image_features takes them or None, image_index (M,) int64 or None =
+        arange(N); returns (B,T,C)
         noise  (B,T,C), added to what is no image, or None
         Raises ValueError (CPU only: a GPU would have to wait) when slots and images do not fit.
         """
@@ -170,12 +189,13 @@ class VLM(nn.Module):
         if n_image == 0:
             if self.projector is not None and torch.is_grad_enabled():
                 # ddp waits for every parameter's gradient: a step without images gives exact zeros
-                idle = [p for m in (self.projector, self.encoder) for p in m.parameters() if p.requires_grad]
+                parts = filter(None, (self.projector, self.encoder, self.text_cond))
+                idle = [p for part in parts for p in part.parameters() if p.requires_grad]
                 x = x + 0.0 * sum(p.sum() for p in idle) if idle else x
             return x
         if self.cross is not None:
             return x
-        features = self.image_features(images)                                         # (N,n_slot,C)
+        features = self.image_features(images, image_text)                             # (N,n_slot,C)
         if isinstance(features, list):
             index = range(len(features)) if image_index is None else image_index.tolist()
             features = torch.cat([features[i] for i in index])[None]                   # (1,slots,C)
@@ -187,18 +207,19 @@ class VLM(nn.Module):
         at = (tokens != self.image_id).flatten().int().argsort(stable=True)[:len(features)]
         return x.flatten(0, 1).index_copy(0, at, features).view_as(x)                  # (B,T,C)
 
-    def see(self, tokens, images=None, image_index=None):
+    def see(self, tokens, images=None, image_index=None, image_text=None):
         """The Sight of a batch for the cross blocks, arguments as embed's; None where they have nothing to do."""
         if self.cross is None or images is None and not torch.is_grad_enabled():
             return None
         if images is None:      # ddp and fsdp wait for every block: they run on no row, and their gradients are zeros
             features = self.decoder.tok_embeddings.weight.new_zeros(0, self.n_token, self.decoder.config.n_embd)
         else:
-            features = self.image_features(images)                                     # (N,n_token,C)
+            features = self.image_features(images, image_text)                         # (N,n_token,C)
         n_image = len(features if image_index is None else image_index)
         return Sight.of(self.cross, [features] * len(self.cross), tokens == self.image_id, n_image, image_index)
 
-    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None):
+    def forward(self, tokens, targets, images=None, image_index=None, weights=None, kept=None, noise=None,
+                image_text=None):
         """
         The masked loss, summed.
         tokens, targets  (B,T) int64; targets are shifted, IGNORE_INDEX = no loss
@@ -207,15 +228,16 @@ class VLM(nn.Module):
         weights          (B,T) float32 per target; None = 1 per kept token
         kept             (K,) int64 flat indices of kept targets, if known (spares the GPU a wait)
         noise            as in embed
+        image_text       as in image_features
         returns          loss_sum () nats with z-loss (arXiv 2204.02311) and weight_sum (), over kept tokens; row_loss
                          (2,B) float32, nats and z-loss per row, unweighted, with a graph: dpo.py's loss is made of it
         """
         B, T = tokens.shape
         if kept is None:
             kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)          # (K,)
-        x = self.embed(tokens, images, image_index, noise)                             # (B,T,C)
+        x = self.embed(tokens, images, image_index, noise, image_text)                 # (B,T,C)
         x = self.decoder.trunk(x, kept, self.intervals(tokens, images is not None),
-                               sight=self.see(tokens, images, image_index))            # (K,C)
+                               sight=self.see(tokens, images, image_index, image_text))                # (K,C)
         nll, lse = linear_cross_entropy(x, self.decoder.output.weight, targets.reshape(-1)[kept],
                                         rows=torch.arange(len(x), device=x.device))    # (K,) each, all of them kept
         z = self.z_loss * lse.square()
@@ -247,7 +269,7 @@ def add_images(spec, config):
     with torch.device('meta'), Undrawn():
         n_token = build_encoder(encoder).n_token
     spec = dict(spec, encoder=encoder, projector=projector_spec(config, n_token),
-                image_mask=config.get('image_mask', 'causal'), **fusion_spec(config))
+                image_mask=config.get('image_mask', 'causal'), **fusion_spec(config), **text_cond_spec(config))
     return with_view(spec, config)
 
 
@@ -286,8 +308,8 @@ def build_vlm(spec, seed=None):
     The one place that assembles a decoder, an encoder, a projector and adapters.
     spec     what vlm_spec gave
     seed     of the initial weights: the decoder's from seed, the projector's from seed + 1 (so that they do not depend
-             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3; None = memory as it
-             comes, for weights.fill
+             on the decoder's size), the encoder's from seed + 2, cross blocks' from seed + 3, text_cond's from seed + 5
+             (+ 4 are adapters'); None = memory as it comes, for weights.fill
     returns  VLM, in train mode, on CPU
     Raises UserError for a dict that is no description of a model.
     """
@@ -299,7 +321,7 @@ def build_vlm(spec, seed=None):
             if seed is None:
                 memory.enter_context(torch.device('meta'))
                 memory.enter_context(Undrawn())
-            encoder = projector = n_token = cross = None
+            encoder = projector = n_token = cross = text_cond = None
             config = ModelConfig(**spec['decoder'])
             if spec['encoder'] is not None:
                 draw(2)
@@ -310,10 +332,13 @@ def build_vlm(spec, seed=None):
                 if spec.get('fusion') is not None:
                     draw(3)
                     cross = {'cross': CrossBlocks}[spec['fusion']['kind']](config, spec['fusion']['every'])
+                if spec.get('text_cond'):
+                    draw(5)
+                    text_cond = TextCond(spec['text_cond'], encoder, config.n_embd)
             draw(0)
             model = VLM(Decoder(config), encoder, projector, image_id=spec['image_id'], n_token=n_token, cross=cross,
                         image_mask=spec.get('image_mask') or 'causal', document_end=spec.get('document_end'),
-                        **spec.get('view') or {})
+                        text_cond=text_cond, **spec.get('view') or {})
             if spec.get('adapters'):
                 add_adapters(model, spec['adapters'])
     except (KeyError, TypeError) as e:

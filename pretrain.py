@@ -23,6 +23,7 @@ from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, leave, user_error_hook
 from model import FRESH_CROSS, build_vlm, load_openlm, openlm_moments, vlm_spec
 from schedules import lr_at, top_lr
+from text_cond import FRESH_TEXT_COND
 from vision import encoder_files, fill_encoder
 
 sys.excepthook = user_error_hook
@@ -72,6 +73,9 @@ image_size = 0                          # [>= 0] pixels a side; 0 = what the enc
 fusion = 'sequence'                     # ['sequence' | 'cross'] an image's features in the row, or one position for it
                                         # and gated cross-attention to them (Flamingo)
 cross_every = 4                         # [>= 1] of 'cross': before every so many blocks; 6 of 51.4M at 1.4B
+text_cond = 'none'                      # ['none' | 'append' | 'prefix'] an image of a question is encoded with it: its
+                                        # tokens follow the patches, or are a gated prefix (text_cond.py)
+cond_layers = 0                         # [>= 0] of 'prefix': in the encoder's last so many blocks; 0 = all
 resize = 'letterbox'                    # ['letterbox' | 'naive' | 'crop'] 'letterbox' is the paper's
 aspect = 'square'                       # ['square' | 'keep'] 'keep' = Idefics2's: a grid for each image, whose longer
                                         # edge is at most image_size, the other 27/70 of it at least; `resize` rests
@@ -101,8 +105,8 @@ start_lr = 0.0                          # [>= 0] of 'cooldown'; 0 = what the che
 rewarm_lr = 0.0                         # [>= 0] peak of 'rewarm'; 0 = 0.3 x lr, as 3e-3 is to 1e-2 (2.1.2)
 rewarm_steps = 1000                     # [>= 0] warmup of 'rewarm'; the paper gives none
 moments_warmup_steps = 100              # [>= 0] warmup of 'cooldown' when the checkpoint has no AdamW moments
-projector_lr = 0.0                      # [>= 0] the highest lr of projector and cross blocks, where the decoder has its
-                                        # own; 0 = the same
+projector_lr = 0.0                      # [>= 0] the highest lr of projector, cross blocks, text_cond, where the decoder
+                                        # has its own; 0 = the same
 encoder_lr = 0.0                        # [>= 0] the same for a trained encoder
 weight_decay = 0.01                     # [>= 0]
 decay = 'all'                           # ['all' | 'matrices'] 'all' = gains and biases too (OpenLM's rule)
@@ -143,6 +147,9 @@ if image_ratio > 0 and not has_images:
     raise UserError(f"image_ratio={image_ratio} with stage='text': give --stage=mix, or a recipe of stage 2")
 if has_images and encoder_path == 'patch':
     raise UserError("encoder_path='patch': an encoder of pixels alone is --encoder=patch; encoder_path is a folder")
+if text_cond != 'none' and image_ratio > 0 and instruct_share == 0:
+    raise UserError(f"text_cond={text_cond!r} with instruct_share=0: captions have no question, so nothing would train "
+                    "it; give --instruct_share, or --text_cond in stage 3")
 if lora_rank and not init_from:
     raise UserError(f"lora_rank={lora_rank} without a base: adapters go on trained weights; give --init_from=FOLDER")
 if schedule == 'cooldown' and not init_from:
@@ -219,7 +226,7 @@ if image_ratio > 0:
     with_image = [(caption_mixture(captions), 1 - instruct_share)] if instruct_share < 1 else []
     if instruct_share > 0:
         chat = InstructSource(data_path(instruct), data_path(instruct_images), tokenizer, seq_len, view,
-                              cache_dir=cache_dir, boxes=boxes)
+                              cache_dir=cache_dir, boxes=boxes, text_cond=model.text_cond is not None)
         with_image.append((chat, instruct_share))
     sources, weights = zip(*with_image)
     parts.append((Mixture(sources, weights, seed, max_bad_samples=max_bad_samples), image_ratio))
@@ -243,9 +250,11 @@ if has_images and encoder_weights == 'file' and not (run.meta and run.meta['spec
     fill_encoder(model.encoder, towers)
 if run.meta:
     fresh = checkpoint.load_weights(model, run.folder, run.meta, *((), None) if run.resumed else
-                                    (('encoder.', 'projector.', 'cross.'), process.print))
+                                    (('encoder.', 'projector.', 'cross.', 'text_cond.'), process.print))
     if any(name.startswith('cross.') for name in fresh):
         process.print(FRESH_CROSS.format(run.folder, cross_every))
+    if any(name.startswith('text_cond.') for name in fresh):
+        process.print(FRESH_TEXT_COND.format(run.folder, text_cond))
 elif init_from:
     load_openlm(init_from, into=model.decoder)
 fresh_adapters = run.add_adapters(model, spec)
@@ -294,10 +303,10 @@ if top <= 0:
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 lr_factors = {'decoder': 1.0, 'projector': (projector_lr or top) / top, 'encoder': (encoder_lr or top) / top}
-lr_factors['cross'] = lr_factors['projector']
+lr_factors['cross'] = lr_factors['text_cond'] = lr_factors['projector']
 optimizer = common.make_optimizer(model, lr_factors, weight_decay=weight_decay, betas=(beta1, beta2), decay=decay)
 if foreign:
-    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.', 'cross.'),
+    fresh = checkpoint.load_moments(optimizer, foreign, ('projector.', 'encoder.', 'cross.', 'text_cond.'),
                                     f'{foreign_file} (move it away to start with fresh moments)')
     process.print(f"AdamW moments from {foreign_file}; fresh for {len(fresh)} tensors")
 elif run.resumed or moments == 'loaded':
@@ -348,12 +357,14 @@ for step in range(run.first_step, run.last_step):
         weights = source_weight[batch.source][:, None].expand_as(batch.tokens)                           # (B,T)
         with process.autocast():
             loss_sum, _, row_loss = network(batch.tokens, batch.targets, batch.images, batch.image_index, weights,
-                                        batch.kept)
+                                        batch.kept, image_text=batch.image_text)
         (loss_sum * process.world_size).backward()                       # ranks are averaged: undo 1/world_size
         row_losses.append(row_loss.detach())
     if has_images and counts['n_image'].sum() == 0:
         # AdamW is not to touch them without an image
-        common.drop_gradients(model.projector, model.encoder, model.cross)
+        common.drop_gradients(model.projector, model.encoder, model.cross, model.text_cond)
+    elif has_images and model.text_cond is not None and counts['n_image'][mixture.names.index('instruct')] == 0:
+        common.drop_gradients(model.text_cond)                           # captions alone
     lr_now = lr_at(step, curve)
     norm, skipped = common.optimizer_step(optimizer, lr_now, grad_clip)
     run.record(lr=lr_now, row_losses=row_losses, norm=norm, skipped=skipped, loss_share=loss_share)

@@ -4,6 +4,7 @@ The embedded tiny world: scenes of coloured shapes and words, in the formats of 
     python tinyworld.py data --study --out=data/study        # the same with facts about what scenes show, told in text
     python tinyworld.py encoder --out=data/tiny/encoder      # a 3-layer SigLIP in Hugging Face layout
     python tinyworld.py preferences                          # pairs of answers for dpo.py, in data/tiny/preferences
+    python tinyworld.py crowded --out=data/tiny/crowded      # questions about one of eight objects
 
 A scene is a grid of 3 x 3 cells of 14 px, so that one image token sees one cell. Three or four cells hold an object (4
 shapes x 4 colours, no pair twice); in half of the scenes one more cell holds a word of three letters. Questions are
@@ -154,10 +155,13 @@ def split_of(scene):
     return {0: 'test', 1: 'choice'}.get(zlib.crc32(listing(scene.things).encode()) % 10, 'train')
 
 
-def make_scene(draw, split, pairs=SEEN, held_out=0, word=None):
-    """A random scene of a split: objects of `pairs`, `held_out` more of HELD_OUT; word: True, False, None (either)."""
+def make_scene(draw, split, pairs=SEEN, held_out=0, word=None, n_object=0):
+    """
+    A random scene of a split: objects of `pairs`, `held_out` more of HELD_OUT; word: True, False, None (either);
+    n_object: 1..8, 0 = three or four.
+    """
     while True:
-        n = 3 + draw.below(2)
+        n = n_object or 3 + draw.below(2)
         names = draw.sample(HELD_OUT, held_out) + draw.sample(pairs, n - held_out)
         cells = draw.sample(range(len(CELLS)), n + 1)
         objects = []
@@ -435,6 +439,27 @@ def write_preferences(folder, n=2000, seed=(7, 9)):
     write_file(f'{folder}/preferences.json', json.dumps(rows, indent=1))
 
 
+def write_crowded(folder, n, n_test, seed):
+    """
+    Scenes of eight objects, and questions about one of them: text_cond's to win or to lose. LLaVA JSON and images in
+    instruct/, VQAv2's files in eval/.
+    """
+    draw, rows = Draws(*seed), []
+    for split, path, number in (('train', 'instruct/{:06d}.jpg', n),
+                                ('test', 'eval/val2014/COCO_val2014_{:012d}.jpg', n_test)):
+        scenes = [make_scene(draw, split, word=False, n_object=8) for _ in range(number)]
+        for i, pixels in enumerate(render(scenes)):
+            write_file(f'{folder}/{path.format(i)}', encode_image(pixels, 'jpg'))
+        if split == 'test':
+            write_vqa(f'{folder}/eval/vqav2', [(i * 1000 + k, kind, ask(kind, scene, draw)) for i, scene in
+                                               enumerate(scenes) for k, kind in enumerate(('at', 'where'))])
+        for i, scene in enumerate(scenes) if split == 'train' else ():
+            turns = itertools.chain(*distinct(('at', 'where') * 3, 4, scene, draw))
+            rows.append(dict(id=f'{i:06d}', image=f'{i:06d}.jpg', conversations=[
+                {'from': speaker, 'value': text} for speaker, text in zip(itertools.cycle(('human', 'gpt')), turns)]))
+    write_file(f'{folder}/instruct/llava.json', rows)
+
+
 # --- benchmarks: official files; question_type and blind_answers are extra keys that evaluate.py reports ------------
 def ask_all(scenes, draw, about=None, per_scene=3):
     """Questions about scenes, as many of each kind: [(id, kind, what ask() gave)]; id // 1000 is the scene's number."""
@@ -655,7 +680,7 @@ def train_encoder(out, *, patch=CELL, n_step=500, batch_size=48, n_cell=8, lr=3e
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=('data', 'encoder', 'preferences'))
+    parser.add_argument('command', choices=('data', 'encoder', 'preferences', 'crowded'))
     parser.add_argument('--out', default='', help="folder to make; '' = data/tiny (data/study), or its COMMAND")
     parser.add_argument('--study', action='store_true', help='data: the world of the study')
     parser.add_argument('--patch', type=int, choices=(CELL, CELL // 2), default=CELL, help='encoder: pixels a side')
@@ -672,5 +697,7 @@ if __name__ == '__main__':
             with new_folder(out) as part:
                 if args.command == 'encoder':
                     train_encoder(part, patch=args.patch, seed=args.seed)
-                else:
+                elif args.command == 'preferences':
                     write_preferences(part, seed=(args.seed, 9))
+                else:
+                    write_crowded(part, 2000, 400, seed=(args.seed, 9))

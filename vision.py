@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from errors import Field, UserError, check, reading
 from images import RESIZE, letterbox, open_image, sides, token_grid  # noqa: F401 (names of this module as well)
 from vit import (DINOV2, MEAN_STD, POSITIONS, SIDE, SIGLIP, SIZE, TOWER, DINOv2Config, EncoderBlock, SigLIPConfig,
-                 blocks_run, find_tower, nearest_positions, read_config, read_mean_std)
+                 blocks_run, find_tower, nearest_positions, read_config, read_mean_std, run_blocks)
 from weights import fill
 
 # --- images to visual tokens -------------------------------------------------------------------------------------
@@ -77,6 +77,7 @@ class SigLIP(nn.Module):
     SigLIP's vision tower (arXiv 2303.15343) up to the layer whose output is used; parameter names are Hugging Face's.
     images   (N,3,H,W) uint8, normalised inside with mean and std, or float, taken as normalised; of image_size a side,
              or of fewer patches, which take the nearest positions
+    text     None, or vit.Text: what is asked about the images
     returns  (N, patches, width) float32
     layer    index into transformers' hidden_states: -2 = all blocks but the last (as Prismatic and LLaVA), 0 = patch
              embedding; norm=True adds the final LayerNorm, so layer=-1, norm=True is last_hidden_state
@@ -115,14 +116,13 @@ class SigLIP(nn.Module):
         nn.init.zeros_(patch.bias)
         nn.init.normal_(self.embeddings['position_embedding'].weight, std=self.width ** -0.5)
 
-    def forward(self, images):
+    def forward(self, images, text=None):
         x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
         patch = self.embeddings['patch_embedding']
         x = patch(x.to(patch.weight.dtype))                                      # (N, C, h, w)
         positions = nearest_positions(self.embeddings['position_embedding'].weight, *x.shape[2:])
         x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
-        for i in range(self.n_block):
-            x = self.encoder['layers'][i](x)
+        x = run_blocks([*self.encoder['layers']][:self.n_block], x, text)
         if self.norm:
             x = self.post_layernorm(x)
         return x.float()
@@ -200,7 +200,7 @@ class DINOv2(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, images):
+    def forward(self, images, text=None):
         x = _normalise(images, self.image_size, self.patch_size, self.mean, self.std)        # (N, 3, H, W) float32
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (N, C, h, w)
         positions = nearest_positions(self.position_embeddings[0, 1:], *x.shape[2:])
@@ -208,8 +208,7 @@ class DINOv2(nn.Module):
         extra = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), 1)
         x = x.flatten(2).transpose(1, 2) + positions                             # (N, h*w, C)
         x = torch.cat((extra.expand(len(x), -1, -1), x), 1)                      # (N, 1 + R + h*w, C)
-        for block in self.layers:
-            x = block(x)
+        x = run_blocks(self.layers, x, text)
         x = x[:, extra.shape[1]:]                                                # (N, h*w, C)
         if self.norm:
             x = self.layernorm(x)

@@ -5,6 +5,7 @@ say of them. The towers themselves: vision.py.
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from errors import NUMBER, Field, UserError, check, reading
 from images import sides
-from kernels import attention
+from kernels import Intervals, attention
 from weights import read_json, tensors
 
 # --- shapes ------------------------------------------------------------------------------------------------------
@@ -103,12 +104,17 @@ class SelfAttention(nn.Module):
         self.n_head = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x, mask=None, prefix=None, gate=None):
         B, T, C = x.shape
         x = x.to(self.q_proj.weight.dtype)                                       # of lowered weights: once for all 3
         q, k, v = (proj(x).view(B, T, self.n_head, -1).transpose(1, 2)           # (B, H, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        o = attention(q, k, v)                                                   # (B, H, T, D), bidirectional
+        o = attention(q, k, v, mask if prefix is None else None)                 # (B, H, T, D), bidirectional
+        if prefix is not None:
+            k, v = (proj(prefix.to(x.dtype)).unflatten(2, (self.n_head, -1)).transpose(1, 2)
+                    for proj in (self.k_proj, self.v_proj))                      # (B, H, P, D)
+            o = o + gate.tanh()[:, None, None] * attention(q, k, v, mask)
+            o = o.to(x.dtype)
         return self.out_proj(o.transpose(1, 2).reshape(B, T, C))
 
 
@@ -126,8 +132,9 @@ class EncoderBlock(nn.Module):
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(C, hidden * (1 + self.swiglu)), 'fc2': nn.Linear(hidden, C)})
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(C)) if scaled else None for _ in range(2))
 
-    def forward(self, x):
-        h = self.self_attn(self.layer_norm1(x))
+    def forward(self, x, mask=None, prefix=None, gate=None):
+        """x (B,T,C) -> (B,T,C); mask: Intervals of the T keys, or of a prefix (B,P,C) with its gate (H,); see Text"""
+        h = self.self_attn(self.layer_norm1(x), mask, prefix, gate)
         x = x + (h if self.scale1 is None else self.scale1 * h)
         h = self.mlp['fc1'](self.layer_norm2(x).to(self.mlp['fc1'].weight.dtype))
         if self.swiglu:
@@ -137,6 +144,44 @@ class EncoderBlock(nn.Module):
             h = F.gelu(h, approximate=self.approximate)
         h = self.mlp['fc2'](h)
         return x + (h if self.scale2 is None else self.scale2 * h)
+
+
+class Text(NamedTuple):
+    """
+    What a tower reads of N images' questions, made by text_cond.TextCond.
+    tokens  (N,P,C), of which the first length (N,) int32 are the question's and the others pads, which nobody sees
+    gates   None = they follow the patches through every block; (L,H) = they are a prefix of the last L blocks
+    """
+    tokens: torch.Tensor
+    length: torch.Tensor
+    gates: Optional[torch.Tensor]
+
+    def mask(self, n_query, n_patch=0):
+        """Intervals of n_query queries, which see n_patch patches and then the question."""
+        N, P = self.tokens.shape[:2]
+        n_seen = self.length[:, None] + n_patch                                  # (N, 1)
+        hi = n_seen.repeat(1, n_query)
+        seen = torch.arange(n_patch + P, device=hi.device) < n_seen              # (N, n_patch + P)
+        return Intervals(torch.zeros_like(hi), hi, torch.zeros_like(seen, dtype=torch.int32), n_query * seen.int())
+
+
+def run_blocks(blocks, x, text=None):
+    """The patches x (N,n,C), and whatever stands before them, through a tower's blocks; text: Text or None."""
+    n = x.shape[1]
+    if text is None:
+        for block in blocks:
+            x = block(x)
+    elif text.gates is None:
+        x = torch.cat((x, text.tokens.to(x.dtype)), 1)                           # (N, n + P, C)
+        mask = text.mask(x.shape[1], n)
+        for block in blocks:
+            x = block(x, mask)
+        x = x[:, :n]
+    else:
+        mask = text.mask(n)
+        for block, gate in zip(blocks, (*[None] * (len(blocks) - len(text.gates)), *text.gates)):
+            x = block(x) if gate is None else block(x, mask, text.tokens, gate)
+    return x                                                                     # (N, n, C)
 
 
 def blocks_run(config, layer):

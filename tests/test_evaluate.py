@@ -60,7 +60,7 @@ class Oracle:
 
     def __init__(self, tokenizer, tasks, wrong=(), written=None):
         self.tokenizer, self.calls, self.encoded = tokenizer, [], 0
-        self.n_slot, self.view = 3, lambda resize: View(28, 3, resize)
+        self.n_slot, self.view, self.text_cond = 3, lambda resize: View(28, 3, resize), None
         self.gold, self.best = {}, {}
         for task in tasks:
             for e in task.examples:
@@ -74,7 +74,8 @@ class Oracle:
         special = (self.tokenizer.image_id, self.tokenizer.sep_id)
         return tuple(i for i in ids if i not in special)
 
-    def prefill_images(self, images):
+    def prefill_images(self, images, image_text):
+        assert image_text is None
         self.encoded += len(images)
         return images
 

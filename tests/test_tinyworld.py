@@ -296,6 +296,21 @@ def test_benchmarks_are_read_by_evaluate_with_balanced_answers(world):
     assert {'ref_id', 'ann_id', 'image_id', 'category_id', 'split', 'sent_ids', 'sentences'} <= refs[0].keys()
 
 
+def test_crowded_scenes_ask_about_one_of_eight_objects(world, tmp_path):
+    for name in 'ab':
+        tw.write_crowded(str(tmp_path / name), 5, 4, seed=(3, 9))
+    assert digests(tmp_path / 'a') == digests(tmp_path / 'b') and len(digests(tmp_path / 'a')) == 5 + 1 + 4 + 2
+    tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
+    rows, images = (str(tmp_path / name) for name in ('a/instruct/llava.json', 'a/instruct'))
+    source = InstructSource(rows, images, tokenizer, 128, 9, 42, split_turns=True, text_cond=True)
+    samples = [source[i] for i in range(len(source))]
+    assert len(samples) == 5 and all(s.tokens.shape[0] == len({tuple(p) for p in s.prompts}) == 4 for s in samples)
+    (task,) = evaluate.find_tasks(evaluate.default_options(eval_dir=str(tmp_path / 'a/eval')))
+    assert len(task.examples) == 8 and {e.types[0] for e in task.examples} == {'at', 'where'}
+    scenes = [tw.make_scene(tw.Draws(i), split, word=False, n_object=8) for i, split in enumerate(('train', 'test'))]
+    assert all(len({(t.colour, t.shape) for t in s.objects}) == 8 and not s.words for s in scenes)
+
+
 def test_the_tokenizer_spells_the_world_in_whole_words_and_bytes(world):
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
     words = [*tw.COLOURS, *tw.SHAPES, *tw.WORDS, *tw.CELLS, 'yes', 'no', 'nothing', 'word', '3', '4']
