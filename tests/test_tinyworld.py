@@ -302,7 +302,7 @@ def test_crowded_scenes_ask_about_one_of_eight_objects(world, tmp_path):
     assert digests(tmp_path / 'a') == digests(tmp_path / 'b') and len(digests(tmp_path / 'a')) == 5 + 1 + 4 + 2
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
     rows, images = (str(tmp_path / name) for name in ('a/instruct/llava.json', 'a/instruct'))
-    source = InstructSource(rows, images, tokenizer, 128, 9, 42, split_turns=True, text_cond=True)
+    source = InstructSource(rows, images, tokenizer, 128, View(42, 9), split_turns=True, text_cond=True)
     samples = [source[i] for i in range(len(source))]
     assert len(samples) == 5 and all(s.tokens.shape[0] == len({tuple(p) for p in s.prompts}) == 4 for s in samples)
     (task,) = evaluate.find_tasks(evaluate.default_options(eval_dir=str(tmp_path / 'a/eval')))
