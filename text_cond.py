@@ -7,8 +7,9 @@ Text-aware image encoding: the encoder reads the question about an image beside 
               gate per head that starts at 0: then the encoder is itself, bit for bit (LLaMA-Adapter, arXiv 2303.16199)
 
 A question's tokens are the decoder's own embeddings, which get no gradient from here, so that the encoder sees a bag of
-words. The question is the first one of a row, without system prompt and image, after which the first answer comes:
-never an answer, nor a later turn. Without a question, as in captions, features are the encoder's own.
+words. The question is the first one of a row, without system prompt and image, after which the first answer comes (in
+dpo.py the last one, whose two answers are compared): never an answer, nor a later turn. Without a question, as in
+captions, features are the encoder's own.
 """
 import torch
 import torch.nn as nn

@@ -37,8 +37,8 @@ def pairs(world, tmp_path):
                 (tmp_path / row['image']).write_bytes(picture('red', 'JPEG', int(row['id'])))
         (tmp_path / 'pairs.json').write_text(json.dumps(entries))
         tokenizer = load_tokenizer(str(world / 'data' / 'tokenizer.model'))
-        return PreferenceSource(str(tmp_path / 'pairs.json'), str(tmp_path), tokenizer, seq_len, View(28, 4), split_turns=True,
-                                **options), tokenizer
+        return PreferenceSource(str(tmp_path / 'pairs.json'), str(tmp_path), tokenizer, seq_len, View(28, 4),
+                                split_turns=True, **options), tokenizer
     return make
 
 
@@ -61,6 +61,14 @@ def test_a_pair_is_two_rows_of_one_prompt_and_one_image(pairs):
     assert len(batch.images) == 2 and batch.image_index.tolist() == [0, 0, 1, 1]        # encoded once for both answers
     assert batch.ids == [f'pairs.json:{i}' for i in range(3) for _ in range(2)]
     assert batch.stats['instruct']['n_sample'] == 3
+
+
+def test_text_cond_reads_the_question_whose_answers_are_compared(pairs):
+    source, tok = pairs([entry(0), entry(1, turns=2)], system_prompt='a photo', text_cond=True)
+    for i in range(2):
+        assert source[i].prompts == 2 * [tok.encode(f'what is on the photo {i} ?')]
+    batch = collate([source[0], source[1]], tok.pad_id)
+    assert len(batch.images) == 2 and batch.image_text == [source[i].prompts[0] for i in range(2)]      # one a pair
 
 
 def test_what_is_no_pair_is_a_bad_sample(pairs):
