@@ -93,12 +93,13 @@ def image_costs(model, config=None):
 def _image_costs(model, image_text):
     from torch.utils.flop_counter import FlopCounterMode                     # half a second of imports
     n, kept = model.n_token // (5 if model.split else 1), {}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}       # saved as views, too: W transposed
     shape = (1, *(5,) * model.split, 3, *sides(model.encoder.image_size))
 
     def keep(t):                       # but no table of attention weights: the fused kernels of real devices keep none
         if t.ndim < 3 or t.shape[-1] != t.shape[-2] and t.shape[-2:] != (n, model.encoder.n_token + n):
             storage = t.untyped_storage()
-            kept[storage._cdata] = 0 if isinstance(t, torch.nn.Parameter) else storage.nbytes()
+            kept[storage._cdata] = 0 if storage._cdata in weights else storage.nbytes()
         return t
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         features = model.image_features(torch.empty(shape, dtype=torch.uint8, device='meta'), image_text)

@@ -98,6 +98,14 @@ def test_flops_of_an_image_by_hand():
     assert costs.image_costs(split)[0] == 5 * per_image and split.n_slot == 5 * n        # of the largest image
 
 
+@pytest.mark.parametrize('freeze', ['none', 'encoder'])
+def test_weights_are_no_part_of_what_an_image_keeps(freeze):
+    one_patch = SigLIPConfig(96, 384, 3, 3, 14, 14)
+    described = costs.meta_vlm(spec_of(2, 64, 300, one_patch), dict(freeze=freeze))
+    weights = 4 * sum(p.numel() for p in described.projector.parameters())
+    assert 0 < costs.image_costs(described)[1] < weights / 4
+
+
 def test_counting_draws_no_random_number():
     spec, before = spec_of(2, 64, 300, TOWER), torch.get_rng_state()
     costs.image_costs(costs.meta_vlm(spec, dict(freeze='none')))
