@@ -174,7 +174,8 @@ class Study:
             jobs.append(self.job(seed, name, argv, jobs, tasks=texts))
             base = f'{name}/ckpt_100'
         if cell['epochs'] != '0':
-            steps = self.along if cell['epochs'] == self.reference['epochs'] else []
+            as_long = all(cell[axis] == self.reference[axis] for axis in ('epochs', 'half'))       # as many steps
+            steps = self.along if as_long else []
             tuning, _ = self.train('finetune', seed, 'finetune', cell)
             name = f'{name}_{tuning}_order{order}'
             _, argv = self.train('finetune', seed, 'finetune', cell, f'--name={name}', f'--seed={seed + 1000 * order}',

@@ -206,6 +206,18 @@ def test_cells_of_figure_4_share_their_text_run_and_differ_in_their_files_alone(
     assert '--seed=1007' in none[1].commands[0][0]
 
 
+def test_a_half_of_the_conversations_is_evaluated_at_its_end_alone(monkeypatch):
+    """It takes half the steps: a step inside the others' stage 3 may lie behind its end."""
+    monkeypatch.chdir(ROOT)
+    tiny = make_study(TINY, '--seeds=7,', '--along=(200,500)')
+    cells = tiny.cells_of('fig7')
+    whole, half = (tiny.chain(cells[line, '50 %'], 7, 0)[-1] for line in ('all of it in stage 3', 'one half in each stage'))
+    ends = lambda one: [os.path.relpath(path, os.path.join(tiny.root, one.name)) for _, path in one.commands]
+    assert 'eval/ckpt_step_200/results.json' in ends(whole)
+    assert ends(half) == ['ckpt_100', 'ckpt_100/eval/results.json']
+    assert not any(word.startswith('--save_every') for word in half.commands[0][0])
+
+
 def test_masks_are_axes_and_that_of_documents_begins_in_stage_1(monkeypatch):
     monkeypatch.chdir(ROOT)
     tiny = make_study(TINY, '--seeds=7,')
