@@ -1,5 +1,5 @@
 """
-A small SMART-101 in the release's layout, of the tiny world's scenes (tinyworld.py): twelve puzzles of all categories.
+A small SMART-101 in the release's layout, of the tiny world's scenes (tinyscenes.py): twelve puzzles of all categories.
     python tinypuzzles.py --out=data/tiny/SMART101-Data                # the release's slip included: 62/puzzle_63.csv
 
 Most questions name a colour or a shape, so that neither the picture nor the question is enough.
@@ -14,7 +14,7 @@ from errors import user_error_hook
 from files import write_file, writing
 from puzzles import COLUMNS, LETTERS
 from shards import new_folder
-from tinyworld import COLOURS, CELLS, GRID, SHAPES, Draws, encode_image, make_scene, render
+from tinyscenes import COLOURS, CELLS, GRID, SHAPES, Draws, encode_image, make_scene, render
 
 ICON = dict(star='star', ring='ball', square='books', triangle='tree')
 WORD = {'+': 'and', '-': 'but', 'x': 'of', '/': 'or'}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmark_files
 import evaluate
 import scorers
+import tinyscenes as ts
 import tinyworld as tw
 from data import CaptionSource, InstructSource, TextSource, load_tokenizer
 from images import View
@@ -55,7 +57,7 @@ def scene_of(caption):
     things = []
     for thing in caption.removesuffix(' .').split(' . '):
         words = thing.split(' ')
-        (cell,), (colour,) = set(words) & set(tw.CELLS), set(words) & {*tw.COLOURS, 'word'}
+        (cell,), (colour,) = set(words) & set(ts.CELLS), set(words) & {*ts.COLOURS, 'word'}
         (shape,) = set(words) - {cell, colour}
         things.append(f'{cell} {colour} {shape} .')
     return ' '.join(sorted(things))
@@ -86,86 +88,50 @@ def test_splits_are_disjoint_and_every_file_keeps_to_its_own(world):
     split = {'captions': 'train', 'captions_val': 'choice'}
     for folder, name in split.items():
         for caption in captions(world, folder).values():
-            rest = tw.zlib.crc32(scene_of(caption).encode()) % 10
+            rest = zlib.crc32(scene_of(caption).encode()) % 10
             assert rest in {'train': range(2, 10), 'choice': [1]}[name], caption
     for folder, rest in (('eval', 0), ('eval_choice', 1)):
         for line in (world / folder / 'text/reading.jsonl').read_text().splitlines():
             scene = re.match(r'.* \.(?= )', json.loads(line)['query']).group()
-            assert tw.zlib.crc32(scene.encode()) % 10 == rest, scene
+            assert zlib.crc32(scene.encode()) % 10 == rest, scene
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
     source = TextSource([str(world / 'text')], tokenizer, 96, row_len=96)
     for i in range(len(source)):
         scene = re.match(r'([a-d][1-4] \w+ \w+ \. ?)+', tokenizer.decode(source[i].tokens.tolist()))
         if scene and scene.end() < 150:                   # a whole listing: what follows is no cell
-            assert tw.zlib.crc32(scene.group().strip().encode()) % 10 > 1, scene.group()
+            assert zlib.crc32(scene.group().strip().encode()) % 10 > 1, scene.group()
 
 
 def test_held_out_pairs_are_in_no_training_image_and_in_every_held_out_question(world):
-    names = [' '.join(pair) for pair in tw.HELD_OUT]
+    names = [' '.join(pair) for pair in ts.HELD_OUT]
     asked = json.dumps([row for row in conversations(world) if 'image' in row])
     seen = asked + ' '.join(captions(world, 'captions').values())
     assert not [name for name in names if name in seen]
-    _, shown = tw.encoder_batch(tw.Draws(1), 200)
-    assert not set(shown.unique().tolist()) & {tw.NAMES.index(pair) for pair in tw.HELD_OUT}
-    draw = tw.Draws(3)
-    text = ' '.join(tw.scene_document(draw) for _ in range(100))
+    _, shown = tw.encoder_batch(ts.Draws(1), 200)
+    assert not set(shown.unique().tolist()) & {tw.NAMES.index(pair) for pair in ts.HELD_OUT}
+    draw = ts.Draws(3)
+    text = ' '.join(ts.scene_document(draw) for _ in range(100))
     assert all(name in text for name in names), 'text is where a model meets them'
     file = world / 'eval/vqav2_heldout/v2_mscoco_val2014_annotations.json'
-    assert {row['question_type'] for row in json.loads(file.read_text())['annotations']} == set(tw.KINDS)
-
-
-def test_answers_are_what_the_scene_shows():
-    draw = tw.Draws(5)
-    for _ in range(300):
-        scene = tw.make_scene(draw, 'train')
-        text = tw.listing(scene.things)
-        for kind in (*tw.KINDS, 'read', 'box', 'fact'):
-            got = tw.ask(kind, scene, draw)
-            if got is None:
-                continue
-            question, answer, blind = got
-            about = question.rstrip('?').split(' ')
-            if kind == 'colour':
-                assert re.findall(rf'(\w+) {about[-1]} ', text) == [answer]
-            elif kind == 'shape':
-                assert re.findall(rf'{about[-1]} (\w+) ', text) == [answer]
-            elif kind == 'presence':
-                assert (' '.join(about[-2:]) in text) == (answer == 'yes')
-            elif kind == 'where':
-                assert f"{answer} {' '.join(about[-2:])} " in text
-            elif kind == 'at':
-                assert f'{about[-1]} {answer} .' in text if answer != 'nothing' else f'{about[-1]} ' not in text
-            elif kind == 'count':
-                assert int(answer) == text.count('.') - text.count('word')
-            elif kind == 'read':
-                assert f'word {answer} ' in text
-            elif kind == 'fact':
-                shape, relation = question.removeprefix('the ').rstrip('?').split(' ', 1)
-                (colour,) = re.findall(rf'(\w+) {shape} ', text)
-                assert answer == f'{colour} {shape} {relation} {tw.pair_facts()[colour, shape, relation]}'
-            assert kind == 'presence' or answer in blind
+    assert {row['question_type'] for row in json.loads(file.read_text())['annotations']} == set(ts.KINDS)
 
 
 def test_a_caption_tells_the_same_scene_in_the_orders_of_the_text(world):
     orders = set()
     for caption in captions(world, 'captions').values():
-        kind = lambda w: 'cell' if w in tw.CELLS else 'colour' if w in {*tw.COLOURS, 'word'} else 'shape'
+        kind = lambda w: 'cell' if w in ts.CELLS else 'colour' if w in {*ts.COLOURS, 'word'} else 'shape'
         kinds = [[kind(w) for w in thing.split()]
                  for thing in caption.removesuffix(' .').split(' . ')]
         assert 3 <= len(kinds) <= 5 and all(one == kinds[0] and len(set(one)) == 3 for one in kinds), caption
         orders.add(tuple(kinds[0]))
     assert ('shape', 'colour', 'cell') in orders and len(orders) >= 3
-    draw = tw.Draws(8)
-    seen = [tuple(tw.field_order(draw)) for _ in range(4000)]
-    share = {order: seen.count(order) / 4000 for order in set(seen)}     # five standard errors
-    assert abs(share[2, 1, 0] - 0.5 - 0.35 / 6) < 0.04 and abs(share[0, 1, 2] - 0.15 - 0.35 / 6) < 0.033
 
 
 def test_instructions_ask_facts_of_known_pairs_alone_and_answers_score_1_against_themselves(world):
-    names = {what: [' '.join(pair) for pair in pairs] for what, pairs in (('known', tw.KNOWN), ('new', tw.NEW))}
+    names = {what: [' '.join(pair) for pair in pairs] for what, pairs in (('known', ts.KNOWN), ('new', ts.NEW))}
     assert not set(names['known']) & set(names['new']) and len(names['new']) == 4
-    assert not {*tw.KNOWN, *tw.NEW} & {*tw.HELD_OUT}, 'these are in no training image'
-    relations = tuple(tw.PAIR_RELATIONS)
+    assert not {*ts.KNOWN, *ts.NEW} & {*ts.HELD_OUT}, 'these are in no training image'
+    relations = tuple(ts.PAIR_RELATIONS)
     answers = [turn['value'] for row in conversations(world) for turn in row['conversations'][1::2]]
     told = [a for a in answers if len(a.split()) > 3 and any(f' {r} ' in a for r in relations)]
     assert len(told) > SMALL['n_instruct'] / 2
@@ -186,7 +152,7 @@ def test_instructions_ask_facts_of_known_pairs_alone_and_answers_score_1_against
     result, _ = scorers.summarise(task, gold)
     assert result['score'] == result['types']['new']['score'] == 1.0
     # the text says every fact of a pair, in the words that the answer repeats
-    said = {f'{text} {answer}' for text, answer, _ in tw.facts(study=True)}
+    said = {f'{text} {answer}' for text, answer, _ in ts.facts(study=True)}
     assert {f'the {answer}' for answer in gold} <= said and len(said) == 5 * 32 + 4 * 16
 
 
@@ -203,16 +169,16 @@ def test_the_speedruns_world_knows_no_facts_about_pairs(tmp_path):
     said = captions(tmp_path / 'world', 'captions').values()
     assert all(re.fullmatch(r'([abc][123] \w+ \w+ \. ?)+', caption) for caption in said)
     assert not re.search(r' (eats|plays|comes from)\b', json.dumps(conversations(tmp_path / 'world')))
-    assert len(tw.facts()) == 5 * 32
-    assert not re.search(r'(eats|plays)\?', ' '.join(tw.scene_document(tw.Draws(i)) for i in range(60)))
+    assert len(ts.facts()) == 5 * 32
+    assert not re.search(r'(eats|plays)\?', ' '.join(ts.scene_document(ts.Draws(i)) for i in range(60)))
 
 
 def test_the_blind_guessers_caption_loss_is_the_entropy_of_what_is_drawn(world):
     """An independent judge: the probability of each drawn caption, thing by thing, averaged over many captions."""
-    draw, nats, n_word = tw.Draws(12), [], []
+    draw, nats, n_word = ts.Draws(12), [], []
     for _ in range(3000):
-        scene = tw.make_scene(draw, 'train')
-        order = tw.field_order(draw)
+        scene = ts.make_scene(draw, 'train')
+        order = ts.field_order(draw)
         things = draw.sample(scene.things)
         p = 0.5 * 0.5                                                    # 3 or 4 objects; a word or none
         p *= {(2, 1, 0): 0.5, (0, 1, 2): 0.15}.get(tuple(order), 0) + 0.35 / 6
@@ -234,20 +200,6 @@ def test_the_blind_guessers_caption_loss_is_the_entropy_of_what_is_drawn(world):
     assert values['blind_caption_loss'] == round(tw.blind_caption_loss(), 2)
 
 
-def test_boxes_are_tight_around_what_is_painted():
-    draw = tw.Draws(6)
-    for _ in range(40):
-        scene = tw.make_scene(draw, 'train')
-        differs = np.abs(tw.render([scene])[0].astype(int) - scene.grey).max(-1) > 3
-        for thing in scene.objects:
-            x1, y1, x2, y2 = thing.box
-            cell = np.zeros((tw.SIZE, tw.SIZE), bool)
-            y, x = thing.cell // tw.GRID * tw.CELL, thing.cell % tw.GRID * tw.CELL
-            cell[y:y + tw.CELL, x:x + tw.CELL] = True
-            ys, xs = np.nonzero(differs & cell)
-            assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (x1, y1, x2, y2), thing
-
-
 def test_training_files_are_read_by_the_sources(world):
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
     rows = TextSource([str(world / 'text')], tokenizer, 96, row_len=96)
@@ -256,17 +208,17 @@ def test_training_files_are_read_by_the_sources(world):
         assert len(json.loads(gzip.decompress(tar.extractfile('00000000.json.gz').read()))) == 97
     english = TextSource([str(world / 'english')], tokenizer, 96, row_len=96)
     assert 'assert' in tokenizer.decode(english[0].tokens.tolist()).lower()
-    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, View(tw.SIZE, len(tw.CELLS)))
+    pairs = CaptionSource([str(world / 'captions')], tokenizer, 96, View(ts.SIZE, len(ts.CELLS)))
     assert len(pairs) == SMALL['n_caption'] and not pairs.damaged
     kinds = {'png': 0, 'jpg': 0}
     for i in range(len(pairs)):
-        assert pairs[i].images[0].shape == (3, tw.SIZE, tw.SIZE)
+        assert pairs[i].images[0].shape == (3, ts.SIZE, ts.SIZE)
     with tarfile.open(world / 'captions/00000.tar') as tar:
         for name in tar.getnames():
             kinds[name[-3:]] = kinds.get(name[-3:], 0) + 1
     assert kinds['png'] == 6 and kinds['jpg'] == 18
     chats = InstructSource(str(world / 'instruct/llava.json'), str(world / 'instruct'), tokenizer, 128,
-                           View(tw.SIZE, len(tw.CELLS)))
+                           View(ts.SIZE, len(ts.CELLS)))
     assert len(chats) == SMALL['n_instruct']
     lengths = [int((chats[i].tokens != tokenizer.pad_id).sum()) for i in range(len(chats))]
     assert max(lengths) < 128, 'a conversation is cut at 128 tokens'
@@ -291,7 +243,7 @@ def test_benchmarks_are_read_by_evaluate_with_balanced_answers(world):
     box = tasks['refcoco'].examples[0]
     assert re.fullmatch(r'box of the \w+ \w+\?', box.prompt)
     for task in tasks.values():
-        assert all(Image.open(example.image).size == (tw.SIZE, tw.SIZE) for example in task.examples if example.image)
+        assert all(Image.open(example.image).size == (ts.SIZE, ts.SIZE) for example in task.examples if example.image)
     refs = benchmark_files.read_refs(str(world / 'eval/refcoco/refs(unc).p'))
     assert {'ref_id', 'ann_id', 'image_id', 'category_id', 'split', 'sent_ids', 'sentences'} <= refs[0].keys()
 
@@ -307,15 +259,13 @@ def test_crowded_scenes_ask_about_one_of_eight_objects(world, tmp_path):
     assert len(samples) == 5 and all(s.tokens.shape[0] == len({tuple(p) for p in s.prompts}) == 4 for s in samples)
     (task,) = evaluate.find_tasks(evaluate.default_options(eval_dir=str(tmp_path / 'a/eval')))
     assert len(task.examples) == 8 and {e.types[0] for e in task.examples} == {'at', 'where'}
-    scenes = [tw.make_scene(tw.Draws(i), split, word=False, n_object=8) for i, split in enumerate(('train', 'test'))]
-    assert all(len({(t.colour, t.shape) for t in s.objects}) == 8 and not s.words for s in scenes)
 
 
 def test_the_tokenizer_spells_the_world_in_whole_words_and_bytes(world):
     tokenizer = load_tokenizer(str(world / 'tokenizer.model'))
-    words = [*tw.COLOURS, *tw.SHAPES, *tw.WORDS, *tw.CELLS, 'yes', 'no', 'nothing', 'word', '3', '4']
+    words = [*ts.COLOURS, *ts.SHAPES, *ts.WORDS, *ts.CELLS, 'yes', 'no', 'nothing', 'word', '3', '4']
     assert not [word for word in words if len(tokenizer.encode(word)) != 1]
-    box = tw.box_text((1, 15, 13, 27))
+    box = ts.box_text((1, 15, 13, 27))
     assert len(tokenizer.encode(box)) == 6, 'bracket, four numbers with their commas, bracket'
     for text in ('naïve café, 東京 🙂\n\tx = {1: 2}', f'a2 red star . box of the red star? {box}'):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -323,17 +273,17 @@ def test_the_tokenizer_spells_the_world_in_whole_words_and_bytes(world):
 
 def test_the_encoder_learns_is_reproducible_and_loads_at_both_layers(tmp_path):
     encoder, table = tw.train_encoder(str(tmp_path / 'a'), n_step=100, n_thread=1)
-    images, shown = tw.encoder_batch(tw.Draws(0, 9), 200, 'choice', held_out=1)
+    images, shown = tw.encoder_batch(ts.Draws(0, 9), 200, 'choice', held_out=1)
     with torch.no_grad():                                 # which of all phrases is nearest to a patch?
         vectors = F.normalize(table(ids := tw.phrases()).sum(2), dim=-1).flatten(0, 1)           # (cells x names, C)
         best = (F.normalize(encoder(images), dim=-1) @ vectors.T).argmax(-1)                     # (n, cells)
     cell, name = best // len(tw.NAMES), best % len(tw.NAMES)
-    same_colour, pair = ids[0, name, 0] == ids[0, shown, 0], shown < len(tw.PAIRS)
-    assert same_colour[pair].float().mean() > 0.8 and (cell == torch.arange(len(tw.CELLS))).float().mean() > 0.9
+    same_colour, pair = ids[0, name, 0] == ids[0, shown, 0], shown < len(ts.PAIRS)
+    assert same_colour[pair].float().mean() > 0.8 and (cell == torch.arange(len(ts.CELLS))).float().mean() > 0.9
     assert (name == shown)[shown == len(tw.NAMES) - 1].float().mean() > 0.9, 'nothing'
-    images, _ = tw.encoder_batch(tw.Draws(4), 3, 'choice')
+    images, _ = tw.encoder_batch(ts.Draws(4), 3, 'choice')
     middle, last = SigLIP.from_pretrained(str(tmp_path / 'a')), SigLIP.from_pretrained(str(tmp_path / 'a'), -1, True)
-    assert middle(images).shape == last(images).shape == (3, len(tw.CELLS), 96)
+    assert middle(images).shape == last(images).shape == (3, len(ts.CELLS), 96)
     assert 0.8 < middle(images).norm(dim=-1).mean() / 96 ** 0.5 < 1.2, 'features near unit variance'
 
 
@@ -362,8 +312,8 @@ def test_preferences_name_what_is_there_before_what_is_not(tmp_path):
     tw.write_preferences(str(tmp_path), n=48, seed=(3, 9))
     rows = json.loads((tmp_path / 'preferences.json').read_text())
     assert len({row['image'] for row in rows}) == 48 and {row['preference'] for row in rows} == {1, 2}
-    draw = tw.Draws(3, 9)
-    scenes = [tw.make_scene(draw, 'train') for _ in rows]
+    draw = ts.Draws(3, 9)
+    scenes = [ts.make_scene(draw, 'train') for _ in rows]
     said = []
     for row, scene in zip(rows, scenes):
         there = {thing.name for thing in scene.objects}
@@ -375,8 +325,8 @@ def test_preferences_name_what_is_there_before_what_is_not(tmp_path):
             assert (better, worse) == (('yes', 'no') if yes else ('no', 'yes'))
             said.append(better)
         else:
-            cell = tw.CELLS.index(question[len('what is at '):-1])
+            cell = ts.CELLS.index(question[len('what is at '):-1])
             shown = [thing.name for thing in scene.things if thing.cell == cell] or ['nothing']
-            assert better == shown[0] and worse not in there and tuple(worse.split()) in tw.SEEN
+            assert better == shown[0] and worse not in there and tuple(worse.split()) in ts.SEEN
         assert [turn['value'] for turn in row['conversations'][1:]] == [''] and (tmp_path / row['image']).exists()
     assert said.count('yes') == said.count('no') == 12
