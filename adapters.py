@@ -54,8 +54,9 @@ class AdaptedLinear(nn.Module):
 def adapter_spec(config):
     """A description's 'adapters' that a stage's config asks for, their base still to be said; None for none."""
     rank = config.get('lora_rank')
-    if not rank and (config.get('lora_alpha') or config.get('rslora') or config.get('dora')):
-        raise UserError("lora_alpha, rslora and dora are of adapters: give --lora_rank=N, too")
+    if not rank and (config.get('lora_alpha') or config.get('rslora') or config.get('dora')
+                     or config.get('lora_on', 'decoder') != 'decoder'):
+        raise UserError("lora_alpha, rslora, dora and lora_on are of adapters: give --lora_rank=N, too")
     return dict(rank=rank, alpha=config['lora_alpha'] or 2.0 * rank, rslora=config.get('rslora', False),
                 dora=config.get('dora', False), on=config.get('lora_on', 'decoder'), base='') if rank else None
 
@@ -93,10 +94,16 @@ def _layers(module, kind):
             if isinstance(child, kind)]
 
 
+def trains_decoder(config, spec):
+    """Do the decoder's own weights train in a run of this config and description?"""
+    frozen, adapted = PARTS.get(config.get('freeze'), ()), PARTS.get((spec.get('adapters') or {}).get('on'), ())
+    return 'decoder' not in (*frozen, *adapted)
+
+
 def set_trained(model, freeze):
     """
-    Say what of a VLM trains. A part with adapters trains these alone, whatever freeze says; the projector and text_cond
-    always do.
+    Say what of a VLM trains. A part with adapters trains these alone, whatever freeze says; projector, cross blocks and
+    text_cond always do.
     freeze  one of PARTS: which parts without adapters stay as they are
     """
     for part in PARTS['both']:

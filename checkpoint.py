@@ -2,7 +2,7 @@
 Checkpoint folders: written whole or not at all, pruned, read back by name, and checked against the run that reads them.
 
     python checkpoint.py merge CHECKPOINT OUT            # a model with adapters as an ordinary one
-    python checkpoint.py merge BASE OUT ADAPTERS         # the same from the adapters.safetensors of a run on BASE
+    python checkpoint.py merge BASE OUT ADAPTERS         # the same of a run's adapters.safetensors beside its meta.json
 
 Inside one: model.safetensors (OpenLM's names under `decoder.`, `projector.`, `cross.`), encoder.safetensors, optim.pt
 (moments by name), meta.json, the tokenizer. A frozen encoder is one file with a link from every checkpoint. A model
@@ -21,15 +21,16 @@ import subprocess
 import sys
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adapters import SPEC, add_adapters, merge_adapters
+from adapters import SPEC, merge_adapters
 from data import load_tokenizer
 from decoder import DECODER
 from errors import Field, UserError, check, first_line, reading, user_error_hook
+from files import writing
 from mixture import COUNTS
 from model import build_vlm
+from shards import new_folder
 from text_cond import SPEC as TEXT_COND
 from vision import fit_positions
 from weights import fill, finite, read_json, read_pt, tensors
@@ -120,13 +121,12 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', 
     if encoder:
         _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
     if meta['spec'].get('adapters'):
-        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'),
-                  {'adapters': json.dumps(meta['spec']['adapters'])})
+        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'))
     if moments is not None:
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:
         f.write(tokenizer.content)                           # its file may be gone by now, with a base that was pruned
-    meta['files'] = {name: digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    meta['files'] = {name: digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name[0] != '.'}
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     for name in os.listdir(folder):
@@ -387,30 +387,33 @@ def load_vlm(folder, device='cpu'):
 
 def merge(folder, out, adapters=''):
     """
-    Write a checkpoint with adapters, or a base with a run's adapters.safetensors, as an ordinary one in a new folder.
-    Raises UserError for adapters of another base.
+    Write a checkpoint with adapters as an ordinary one in a new folder; or what it was trained on with a run's
+    adapters.safetensors, its meta.json beside it.
+    Raises UserError for adapters of another base, and for those of a run with frozen parts that the base does not have.
     """
-    model, tokenizer, meta = load_vlm(folder)
-    if adapters:
-        with reading(adapters, 'the adapters.safetensors of a run'), safe_open(adapters, 'pt') as file:
-            spec = json.loads(file.metadata()['adapters'])
-            check(spec, Field(dict, of=SPEC), adapters)
-        base = meta['files']['model.safetensors']['sha256']
-        if spec['base'] != base:
-            raise UserError(f"{adapters}: adapters of the base with sha256 {spec['base'][:12]}..., that of {folder} is "
-                            f"{base[:12]}...: give the checkpoint that they were trained on")
-        add_adapters(model, spec)
-        fill(model, tensors(adapters))
-        merge_adapters(model)
-    elif not meta['spec'].pop('adapters', None):
-        raise UserError(f"{folder} has no adapters: nothing to merge")
-    if os.path.lexists(out):
-        raise UserError(f"{out} is there already: give a new folder")
-    tmp = f'{os.path.normpath(out)}.tmp'
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
-    _write_checkpoint(tmp, model.state_dict(), None, tokenizer, meta)
-    os.rename(tmp, out)
+    with writing(out), new_folder(out) as part:
+        model, tokenizer, meta = _with_adapters(folder, adapters) if adapters else load_vlm(folder)
+        if not meta['spec'].pop('adapters', None):
+            raise UserError(f"{folder} has no adapters: nothing to merge")
+        _write_checkpoint(part, model.state_dict(), None, tokenizer, meta)
+
+
+def _with_adapters(folder, adapters):
+    """The model of a run, from its base's folder and its adapters.safetensors; returns what load_vlm does."""
+    base, run = read_meta(folder), os.path.dirname(adapters)
+    meta = read_meta(run)
+    there, here = (meta['spec'].get('adapters') or {}).get('base', ''), base['files']['model.safetensors']['sha256']
+    if there != here:
+        raise UserError(f"{adapters}: adapters of the base with sha256 {there[:12]}..., that of {folder} is "
+                        f"{here[:12]}...: give the checkpoint that they were trained on")
+    model, trained = build(run, meta['spec']), tensors(checked_path(run, meta, os.path.basename(adapters)))
+    lacks = load_weights(model, folder, base, ('',), print)
+    if missing := [name for name in lacks if name not in trained]:
+        raise UserError(f"{folder} and {adapters} lack {missing[0]}, which was frozen: give the run's own checkpoint "
+                        "(checkpoint.py merge CHECKPOINT OUT)")
+    fill(model, trained)
+    merge_adapters(model)
+    return model, read_tokenizer(folder, base), meta
 
 
 # --- check ------------------------------------------------------------------------------------------------------------

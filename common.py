@@ -207,6 +207,9 @@ class Run:
         asked, theirs = self.asked_adapters, spec.get('adapters')
         if asked and theirs and theirs != dict(asked, base=theirs['base']):
             self.process.print(f"!!! the lora keys have no effect: {self.folder} brings its own adapters")
+        elif theirs and not asked and not self.resumed:
+            self.process.print(f"{self.folder} has adapters on {theirs['on']}, which alone train there; checkpoint.py "
+                               "merge makes an ordinary checkpoint of it")
         if theirs or not asked:
             return False
         base = self.meta['files']['model.safetensors']['sha256'] if self.meta else ''      # '': OpenLM's own file
@@ -267,8 +270,6 @@ class Run:
         # untouched without images
         may_lack = untouched if self.resumed and seen_images else (
             'projector.', 'encoder.', 'cross.', 'text_cond.', *untouched)
-        if not self.resumed and self.meta['config'].get('freeze') in ('decoder', 'both'):
-            may_lack += ('decoder.',)
         fresh = checkpoint.load_optimizer(optimizer, self.folder, self.meta, may_lack)
         if fresh is None:
             raise UserError(f"{self.folder}: optim.pt is gone, so the run cannot go on exactly; use it as --init_from "
@@ -306,8 +307,11 @@ class Run:
             self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config), self.config)
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
-        self.encoder_file = kept if frozen and self.folder and os.path.exists(kept) else ''
+        same = self.folder and frozen and self.meta['spec']['encoder'] == spec['encoder']      # not so at another size
+        self.encoder_file = kept if same and os.path.exists(kept) else ''
         self.frozen = frozen
+        if frozen and self.config.get('encoder_lr'):
+            self.process.print(f"!!! encoder_lr has no effect: freeze={self.config['freeze']!r}")
         if self.process.master:
             if not self.resumed:
                 checkpoint.open_folder(self.out_dir)

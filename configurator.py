@@ -9,8 +9,9 @@ brackets holds bounds (`>= 1`), the allowed words (`'auto' | 'cpu'`), `pairs` fo
 where a resumed run may have another value. Bounds of a tuple are those of its items.
 
 A config file is Python that assigns some of the script's keys (names that start with `_` are free). It sees the values
-so far and `stage` ('text', 'mix', 'finetune', 'dpo', 'evaluate'), so that one file can hold a scale for all. Files
-that read `stage` come after the others, wherever they stand on the command line, whose --stage= holds for all of them.
+so far and `stage` ('text', 'mix', 'finetune', 'dpo', 'evaluate', 'study', 'smart101'), so that one file can hold a
+scale for all. Files that read `stage` come after the others, wherever they stand on the command line, whose --stage=
+holds for all of them.
 Config files are code, like the scripts: run only those you would run as a script.
 """
 import ast

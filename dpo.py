@@ -88,6 +88,8 @@ if dry_run:
         sys.stdout = open(os.devnull, 'w')                       # one process speaks
     costs.print_config(config)
 common.require(inputs, dry_run)
+if not os.path.isfile(pairs_file):
+    raise UserError(f"preferences={preferences!r}: {pairs_file} is no file; expected one JSON file of pairs")
 
 # --- where it starts --------------------------------------------------------------------------------------------------
 process = common.setup_process(device, dtype, n_thread)

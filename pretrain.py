@@ -17,7 +17,7 @@ import torch
 import checkpoint
 import common
 import costs
-from adapters import set_trained
+from adapters import set_trained, trains_decoder
 from configurator import configure
 from data import CaptionSource, InstructSource, Mixture, load_tokenizer
 from errors import UserError, leave, user_error_hook
@@ -239,6 +239,11 @@ if eval_every and val_text:
     validation['val_text_loss'] = run.text_mixture(((val_text, 1.0),), tokenizer, seq_len)
 if eval_every and val_captions and has_images:
     validation['val_caption_loss'] = caption_mixture(((val_captions, 1.0),))
+for key, held_out in validation.items():
+    n_row = min(eval_rows, sum(len(shuffled.source) for shuffled in held_out.sources.values()))
+    if n_row < run.micro_batch_size * process.world_size:
+        process.print(f"!!! {key}: {n_row} rows do not fill a micro-step ({run.micro_batch_size} on each of "
+                      f"{process.world_size} processes): some rows count more than once")
 if dry_run:
     costs.print_passes(mixture, max_steps * global_batch_size)
     leave(0)
@@ -273,7 +278,8 @@ elif schedule == 'cooldown':
     if not run.meta:
         foreign_file, foreign, lr_there = openlm_moments(init_from)
     moments = 'loaded' if foreign or run.meta and os.path.exists(os.path.join(run.folder, 'optim.pt')) else 'none'
-    if fresh_adapters:                           # what the base has are those of weights that stay
+    thaws = run.meta and trains_decoder(config, spec) and not trains_decoder(run.meta['config'], run.meta['spec'])
+    if fresh_adapters or thaws:                  # what the base has are not those of what trains here
         moments, foreign = 'none', {}
 if run.resumed:
     curve = run.meta['schedule']
@@ -310,7 +316,8 @@ if foreign:
                                     f'{foreign_file} (move it away to start with fresh moments)')
     process.print(f"AdamW moments from {foreign_file}; fresh for {len(fresh)} tensors")
 elif run.resumed or moments == 'loaded':
-    run.load_moments(optimizer)                  # by name; the projector of a text-only checkpoint starts fresh
+    # by name; the projector of a text-only checkpoint starts fresh, text_cond until an instruction has come
+    run.load_moments(optimizer, () if run.seen.get('instruct', {}).get('n_image') else ('text_cond.',))
 elif moments == 'none':
     process.print(f"no AdamW moments for this in {init_from}: fresh ones, {moments_warmup_steps} steps of warmup")
 warmup = curve.get('warmup', curve.get('moments_warmup', 0))
@@ -326,7 +333,7 @@ def validate():
     line, per_micro = {'step': run.step}, run.micro_batch_size * process.world_size
     for key, held_out in validation.items():
         n_row = sum(len(shuffled.source) for shuffled in held_out.sources.values())
-        n_row = max(1, min(eval_rows, n_row) // per_micro) * per_micro   # whole micro-batches, each row at most once
+        n_row = max(1, min(eval_rows, n_row) // per_micro) * per_micro   # whole micro-batches, at least one
         nll = n_kept = 0
         for batch in run.loader(held_out, tokenizer.pad_id, start=0, stop=1, global_batch_size=n_row, n_worker=0,
                                 pad_to=seq_len):                         # one "step" that holds all rows

@@ -12,6 +12,7 @@ import os
 import sys
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import common
@@ -118,6 +119,10 @@ spec = dict(decoder=run.meta['spec']['decoder'], image_id=run.meta['spec']['imag
 about = folder, tokenizer, vlm.decoder.config.seq_len, vlm.encoder.image_size if vlm.encoder else 0
 sources = {part: {puzzle: PuzzleSource(puzzle, items, *about) for puzzle, items in groups.items()}
            for part, groups in rows.items()}
+scored = [source for part in ('val', 'test') for source in sources[part].values()]
+for source in tqdm(scored, 'pictures that are scored', disable=None):
+    for i in range(len(source)):                                 # all can be read: not to be learned at the last step
+        source[i]
 train = list(sources['train'].values())                          # a source a puzzle: the log has the loss of each
 mixture = Mixture(train, list(map(len, train)), seed, max_bad_samples=max_bad_samples)
 run.plan(max_steps, {max_steps: 'ckpt_100'})
@@ -139,7 +144,7 @@ if run.resumed:
 # --- scores -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(part):
-    """accuracies() of a part's rows; UserError for a picture that cannot be read."""
+    """accuracies() of a part's rows, all of them."""
     model.eval()
     asked, said = [], []
     for puzzle, source in sources[part].items():

@@ -55,6 +55,8 @@ class TextCond(nn.Module):
 def text_cond_spec(config):
     """What a description says of a config's text_cond: nothing for 'none', else its 'text_cond'."""
     kind = config.get('text_cond', 'none')
+    if kind != 'prefix' and config.get('cond_layers'):
+        raise UserError(f"cond_layers is of text_cond='prefix', here it is {kind!r}")
     if kind == 'none':
         return {}
     return dict(text_cond=dict(kind=kind, layers=config['cond_layers']) if kind == 'prefix' else dict(kind=kind))

@@ -1,6 +1,5 @@
 """adapters.py: LoRA and DoRA against their formulas and peft, what trains, merging, whole runs with adapters."""
 import copy
-import json
 import os
 import shutil
 import signal
@@ -9,7 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import meta_of, mix, same_weights, steps
-from safetensors import safe_open
 from safetensors.torch import load_file
 from test_finetune import chat
 from test_pretrain import KILL, equal, tensors
@@ -247,7 +245,7 @@ def test_what_makes_no_sense_is_one_line():
     config = dict(lora_rank=0, lora_alpha=0.0, rslora=False, dora=False, lora_on='decoder')
     assert adapter_spec(config) is None and adapter_spec({}) is None
     assert adapter_spec(config | dict(lora_rank=8)) == asked(rank=8, alpha=16.0)
-    for key, value in (('dora', True), ('rslora', True), ('lora_alpha', 3.0)):
+    for key, value in (('dora', True), ('rslora', True), ('lora_alpha', 3.0), ('lora_on', 'both')):
         with pytest.raises(UserError, match='are of adapters: give --lora_rank=N'):
             adapter_spec(config | {key: value})
     text = build_vlm(spec_of(images=False), 0)
@@ -278,8 +276,6 @@ def test_adapters_alone_are_a_small_file_that_names_its_base(tuned, stage_2):
     sha256 = meta_of(stage_2 / 'ckpt_100')['files']['model.safetensors']['sha256']
     assert meta['spec']['adapters'] == asked(rank=4, alpha=8.0, dora=True, on='both', base=sha256)
     small = load_file(folder / 'adapters.safetensors')
-    with safe_open(folder / 'adapters.safetensors', 'pt') as file:
-        assert json.loads(file.metadata()['adapters']) == meta['spec']['adapters']
     assert {name.split('.')[-1] for name in small} == {'lora_A', 'lora_B', 'magnitude', 'weight', 'bias'}
     assert {name.split('.')[0] for name in small if name.endswith(('weight', 'bias'))} == {'projector'}
     moments = torch.load(folder / 'optim.pt', weights_only=True)
@@ -337,10 +333,46 @@ def test_merged_is_an_ordinary_checkpoint_with_the_same_logits(world, scripts, s
     assert 'nothing to merge' in scripts.refuses('checkpoint.py', 'merge', out, tmp_path / 'again')
     assert 'is there already' in scripts.refuses('checkpoint.py', 'merge', folder, out)
     assert 'usage: python checkpoint.py merge' in scripts.refuses('checkpoint.py', 'merge', folder)
+    shutil.copytree(folder, tmp_path / 'bad')
+    bad = tmp_path / 'bad' / 'adapters.safetensors'
     for content in (b'', b'x' * 100, (folder / 'model.safetensors').read_bytes()):
-        (tmp_path / 'bad').write_bytes(content)
-        assert 'bad' in scripts.refuses('checkpoint.py', 'merge', stage_2 / 'ckpt_100', tmp_path / 'wrong', tmp_path / 'bad')
-    assert not (tmp_path / 'wrong').exists()
+        bad.write_bytes(content)
+        line = scripts.refuses('checkpoint.py', 'merge', stage_2 / 'ckpt_100', tmp_path / 'wrong', bad)
+        assert str(bad) in line and 'damaged, or from another checkpoint' in line
+    (tmp_path / 'bad' / 'meta.json').unlink()
+    assert 'no meta.json there' in scripts.refuses('checkpoint.py', 'merge', stage_2 / 'ckpt_100', tmp_path / 'wrong', bad)
+    assert 'cannot be written' in scripts.refuses('checkpoint.py', 'merge', folder, '/proc/nope/out')
+    assert not list(tmp_path.glob('wrong*'))
+
+
+def test_a_merge_on_the_base_is_the_run_whatever_it_added(world, scripts, stage_1, stage_2, tmp_path):
+    """What asks the encoder, how images are seen, the stage and its prompt are the run's; its tensors, too."""
+    base, sent = stage_2 / 'ckpt_100', tmp_path / 'sent'
+    scripts(*chat(world, base, '--lora_rank=2', '--text_cond=append', '--split=true', '--split_turns=true', '--max_steps=2',
+                  '--system_prompt=be kind', f'--out_dir={tmp_path / "run"}'))
+    folder = tmp_path / 'run' / 'ckpt_100'
+    sent.mkdir()
+    for name in ('adapters.safetensors', 'meta.json'):
+        shutil.copy(folder / name, sent)
+    scripts('checkpoint.py', 'merge', folder, tmp_path / 'whole')
+    scripts('checkpoint.py', 'merge', base, tmp_path / 'two', sent / 'adapters.safetensors')
+    for name in ('model.safetensors', 'encoder.safetensors'):
+        assert same_weights(tmp_path / 'whole', tmp_path / 'two', name)
+    whole, two = (meta_of(tmp_path / name) for name in ('whole', 'two'))
+    for key in ('spec', 'stage', 'config', 'tokenizer_sha256'):
+        assert whole[key] == two[key], key
+    assert two['stage'] == 'finetune' and two['spec']['text_cond'] == {'kind': 'append'} and two['spec']['view']['split']
+    assert two['config']['system_prompt'] == 'be kind'
+    # an encoder that was frozen is in neither file
+    scripts('pretrain.py', *mix(world, stage_1), '--lora_rank=2', '--max_steps=2', f'--out_dir={tmp_path / "mix"}')
+    line = scripts.refuses('checkpoint.py', 'merge', stage_1 / 'ckpt_080', tmp_path / 'no',
+                           tmp_path / 'mix' / 'ckpt_100' / 'adapters.safetensors')
+    assert 'lack encoder.' in line and 'which was frozen' in line and not list(tmp_path.glob('no*'))
+
+
+def test_what_a_base_with_adapters_trains_is_said(world, scripts, tuned, tmp_path):
+    run = scripts(*chat(world, tuned / 'ckpt_100', '--max_steps=1', f'--out_dir={tmp_path}'))
+    assert 'has adapters on both, which alone train there' in run.out
 
 
 def test_a_later_stage_follows_its_base(world, scripts, tuned, tmp_path):

@@ -171,6 +171,7 @@ def test_refusals_and_dry_run(world, scripts, args, stage_1, run, tmp_path):
     for more, *parts in (
             ((f'--init_from={stage_1 / "ckpt_080"}',), 'is not a checkpoint with an encoder'),
             (('--init_from=/nowhere/finetune/ckpt_100',), 'make it with: python finetune.py config/finetune.py'),
+            (('--preferences=instruct',), 'is no file; expected one JSON file of pairs'),
             (('--beta=0',), 'beta=0.0', 'expected > 0'), (('--train_encoder=true',), "unknown key 'train_encoder'"),
             ((f'--reference={run / "reference.json"}', '--resize=crop'), "another resize, 'letterbox', this run's"),
             ((f'--reference={run / "reference.json"}', f'--init_from={run / "ckpt_100"}'), 'another model, ')):

@@ -514,6 +514,32 @@ def test_kept_aspects_split_photos_and_two_resolutions(world, scripts, stage_1, 
     assert 'seq_len=48 does not hold image_tokens=80' in refused
 
 
+def test_a_frozen_encoder_at_another_size_is_the_runs_own_file(world, scripts, stage_2, tmp_path):
+    """The base's encoder.safetensors has the other table of positions: a link to it would never be read again."""
+    args = ['pretrain.py', 'config/ckpt80_img10.py', world / 'tiny.py', f'--init_from={stage_2 / "ckpt_100"}', '--max_steps=4',
+            '--schedule=rewarm', '--rewarm_steps=1', '--image_ratio=0.5', '--image_size=42', f'--out_dir={tmp_path / "large"}']
+    for stop in (2, 4):
+        scripts(*args, f'--stop_after={stop}')
+    folder = tmp_path / 'large' / 'ckpt_100'
+    name = 'encoder.embeddings.position_embedding.weight'
+    assert [len(tensors(one, 'encoder')[name]) for one in (stage_2 / 'ckpt_100', folder)] == [4, 9]
+    model, _, meta = load_vlm(str(folder))
+    assert model.encoder.image_size == meta['spec']['encoder']['config']['image_size'] == 42
+    # at its own size it is a link
+    scripts(*args[:-2], '--encoder_lr=1e-4', f'--out_dir={tmp_path / "same"}', '--max_steps=1')
+    files = [(one / 'encoder.safetensors').stat() for one in (stage_2 / 'ckpt_100', tmp_path / 'same' / 'ckpt_100')]
+    assert files[0].st_ino == files[1].st_ino
+
+
+def test_a_decoder_that_thaws_warms_up(world, scripts, stage_1, tmp_path):
+    """Its base froze it, so there are no moments for it: a cooldown at the full lr would begin with fresh ones."""
+    scripts('pretrain.py', *mix(world, stage_1), '--freeze=both', '--max_steps=2', f'--out_dir={tmp_path / "frozen"}')
+    more = ['pretrain.py', *mix(world, stage_1), f'--init_from={tmp_path / "frozen" / "ckpt_100"}', '--start_lr=1e-3']
+    for freeze, words, moments in (('encoder', 'fresh ones, ', 'none'), ('both', 'AdamW moments from', 'loaded')):
+        run = scripts(*more, f'--freeze={freeze}', '--moments_warmup_steps=1', '--max_steps=2', f'--out_dir={tmp_path / freeze}')
+        assert words in run.out and meta_of(tmp_path / freeze / 'ckpt_100')['moments'] == moments
+
+
 def test_validation_counts_no_row_twice(world, scripts, tmp_path):
     loss = {}
     for n in (16, 24, 512):                                  # of 16 windows

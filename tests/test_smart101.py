@@ -226,6 +226,7 @@ def test_bad_rows_stop_a_run_or_are_replaced_and_counted(smart, scripts, tmp_pat
     assert bad and all('puzzle_44_1.png' in message for message in bad)
     (data / '44' / 'img' / 'puzzle_44_20.png').write_bytes(b'no image')  # in test, whose scores are of all rows
     assert 'puzzle_44_20.png' in scripts.refuses(*args, '--max_bad_samples=9', f'--out_dir={tmp_path / "two"}')
+    assert not (tmp_path / 'two').exists(), 'before the first step'
 
 
 def test_mistakes_are_one_line(smart, scripts, stage_1, tmp_path):

@@ -24,7 +24,7 @@ from evaluate import default_options
 from images import View
 from model import build_vlm
 from scorers import Example, Task
-from text_cond import TextCond
+from text_cond import TextCond, text_cond_spec
 from vision import DINOv2, DINOv2Config, PatchProjection, SigLIP, SigLIPConfig
 from vit import Text
 
@@ -313,6 +313,25 @@ def test_what_makes_no_sense_is_one_line():
     with pytest.raises(UserError, match="text_cond has kind='prefix', this run's has 'none'"):
         check_spec(dict(spec=spec), spec_of(None), 'base')
     check_spec(dict(spec=spec_of(None)), spec, 'base')                   # it starts fresh
+    assert text_cond_spec(dict(text_cond='prefix', cond_layers=1)) == dict(text_cond=dict(kind='prefix', layers=1))
+    for kind in ('append', 'none'):
+        with pytest.raises(UserError, match=f"cond_layers is of text_cond='prefix', here it is '{kind}'"):
+            text_cond_spec(dict(text_cond=kind, cond_layers=1))
+
+
+def test_a_run_stopped_before_the_first_question_goes_on(world, scripts, stage_1, tmp_path):
+    """Captions have moments by then, text_cond has none yet."""
+    args = ['pretrain.py', *mix(world, stage_1, ratio=0.5), '--instruct_share=0.1', '--text_cond=append', '--max_steps=4',
+            '--save_every=1', '--keep_optimizer=all']
+    scripts(*args, '--stop_after=1', f'--out_dir={tmp_path / "run"}')
+    seen = meta_of(tmp_path / 'run' / 'ckpt_last')['seen']
+    assert seen['captions']['n_image'] and not seen['instruct']['n_image']
+    scripts(*args, f'--out_dir={tmp_path / "run"}')
+    scripts(*args, f'--out_dir={tmp_path / "whole"}')
+    assert meta_of(tmp_path / 'run' / 'ckpt_100')['seen']['instruct']['n_image']
+    assert same_weights(tmp_path / 'run' / 'ckpt_100', tmp_path / 'whole' / 'ckpt_100')
+    resumed, whole = (torch.load(tmp_path / name / 'ckpt_100' / 'optim.pt', weights_only=True) for name in ('run', 'whole'))
+    assert resumed.keys() == whole.keys() and all(equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize('freeze', ['encoder', 'none'])
