@@ -52,7 +52,7 @@ from instruct import caption_prompt, instruct_prompt, question_ids
 from metrics import box_iou, gqa_match, parse_box, pope_answer, vqa_accuracy
 from processes import Process, pick_device, setup_process
 from scorers import (TABLE_NOTES, choose, paired_bootstrap, score_predictions, stable_score, stable_scores,
-                     summarise, table)
+                     summarise, table, whole_pairs)
 
 __doc__ = __doc__.replace('FILES', '\n'.join(f'    {name}: {files}' for name, files in NEEDS.items()))
 __all__ = ['box_iou', 'gqa_match', 'parse_box', 'pope_answer', 'stable_score', 'vqa_accuracy', 'default_options',
@@ -349,7 +349,8 @@ RECORD = {'id': Field(str), 'score': Field(NUMBER, 0, 1), 'types': Field(list, o
 def compare(a, b):
     """
     Print, for each task that two results have in common, how much better the second is, with the 95 % interval of a
-    paired bootstrap over the questions. a, b: results.json, its folder, or a checkpoint with eval/results.json.
+    paired bootstrap over the questions, of MMVP over its pairs.
+    a, b: results.json, its folder, or a checkpoint with eval/results.json
     Returns {task: paired_bootstrap's dict}.
     """
     folders, found = [Path(p).parent if Path(p).is_file() else Path(p) for p in (a, b)], {}
@@ -366,10 +367,13 @@ def compare(a, b):
         files = [str(folder / 'predictions' / f'{name}.jsonl') for folder in folders]
         rows = [{row['id']: row for row in read_table(file, None, RECORD, 'id')} for file in files]
         ids = [i for i in rows[0] if i in rows[1]]
-        if not ids:
+        kind = tasks[0][name]['kind']
+        strata = [(rows[0][i]['types'] or [''])[0] for i in ids] if kind == 'pope' else None
+        units = whole_pairs(ids) if kind == 'mmvp' else [(i,) for i in ids]
+        if not units:
             raise UserError(f"{name}: {a} and {b} have no question in common")
-        strata = [(rows[0][i]['types'] or [''])[0] for i in ids] if tasks[0][name]['kind'] == 'pope' else None
-        r = found[name] = paired_bootstrap(*([side[i]['score'] for i in ids] for side in rows), strata=strata)
+        r = found[name] = paired_bootstrap(*([min(side[i]['score'] for i in unit) for unit in units] for side in rows),
+                                           strata=strata)
         said = [f"{max(map(len, rows)) - len(ids)} questions are not in both"] * (len(ids) < max(map(len, rows)))
         said += ['scored by other rules'] * (tasks[0][name]['variant'] != tasks[1][name]['variant'])
         print(f"{name:<28}{r['n']:>7}{100 * r['a']:>8.2f}{100 * r['b']:>8.2f}{100 * r['difference']:>+8.2f}"

@@ -185,9 +185,10 @@ class Cells:
         """{seed: value} of one score."""
         return {seed: found[score][0] for seed, found in self.seeds(cell, step).items() if score in found}
 
-    def runs(self, cell):
-        """{stage: (run folder, its last checkpoint's meta.json)} of the cell's first finished seed."""
-        folders = [job.commands[0][1] for seed in [*self.seeds(cell)][:1] for job in self.study.chain(cell, seed, 0)]
+    def runs(self, cell, seed=None):
+        """{stage: (run folder, its last checkpoint's meta.json)} of a seed; None = the cell's first finished seed."""
+        seeds = [*self.seeds(cell)][:1] if seed is None else [seed]
+        folders = [job.commands[0][1] for seed in seeds for job in self.study.chain(cell, seed, 0)]
         metas = [read_json(f'{folder}/meta.json', 'a checkpoint') for folder in folders]
         self.commits |= {str(meta.get('commit', 'not recorded')) for meta in metas}
         return {meta['stage']: (os.path.dirname(folder), meta) for folder, meta in zip(folders, metas)}
@@ -200,16 +201,21 @@ class Cells:
         return {step: values for step, values in found.items() if values}
 
     def cost(self, cell):
-        """What the cell's runs of its first finished seed read: values for COST, '-' where it has no such run."""
+        """
+        What the cell's runs read, of its first finished seed, and the range of the caption losses over all of them:
+        values for COST, '-' where it has no such run.
+        """
         runs, row = self.runs(cell), ['-'] * len(COST)
         if 'mix' in runs:
-            folder, meta = runs['mix']
+            meta = runs['mix'][1]
             shown = {name: counts for name, counts in meta['seen'].items() if counts['n_image']}
-            loss = read_log(folder)['validation'].get('val_caption_loss')
-            row[:5] = (f"{meta['tokens']:,}", f"{sum(c['n_image'] for c in shown.values()):,}",
-                       f"{sum(c['n_kept'] for c in shown.values()):,}",
-                       f"{max([meta['epochs'][name] for name in shown], default=0):.2f}",
-                       f'{loss[-1][1]:.2f}' if loss else '-')
+            captions = shown.keys() - {'instruct'}
+            logs = [read_log(self.runs(cell, seed)['mix'][0])['validation'] for seed in self.seeds(cell)]
+            losses = sorted(log['val_caption_loss'][-1][1] for log in logs if log.get('val_caption_loss'))
+            ends = dict.fromkeys(f'{loss:.2f}' for loss in (*losses[:1], *losses[-1:]))
+            row[:5] = (f"{meta['tokens']:,}", f"{sum(counts['n_image'] for counts in shown.values()):,}",
+                       f"{sum(shown[name]['n_kept'] for name in captions):,}",
+                       f"{max([meta['epochs'][name] for name in captions], default=0):.2f}", ' to '.join(ends) or '-')
         if 'finetune' in runs:
             _, meta = runs['finetune']
             row[5:] = f"{meta['step']:,}", f"{max(meta['epochs'].values()):.2f}"
@@ -251,7 +257,8 @@ def findings_table(rows):
     return [['finding', 'score', 'difference, points', '95 % interval', 'seeds', 'p, Holm', 'verdict',
              'seeds it would take'],
             *([row['name'], row['score'], f"{100 * row['mean']:+.1f}", known(100 * row['half'], '+-{:.1f}'),
-               str(row['n']), known(row['adjusted'], '{:.3f}'), row['verdict'], str(row['needed'] or '-')]
+               str(row['n']), known(row['adjusted'], '{:.3f}'), row['verdict'],
+               '>=1000' if row['needed'] == 1000 else str(row['needed'] or '-')]
               for row in rows)]
 
 
@@ -288,13 +295,17 @@ def grid_table(study, cells, grid):
 
 
 def steps_table(study, cells, grid):
-    """A table: the first evaluated step of stage 3 at which a task reaches the threshold, seed by seed."""
+    """
+    A table: the first evaluated step of stage 3 at which a task reaches the threshold, seed by seed; <= the first
+    evaluated one, > the last.
+    """
     names, threshold, rows = score_names(study.settings)[2:], study.settings['threshold'], []
     for (line, label), cell in study.cells_of(grid).items():
         row = [title_of(line, label)]
         for name in names:
             found = cells.along(cell, name)
-            first = [next((str(step) for step in found if found[step].get(seed, 0) >= threshold), f'>{max(found)}')
+            name_of = lambda step: f'<={step}' if step == min(found) else str(step)
+            first = [next((name_of(step) for step in found if found[step].get(seed, 0) >= threshold), f'>{max(found)}')
                      for seed in study.settings['seeds'] if any(seed in values for values in found.values())]
             row.append(' '.join(first) or '-')
         if {*row[1:]} != {'-'}:

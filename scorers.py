@@ -320,10 +320,8 @@ def summarise(task, predictions, nats=None, n_token=None):
         result['score'] = sum(result['types'][split]['score'] for split in splits) / len(splits)
         result['low'], result['high'] = wilson_interval(result['score'], len(values))
     if task.kind == 'mmvp':                                  # both questions of a pair right (arXiv 2401.06209)
-        pairs = defaultdict(list)
-        for e, value in zip(task.examples, values):
-            pairs[(int(e.id) - 1) // 2].append((value, e.answers[0]))
-        whole = [pair for pair in pairs.values() if len(pair) == 2]
+        of_id = {str(e.id): (value, e.answers[0]) for e, value in zip(task.examples, values)}
+        whole = [(of_id[a], of_id[b]) for a, b in whole_pairs(of_id)]
         if not whole:
             raise UserError(f"{task.name}: none of its pairs is whole: ask all questions, with --n_example=0")
         right, alike = [min(a, b) for (a, _), (b, _) in whole], Counter(a for (_, a), (_, b) in whole if a == b)
@@ -338,6 +336,14 @@ def summarise(task, predictions, nats=None, n_token=None):
                'empty': sum(p == '' for p in predictions), 'skipped': len(task.skipped),
                 'constant_answers': {'/'.join(types): answer for types, answer in constants.items()}}
     return result | {key: function(records) for key, function in task.extra.items()}, records
+
+
+def whole_pairs(ids):
+    """MMVP's pairs of questions, '1' and '2', '3' and '4', ..., both of which are among ids: [(id, id)]."""
+    pairs = defaultdict(list)
+    for i in filter(str.isdecimal, map(str, ids)):
+        pairs[(int(i) - 1) // 2].append(i)
+    return [tuple(pair) for pair in pairs.values() if len(pair) == 2]
 
 
 def score_predictions(task, rows):

@@ -112,14 +112,14 @@ GRIDS = {
 
 
 class Job(NamedTuple):
-    """One run and its evaluation: what it makes (the last path is there when all is done), how, and after which."""
+    """One run and its evaluation: what it makes, how, and after which."""
     name: str               # seed7/ckpt80_img10
-    commands: tuple         # ((argv, path that this command makes), ...)
+    commands: tuple         # ((argv, path that this command makes), ...): all are there when it is done
     needs: tuple            # names of jobs
 
     @property
     def done(self):
-        return os.path.exists(self.commands[-1][1])
+        return all(os.path.exists(path) for _, path in self.commands)
 
 
 class Study:
@@ -151,14 +151,14 @@ class Study:
         argv = [f'config/{recipe}.py', *self.files, *(f'config/axes/{name}.py' for name in axes if name)]
         n = self.settings['n_gpu']
         start = ['torchrun', '--standalone', f'--nproc_per_node={n}'] if n > 1 else ['python']
-        return resolved_name(script, tuple(argv)), [
+        return resolved(script, tuple(argv))['name'], [
             *start, f'{script}.py', *argv, f"--scale={self.settings['scale']}/study/seed{seed}", *options]
 
     def job(self, seed, name, argv, needs, kept=('ckpt_100',), tasks=''):
         """A Job that trains by argv and evaluates the checkpoints `kept`, the last of which is there at the end."""
         folders = [os.path.join(self.root, f'seed{seed}', name, ckpt) for ckpt in kept]
         asked = ['python', 'evaluate.py', *self.files, *([f'--tasks={tasks}'] if tasks else [])]
-        scores = (([*asked, f'--ckpt={folder}'], results_of(folder)) for folder in folders)
+        scores = (([*asked, f'--ckpt={folder}'], results_of(folder)) for folder in reversed(folders))    # the end first
         return Job(f'seed{seed}/{name}', ((argv, folders[-1]), *scores), tuple(job.name for job in needs))
 
     def chain(self, cell, seed, order):
@@ -210,11 +210,11 @@ def results_of(folder):
 
 
 @functools.cache
-def resolved_name(script, argv):
-    """A run's name under a stage script's config files and keys; UserError as the script would raise it."""
+def resolved(script, argv):
+    """A stage script's config under its files and keys; UserError as the script would raise it."""
     with contextlib.redirect_stdout(io.StringIO()):
         return configure({'__file__': os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py')},
-                         [*argv])['name']
+                         [*argv])
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -364,12 +364,22 @@ def main(argv):
         raise UserError(f"{' '.join(unknown) or 'nothing'}: expected all, report, or some of {', '.join(GRIDS)}")
     study, failed = Study(settings, files), {}
     if words != ['report']:
+        n_epoch, said = resolved('finetune', ('config/finetune.py', *files))['n_epoch'], study.reference['epochs']
+        varied = {cell['epochs'] for grid in grids for cell in study.cells_of(grid).values()} - {'0', said}
+        if varied and n_epoch != int(said):
+            raise UserError(f"{' '.join(files)}: n_epoch={n_epoch}, which these grids call {said} epochs: give a file "
+                            f"with n_epoch = {said}, after it (config/study.py in the tiny world)")
         jobs = study.jobs(grids)
         if '--print' in argv:
             depth = lambda job: 1 + max((depth(other) for other in jobs if other.name in job.needs), default=0)
             for job in sorted((job for job in jobs if not job.done), key=depth):
                 print(' && '.join(shlex.join(argv) for argv, makes in job.commands if not os.path.exists(makes)))
             return
+        if need := settings['n_job'] * settings['n_gpu']:
+            import torch                                           # a second to import, and only for this
+            if need > (have := torch.cuda.device_count()):
+                raise UserError(f"n_job={settings['n_job']} runs on n_gpu={settings['n_gpu']} GPUs each: expected "
+                                f"{need} GPUs, this machine shows {have}")
         failed = run(jobs, study.root, settings['n_job'], settings['n_gpu'])
     written = findings.report(study, grids)
     if failed:

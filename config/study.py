@@ -1,5 +1,7 @@
 # the study on the tiny world; after config/tiny.py: python study.py fig4 config/tiny.py config/study.py
 if stage == 'study':
+    seeds = (7, 365, 1)
+    n_order = 2
     reference_ratio = '30 %'
     n_job = 2
     vision_tasks = (('vqav2/at', 0.067), ('pope', 0.5), ('refcoco', 0.009), ('vqav2_facts/new', 0.125))

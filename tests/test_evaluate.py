@@ -26,7 +26,7 @@ from evaluate import default_options, evaluate_task, find_tasks
 from images import View
 from connectors import Projector
 from model import VLM, Decoder, ModelConfig
-from test_benchmarks import options, write_captions, write_eval_dir
+from test_benchmarks import options, write_captions, write_eval_dir, write_mmvp
 from vision import PatchProjection
 
 
@@ -334,6 +334,20 @@ def test_processes_and_kills_change_no_score(eval_dir, checkpoint, scripts, tmp_
     assert outcome(tmp_path / 'c')[:2] == expected[:2] and not (tmp_path / 'c' / 'journal').exists()
     run = scripts(*args, tasks, out, hook=KILL.format(at=0))             # what is done is asked again
     assert f'written {expected[0]["vqav2"]["n"]}' in run.out
+
+
+def test_two_results_on_mmvp_are_compared_by_its_pairs(tmp_path):
+    write_mmvp(tmp_path, 4)                                              # (b) (a) (b) (a) are right
+    for name, said in (('a', 'baba'), ('b', 'bbba'), ('c', 'bbaa')):
+        rows = [{'id': str(i), 'prediction': f'({letter})'} for i, letter in enumerate(said, 1)]
+        (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        assert script('score', 'mmvp', str(tmp_path / f'{name}.jsonl'), f'--eval_dir={tmp_path}',
+                      f'--out_dir={tmp_path / name}') is None
+    for name, score in (('b', 0.5), ('c', 0.0)):                         # of single questions 3 and 2 of 4
+        found = evaluate.compare(tmp_path / 'a', tmp_path / name)['mmvp']
+        assert (found['n'], found['a'], found['b']) == (2, 1.0, score)
+        table = json.loads((tmp_path / name / 'results.json').read_text())['tasks']['mmvp']
+        assert (table['n'], table['score']) == (2, score)
 
 
 def test_answers_of_another_model_are_scored_and_two_results_are_compared(eval_dir, checkpoint, tmp_path, capsys):

@@ -196,8 +196,8 @@ def test_cells_of_figure_4_share_their_text_run_and_differ_in_their_files_alone(
     assert words(line['80 %'][2]) == words(line['100 %'][2]) >= {'--save_every=100', '--keep_steps=1000', '--seed=7'}
     assert [os.path.relpath(path, tiny.root) for _, path in line['80 %'][2].commands] == [
         f'seed7/ckpt80_img30_finetune_order0/{end}' for end in (
-            'ckpt_100', 'eval/ckpt_step_200/results.json', 'eval/ckpt_step_500/results.json',
-            'ckpt_100/eval/results.json')]
+            'ckpt_100', 'ckpt_100/eval/results.json', 'eval/ckpt_step_500/results.json',
+            'eval/ckpt_step_200/results.json')]
     text_only, none = (tiny.chain(cells[None, name], 7, 1) for name in (
         '100 %, text only in stage 2', '100 %, no stage 2'))
     assert {'config/axes/ckpt100.py', 'config/axes/img0.py'} <= words(text_only[1])
@@ -216,6 +216,29 @@ def test_a_half_of_the_conversations_is_evaluated_at_its_end_alone(monkeypatch):
     assert 'eval/ckpt_step_200/results.json' in ends(whole)
     assert ends(half) == ['ckpt_100', 'ckpt_100/eval/results.json']
     assert not any(word.startswith('--save_every') for word in half.commands[0][0])
+
+
+def test_a_job_is_done_when_all_that_it_makes_is_there(tmp_path):
+    paths = [tmp_path / name for name in 'abc']
+    job = study.Job('seed7/x', tuple((['python'], str(path)) for path in paths), ())
+    for path in reversed(paths):
+        assert not job.done
+        path.write_text('')
+    assert job.done
+
+
+def test_four_epochs_are_four_under_the_files_given(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match='config/tiny.py: n_epoch=6, which these grids call 4 epochs'):
+        study.main(['fig8', 'config/tiny.py', '--print'])
+    study.main(['fig4', 'config/tiny.py', '--print'])
+
+
+def test_gpus_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 3)
+    with pytest.raises(UserError, match='expected 4 GPUs, this machine shows 3'):
+        study.main(['fig4', *TINY, '--n_job=2', '--n_gpu=2'])
 
 
 def test_masks_are_axes_and_that_of_documents_begins_in_stage_1(monkeypatch):
@@ -247,7 +270,7 @@ def test_several_gpus_take_torchrun_for_training_alone(monkeypatch):
 def test_print_gives_what_is_missing_and_dependencies_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.symlink(f'{ROOT}/config', 'config')
-    study.main(['fig4', 'fig8', *TINY, '--seeds=7,', '--print'])
+    study.main(['fig4', 'fig8', *TINY, '--seeds=7,', '--n_order=1', '--print'])
     lines = capsys.readouterr().out.splitlines()
     stages = ['text' if 'config/text.py' in x else x.split()[1] for x in lines]
     n = Counter(stages)
@@ -257,10 +280,11 @@ def test_print_gives_what_is_missing_and_dependencies_first(tmp_path, monkeypatc
         start = next((w.split('=')[1] for w in x.split() if w.startswith('--init_from=')), '')
         assert not start or start.split('/')[4] in made or start.split('/')[4] == 'text'
         made |= {w.split('/')[4] for w in x.split() if w.startswith('--ckpt=')}
-    Path('out/tiny/study/seed7/text/ckpt_100/eval').mkdir(parents=True)
-    Path('out/tiny/study/seed7/text/ckpt_100/eval/results.json').touch()
+    for n in (20, 40, 60, 80, 100):
+        Path(f'out/tiny/study/seed7/text/ckpt_{n:03d}/eval').mkdir(parents=True)
+        Path(f'out/tiny/study/seed7/text/ckpt_{n:03d}/eval/results.json').touch()
     Path('out/tiny/study/seed7/ckpt80_img30/ckpt_100').mkdir(parents=True)            # trained, but not evaluated
-    study.main(['fig4', 'fig8', *TINY, '--seeds=7,', '--print'])
+    study.main(['fig4', 'fig8', *TINY, '--seeds=7,', '--n_order=1', '--print'])
     again = capsys.readouterr().out.splitlines()
     assert len(again) == len(lines) - 1
     assert [x for x in again if 'ckpt80_img30/' in x and 'finetune' not in x] == [
