@@ -239,6 +239,8 @@ if eval_every and val_text:
     validation['val_text_loss'] = run.text_mixture(((val_text, 1.0),), tokenizer, seq_len)
 if eval_every and val_captions and has_images:
     validation['val_caption_loss'] = caption_mixture(((val_captions, 1.0),))
+if eval_every and not validation:
+    process.print("!!! eval_every has no effect: val_text and val_captions name nothing that this run can be asked")
 for key, held_out in validation.items():
     n_row = min(eval_rows, sum(len(shuffled.source) for shuffled in held_out.sources.values()))
     if n_row < run.micro_batch_size * process.world_size:

@@ -547,6 +547,11 @@ def test_validation_counts_no_row_twice(world, scripts, tmp_path):
                       f'--out_dir={tmp_path / str(n)}'))
         loss[n] = [line['val_text_loss'] for line in read_log(tmp_path / str(n)) if 'loss' not in line]
     assert loss[16] == loss[24] == loss[512]
+    one = text(world, '--max_steps=1', '--keep_percent=(100,)', '--eval_every=1')
+    run = scripts(*one, '--val_text=val', '--eval_rows=3', f'--out_dir={tmp_path / "few"}')
+    assert '!!! val_text_loss: 3 rows do not fill a micro-step' in run.out
+    run = scripts(*one, f'--out_dir={tmp_path / "none"}')
+    assert '!!! eval_every has no effect' in run.out
 
 
 def test_indexes_of_read_only_data_go_elsewhere(world, scripts, stage_1, tmp_path):
