@@ -207,7 +207,7 @@ def test_refusals_and_dry_run(world, scripts, stage_2, tuned, tmp_path):
             (chat(world, base, out, '--loss_average=mean'), "loss_average='mean'"),
             (chat(world, base, out, '--text_share=1'), 'text_share=1.0'),
             (chat(world, base, out, '--text_share=0.5', '--text=()'), 'text=(): expected a pair with a weight above 0'),
-            (chat(world, base, out, '--dora=true'), 'dora are of adapters: give --lora_rank=N'),
+            (chat(world, base, out, '--dora=true'), 'dora and lora_on are of adapters: give --lora_rank=N'),
             (chat(world, base, out, '--freeze=all'), "freeze='all'"),
             (chat(world, base, out, '--seq_len=4'), 'seq_len=4'),
             (chat(world, base, out, '--n_epoch=0', '--max_steps=0'), 'n_epoch=0')):
