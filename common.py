@@ -307,7 +307,7 @@ class Run:
             self.image_flops, _ = costs.image_costs(costs.meta_vlm(spec, self.config), self.config)
         frozen = model.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         kept = os.path.join(self.folder, 'encoder.safetensors')
-        same = self.folder and frozen and self.meta['spec']['encoder'] == spec['encoder']      # not so at another size
+        same = self.meta and frozen and self.meta['spec']['encoder'] == spec['encoder']        # not so at another size
         self.encoder_file = kept if same and os.path.exists(kept) else ''
         self.frozen = frozen
         if frozen and self.config.get('encoder_lr'):
