@@ -121,7 +121,8 @@ def _write_checkpoint(folder, state, moments, tokenizer, meta, encoder_file='', 
     if encoder:
         _link_or_save(encoder, encoder_file, os.path.join(folder, 'encoder.safetensors'))
     if meta['spec'].get('adapters'):
-        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'))
+        save_file({name: state[name] for name in trained}, os.path.join(folder, 'adapters.safetensors'),
+                  {'adapters': json.dumps(meta['spec']['adapters'])})          # the small file says its base, too
     if moments is not None:
         torch.save(moments, os.path.join(folder, 'optim.pt'))
     with open(os.path.join(folder, meta['tokenizer_path']), 'wb') as f:

@@ -1,5 +1,6 @@
 """adapters.py: LoRA and DoRA against their formulas and peft, what trains, merging, whole runs with adapters."""
 import copy
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import meta_of, mix, same_weights, steps
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_finetune import chat
 from test_pretrain import KILL, equal, tensors
@@ -276,6 +278,8 @@ def test_adapters_alone_are_a_small_file_that_names_its_base(tuned, stage_2):
     sha256 = meta_of(stage_2 / 'ckpt_100')['files']['model.safetensors']['sha256']
     assert meta['spec']['adapters'] == asked(rank=4, alpha=8.0, dora=True, on='both', base=sha256)
     small = load_file(folder / 'adapters.safetensors')
+    with safe_open(folder / 'adapters.safetensors', 'pt') as file:
+        assert json.loads(file.metadata()['adapters']) == meta['spec']['adapters']
     assert {name.split('.')[-1] for name in small} == {'lora_A', 'lora_B', 'magnitude', 'weight', 'bias'}
     assert {name.split('.')[0] for name in small if name.endswith(('weight', 'bias'))} == {'projector'}
     moments = torch.load(folder / 'optim.pt', weights_only=True)
